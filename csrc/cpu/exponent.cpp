@@ -1,0 +1,43 @@
+// torch.ops.lyapcuda.exponent_ and secant_: from the sums of a pass to λ, β, h and the error bar.
+#include "../exponent.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "tensors.h"
+
+namespace lyapcuda::cpu {
+namespace {
+
+void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t estimate,
+               double momentum, bool control, bool alternate, double ema) {
+  check_vector(state, "state", kStateSize);
+  check_vector(sums, "sums", kSumSize);
+  check_vector(losses, "losses", -1);
+  check_sign(sign);
+  STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
+  STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
+  STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
+  exponent_step(static_cast<double*>(state.mutable_data_ptr()),
+                static_cast<const double*>(sums.const_data_ptr()),
+                static_cast<const double*>(losses.const_data_ptr()), losses.numel(),
+                {static_cast<double>(sign), static_cast<Estimate>(estimate), momentum, control,
+                 alternate, ema});
+}
+
+void secant_(Tensor state, Tensor sums, int64_t sign) {
+  check_vector(state, "state", kStateSize);
+  check_vector(sums, "sums", kSumSize);
+  check_sign(sign);
+  const double* s = static_cast<const double*>(sums.const_data_ptr());
+  if (!all_finite(s, kSumSize) || !(s[kSumQQ] > 0.0) || !(s[kSumCarriedQ] > 0.0)) return;
+  secant_rate(static_cast<double*>(state.mutable_data_ptr()), s[kSumCarriedY] / s[kSumCarriedQ],
+              std::sqrt(s[kSumYY] / s[kSumQQ]), static_cast<double>(sign));
+}
+
+}  // namespace
+}  // namespace lyapcuda::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lyapcuda, CPU, m) {
+  m.impl("exponent_", TORCH_BOX(&lyapcuda::cpu::exponent_));
+  m.impl("secant_", TORCH_BOX(&lyapcuda::cpu::secant_));
+}

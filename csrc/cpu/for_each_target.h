@@ -1,0 +1,41 @@
+// Compiles LYAPCUDA_BODY once for every instruction set, each in a namespace of its own, so that
+// one binary runs anywhere and picks the widest at load. Bodies include no standard headers: a
+// library inline function compiled here for AVX could be the copy that a plain function links to.
+// LYAPCUDA_DISPATCH(function) points to the chosen one.
+#include "targets.h"
+
+namespace lyapcuda::cpu::baseline {
+#include "simd.inc"
+#include LYAPCUDA_BODY
+}  // namespace lyapcuda::cpu::baseline
+
+#if defined(__x86_64__)
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LYAPCUDA_AVX2  // __AVX2__ doesn't follow the pragma in g++
+namespace lyapcuda::cpu::avx2 {
+#include "simd.inc"
+#include LYAPCUDA_BODY
+}  // namespace lyapcuda::cpu::avx2
+#undef LYAPCUDA_AVX2
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#define LYAPCUDA_DISPATCH(...)                                 \
+  (::lyapcuda::cpu::target() == ::lyapcuda::cpu::Target::kAvx2 \
+       ? &::lyapcuda::cpu::avx2::__VA_ARGS__                   \
+       : &::lyapcuda::cpu::baseline::__VA_ARGS__)
+
+#else
+
+#define LYAPCUDA_DISPATCH(...) (&::lyapcuda::cpu::baseline::__VA_ARGS__)
+
+#endif

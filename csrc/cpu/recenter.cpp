@@ -1,0 +1,56 @@
+// torch.ops.lyapcuda.recenter_: the second copy, put back at its distance from the first.
+#include <torch/csrc/stable/library.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "blocks.h"
+#include "tensors.h"
+
+#define LYAPCUDA_BODY "recenter.inc"
+#include "for_each_target.h"
+
+namespace lyapcuda::cpu {
+namespace {
+
+void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vector<Tensor> theta,
+               std::vector<int64_t> offsets, Tensor state) {
+  check_buffer(q, "q");
+  check_same_buffer(q_previous, "q_previous", q, "q");
+  check_segments(theta, "theta", offsets, q);
+  check_segments(theta1, "theta1", offsets, q);
+  check_like(theta1, "theta1", theta, "theta");
+  check_vector(state, "state", kStateSize);
+  if (theta.empty()) return;
+
+  const double* values = static_cast<const double*>(state.const_data_ptr());
+  const double scale = values[k_scale];
+  const bool committed = values[k_committed] != 0.0;
+  std::vector<int64_t> sizes;
+  for (const Tensor& t : theta) sizes.push_back(t.numel());
+  const Blocks blocks(sizes);
+  with_buffer_and_storage(
+      q.scalar_type(), theta[0].scalar_type(), [&](auto* buffer, auto* storage) {
+        using T = std::remove_pointer_t<decltype(buffer)>;
+        using P = std::remove_pointer_t<decltype(storage)>;
+        T* const q_data = static_cast<T*>(q.mutable_data_ptr());
+        const T* const previous = static_cast<const T*>(q_previous.const_data_ptr());
+        blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
+          P* const out = static_cast<P*>(theta1[segment].mutable_data_ptr()) + begin;
+          const P* const in = static_cast<const P*>(theta[segment].const_data_ptr()) + begin;
+          const int64_t at = offsets[segment] + begin;
+          const bool around_cache =
+              blocks.elements() > kAroundCache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+          LYAPCUDA_DISPATCH(recenter_block<T, P>)(out, q_data + at, previous + at, in, length,
+                                                  scale, committed, around_cache);
+        });
+      });
+}
+
+}  // namespace
+}  // namespace lyapcuda::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lyapcuda, CPU, m) {
+  m.impl("recenter_", TORCH_BOX(&lyapcuda::cpu::recenter_));
+}

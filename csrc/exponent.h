@@ -1,0 +1,124 @@
+// The scalar mathematics of a step: growth → exponent, ascent rate, curvature, error bar.
+// Plain functions over plain numbers, shared by every backend.
+#pragma once
+
+#include <cmath>
+
+#include "state.h"
+
+#ifdef __CUDACC__
+#define LYAPCUDA_HOST_DEVICE __host__ __device__
+#else
+#define LYAPCUDA_HOST_DEVICE
+#endif
+
+namespace lyapcuda {
+
+enum class Estimate : int64_t {
+  kRayleigh = 0,  // ρ: unbiased, signed
+  kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
+  kPaper = 2      // the paper's λ/β, which converges to h/(e − 1) under its own control
+};
+
+struct ExponentOptions {
+  double sign;  // +1: gradient ascent (largest eigenvalue), −1: descent (smallest)
+  Estimate estimate;
+  double momentum;  // m of the heavy-ball map, 0 for the plain one
+  bool control;     // let β follow the curvature; false: β is the user's
+  bool alternate;   // flip the side of the separation at every step
+  double ema;       // weight of the past in h_ema
+};
+
+// β that makes the growth of curvature `scale` equal to e (λ = 1).
+constexpr double kTargetGrowth = 1.718281828459045235;  // e − 1
+
+// Curvature of the map whose growth was e^λ with the signed rate b (paper App. A and B).
+LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, double momentum,
+                                                       Estimate estimate) {
+  if (estimate == Estimate::kPaper) {
+    return momentum == 0.0 ? lambda / b : (lambda * lambda + lambda * (1.0 - momentum)) / b;
+  }
+  const double growth = std::exp(lambda);
+  return momentum == 0.0 ? std::expm1(lambda) / b
+                         : (growth - 1.0) * (growth - momentum) / (b * growth);
+}
+
+// The learning rate of curvature h: gain/h, at most max_lr, which also stands in for h ≤ 0.
+LYAPCUDA_HOST_DEVICE inline double learning_rate(double h, double gain, double max_lr) {
+  return h * max_lr > gain ? gain / h : max_lr;
+}
+
+LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(values[i])) return false;
+  }
+  return true;
+}
+
+// The rate for the next step from the secant ‖y‖/‖q‖ of this one. Along the unwanted end the secant
+// is remembered for good: a rate that lets that end outgrow the wanted one would swap the two.
+LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, double rayleigh, double secant,
+                                             double sign) {
+  if (rayleigh * sign < 0.0 && secant > state[k_guard]) state[k_guard] = secant;
+  const double bound = secant > state[k_guard] ? secant : state[k_guard];
+  if (bound > 0.0 && std::isfinite(kTargetGrowth / bound)) state[k_beta] = kTargetGrowth / bound;
+}
+
+// Takes the sums of one pass into the state. A step with anything not finite leaves every value as
+// it was and only counts itself as skipped.
+LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums,
+                                               const double* losses, int64_t loss_count,
+                                               const ExponentOptions& options) {
+  const double qq = sums[kSumQQ];
+  const double dd = sums[kSumDD];
+  if (!all_finite(sums, kSumSize) || !all_finite(losses, loss_count) || !(qq > 0.0) ||
+      !(sums[kSumCarriedQ] > 0.0)) {
+    state[k_accepted] = 0.0;
+    state[k_committed] = 0.0;
+    state[k_skipped] += 1.0;
+    return;
+  }
+  // With rounded displacements q·y/q·q would count the rounding as part of the eigenvector; the
+  // carried separation on the left removes its first-order effect (equal to ρ when none is
+  // rounded).
+  const double rayleigh = sums[kSumCarriedY] / sums[kSumCarriedQ];
+  const double variance =
+      (sums[kSumYY] - 2.0 * rayleigh * sums[kSumQY] + rayleigh * rayleigh * qq) / qq;
+  const double previous = state[k_rayleigh];
+  state[k_drift] = std::isfinite(previous) ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
+  state[k_rayleigh] = rayleigh;
+  state[k_residual] = variance > 0.0 ? std::sqrt(variance) : 0.0;
+
+  const double beta = state[k_beta];
+  const double lambda = 0.5 * std::log(dd / qq);
+  double h = rayleigh;
+  if (options.estimate != Estimate::kRayleigh && dd > 0.0) {
+    const double measured =
+        curvature_of_growth(lambda, options.sign * beta, options.momentum, options.estimate);
+    if (std::isfinite(measured)) h = measured;
+  }
+  state[k_h] = h;
+  state[k_h_ema] =
+      std::isfinite(state[k_h_ema]) ? options.ema * state[k_h_ema] + (1.0 - options.ema) * h : h;
+  if (dd > 0.0) {
+    state[k_exponent] = lambda;
+    const double side = options.alternate && state[k_scale] > 0.0 ? -1.0 : 1.0;
+    state[k_scale] = side * state[k_perturbation] / std::sqrt(dd);
+    state[k_committed] = 1.0;
+    if (options.control) {
+      if (options.estimate == Estimate::kPaper) {
+        if (lambda != 0.0 && std::isfinite(beta / lambda)) state[k_beta] = beta / lambda;
+      } else {
+        secant_rate(state, rayleigh, std::sqrt(sums[kSumYY] / qq), options.sign);
+      }
+    }
+  } else {
+    // 1 + βh = 0 along q: the copies met. Keep the separation and step less far.
+    state[k_committed] = 0.0;
+    if (options.control) state[k_beta] = 0.5 * beta;
+  }
+  state[k_accepted] = 1.0;
+  state[k_steps] += 1.0;
+}
+
+}  // namespace lyapcuda

@@ -1,0 +1,49 @@
+// The Python module lyapcuda._C: importing it registers the ops; it tells how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu/targets.h"
+#include "exponent.h"
+
+#define LYAPCUDA_TEXT_(x) #x
+#define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled ops of lyapcuda (torch.ops.lyapcuda) and how they were built.";
+
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(LYAPCUDA_WITH_CUDA)
+    info["backend"] = "cpu, cuda";
+#else
+    info["backend"] = "cpu";
+#endif
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["built_against_torch"] = TORCH_VERSION;
+    info["torch_target_version"] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
+    info["simd"] = lyapcuda::cpu::target_name();
+    return info;
+  });
+
+  m.def("state_fields", [] {
+    py::list names;
+#define LYAPCUDA_NAME(name) names.append(#name);
+    LYAPCUDA_STATE_FIELDS(LYAPCUDA_NAME)
+#undef LYAPCUDA_NAME
+    return names;
+  });
+
+  m.def(
+      "curvature_of_growth",
+      [](double exponent, double rate, double momentum, int64_t estimate) {
+        return lyapcuda::curvature_of_growth(exponent, rate, momentum,
+                                             static_cast<lyapcuda::Estimate>(estimate));
+      },
+      py::arg("exponent"), py::arg("rate"), py::arg("momentum"), py::arg("estimate"));
+}

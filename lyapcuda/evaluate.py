@@ -1,0 +1,203 @@
+"""The gradient of a user's closure at θ and at θ + q, with everything else held equal.
+
+Both evaluations see the same random numbers and the same module buffers (dropout masks, BatchNorm
+statistics), in the mode the user set. Gradients come from ``.backward()``, so checkpointing, hooks
+and accumulation inside the closure work. θ itself is never written: for the evaluation at θ + q the
+parameters point to another buffer, and back.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Closure", "GradientPair", "gradient_pair", "modules_of", "plain_gradient"]
+
+#: Takes nothing, returns the loss; may have called backward() itself or leave that to us.
+Closure = Callable[[], Tensor | float]
+
+
+@dataclass(frozen=True)
+class GradientPair:
+    """Gradients at θ (g0) and θ + q (g1), None where there is none, and both losses (detached)."""
+
+    g0: list[Tensor | None]
+    g1: list[Tensor | None]
+    loss0: Tensor
+    loss1: Tensor
+
+
+def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Every living module that holds one of the parameters, directly or in a child, with children.
+
+    Their buffers are what a forward pass may change. A parameter doesn't know its module, so this
+    asks the garbage collector: once for a tracker, some tens of milliseconds.
+    """
+    tracked = {id(p) for p in parameters}
+    found: dict[int, nn.Module] = {}
+    for candidate in gc.get_objects():
+        # type(), not isinstance(): some objects answer the latter by importing half a library.
+        if not issubclass(type(candidate), nn.Module) or "_modules" not in candidate.__dict__:
+            continue
+        if any(id(p) in tracked for p in candidate.parameters()):
+            found.update((id(m), m) for m in candidate.modules())
+    return list(found.values())
+
+
+class _Surroundings:
+    """What an evaluation may change besides its result: random states, buffers, other gradients."""
+
+    def __init__(self, parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+        tracked = {id(p) for p in parameters}
+        self._gradients = [(p, p.grad) for p in parameters]
+        others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
+        # Accumulation is in place, so the values of other parameters' gradients are kept as well.
+        self._other_gradients = [
+            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+            for p in others.values()
+            if id(p) not in tracked and p.requires_grad
+        ]
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in modules
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._devices = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in {p.device for p in parameters}
+            if device.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        """Everything but the tracked parameters' own gradients, bitwise."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        for module, name, buffer, value in self._buffers:
+            # .data: a graph the user still holds may have saved this buffer, and finds it unchanged.
+            buffer.data.copy_(value)
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+        for parameter, gradient, value in self._other_gradients:
+            if gradient is not None:
+                gradient.data.copy_(value)
+            parameter.grad = gradient
+
+    def restore_gradients(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
+    originals = [p.data for p in parameters]
+    try:
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data = copy
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+
+def _evaluate(
+    closure: Closure, parameters: Sequence[Tensor], names: Sequence[str]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """One evaluation with cleared gradients: the detached loss and the gradients that appeared."""
+    for parameter in parameters:
+        parameter.grad = None
+    # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
+    torch.clear_autocast_cache()
+    with torch.enable_grad():
+        loss = closure()
+        if not isinstance(loss, Tensor | float | int):
+            raise TypeError(
+                f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
+            )
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"closure: expected a loss of one element, got shape {tuple(loss.shape)}"
+            )
+        if all(p.grad is None for p in parameters):
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ValueError(
+                    "closure: no parameter got a gradient, and the loss it returned can't be "
+                    "differentiated: does it depend on the tracked parameters?"
+                )
+            loss.backward()
+    torch.clear_autocast_cache()
+    gradients = [p.grad for p in parameters]
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise TypeError(
+                f"closure: the gradient of {name} has layout {gradient.layout}; only dense "
+                "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
+            )
+    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    return value.reshape(()), gradients
+
+
+def gradient_pair(
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    *,
+    names: Sequence[str],
+    modules: Sequence[nn.Module] = (),
+    leave: bool = False,
+) -> GradientPair:
+    """Evaluates the closure at ``copies`` (θ + q) and then at the parameters (θ).
+
+    Args:
+        closure: called twice.
+        parameters: leaf tensors that require a gradient.
+        copies: tensors of the parameters' shapes, dtypes and devices.
+        names: the parameters' names, for messages.
+        modules: whose buffers (and other parameters' gradients) are put back.
+        leave: False puts everything back as it was, gradients and random states included. True
+            leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
+            random states and buffers after it.
+
+    Raises:
+        TypeError, ValueError: the closure returned no loss, or a gradient is sparse. After these,
+            as after any exception of the closure's own, everything is as it was.
+    """
+    before = _Surroundings(parameters, modules)
+    try:
+        # θ + q first: then the evaluation at θ is the last one, and leaves what training expects.
+        with _pointing_to(parameters, copies):
+            loss1, g1 = _evaluate(closure, parameters, names)
+        before.restore()
+        loss0, g0 = _evaluate(closure, parameters, names)
+    except BaseException:
+        before.restore()
+        before.restore_gradients()
+        raise
+    if not leave:
+        before.restore()
+        before.restore_gradients()
+    return GradientPair(g0, g1, loss0, loss1)
+
+
+def plain_gradient(
+    closure: Closure, parameters: Sequence[Tensor], *, names: Sequence[str]
+) -> Tensor:
+    """One evaluation at θ, its gradient left in ``.grad``; returns the detached loss."""
+    gradients = [(p, p.grad) for p in parameters]
+    try:
+        return _evaluate(closure, parameters, names)[0]
+    except BaseException:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        raise

@@ -1,0 +1,228 @@
+"""Parameters and gradients as flat buffers, without disturbing the module they belong to.
+
+Parameters of one dtype, device and weight decay form a `FlatGroup`: each has a segment of the group's
+flat buffers, in the order its elements have in memory, so a dense parameter is read where it lies,
+whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ALIGNMENT", "FlatGroup", "FlatLayout", "Parameters", "TrackedParameter"]
+
+#: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay aligned.
+ALIGNMENT = 32
+
+#: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either.
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
+
+_BUFFER_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TrackedParameter:
+    """One parameter: its name for messages, the tensor, and the weight decay that acts on it."""
+
+    name: str
+    tensor: Tensor
+    weight_decay: float = 0.0
+
+
+def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParameter]:
+    """The parameters that take part: each once, frozen ones left out, all of them checked.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or mappings with a "params" entry (and perhaps a
+            "weight_decay" of their own), as for torch.optim.
+        weight_decay: for parameters whose group has none.
+
+    Raises:
+        TypeError: something that is no tensor, an integer or complex parameter.
+        ValueError: no parameter at all, none that requires a gradient, or a non-leaf one.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
+    found: dict[int, TrackedParameter] = {}
+    seen = 0
+    for entry in params:
+        group = entry if isinstance(entry, Mapping) else {"params": [entry]}
+        members = group["params"]
+        for member in [members] if isinstance(members, Tensor) else members:
+            name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
+            seen += 1
+            decay = _non_negative("weight_decay", group.get("weight_decay", weight_decay))
+            if _check_parameter(name, tensor):
+                found.setdefault(id(tensor), TrackedParameter(name, tensor, decay))
+    if not seen:
+        raise ValueError("params: empty, there is nothing to measure")
+    if not found:
+        raise ValueError(f"params: none of the {seen} parameters requires a gradient")
+    return list(found.values())
+
+
+def _non_negative(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not (0 <= value < math.inf):
+        raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+    return float(value)
+
+
+def _check_parameter(name: str, tensor: Any) -> bool:
+    """Raises for what can't be tracked; False for a frozen parameter, which just takes no part."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"params: {name} is a {type(tensor).__name__}, expected a tensor")
+    what = f"params: {name} of shape {tuple(tensor.shape)}"
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} has layout {tensor.layout}, expected a dense (strided) tensor")
+    if tensor.dtype not in _BUFFER_DTYPE:
+        raise TypeError(
+            f"{what} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16"
+        )
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise ValueError(f"{what} is not a leaf: it was computed, so it never gets a .grad")
+    if tensor.is_meta:
+        raise ValueError(f"{what} is on the meta device: it has no values")
+    return tensor.requires_grad
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@dataclass
+class FlatGroup:
+    """Parameters of one dtype, device and weight decay, and where they lie in flat buffers."""
+
+    names: list[str]
+    tensors: list[Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    weight_decay: float
+    offsets: list[int] = field(init=False)
+    strides: list[tuple[int, ...]] = field(init=False)
+    #: Elements of a flat buffer, the gaps between segments included.
+    length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offsets, self.length = [], 0
+        for tensor in self.tensors:
+            self.offsets.append(self.length)
+            self.length += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+        self.strides = [
+            t.stride() if _is_dense(t) else torch.empty(t.shape, device="meta").stride()
+            for t in self.tensors
+        ]
+        self._shapes = [t.shape for t in self.tensors]
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        """float64 for float64 parameters, float32 for all others."""
+        return _BUFFER_DTYPE[self.dtype]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a parameter can't hold what the buffers hold."""
+        return self.dtype != self.buffer_dtype
+
+    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        """An all-zero flat buffer: the gaps between segments stay zero."""
+        return torch.zeros(self.length, dtype=dtype or self.buffer_dtype, device=self.device)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The segments of a flat buffer, shaped and strided like the parameters."""
+        return [
+            flat.as_strided(shape, strides, flat.storage_offset() + offset)
+            for shape, strides, offset in zip(self._shapes, self.strides, self.offsets, strict=True)
+        ]
+
+    def segments(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Tensors shaped like the parameters, as contiguous memory in segment order.
+
+        Dense ones of the right strides are read where they lie; others are copied, and None (no
+        gradient) becomes zeros.
+        """
+        return [self._segment(i, tensor) for i, tensor in enumerate(tensors)]
+
+    def _segment(self, i: int, tensor: Tensor | None) -> Tensor:
+        strides = self.strides[i]
+        if tensor is None:
+            return torch.zeros(self._shapes[i].numel(), dtype=self.dtype, device=self.device)
+        tensor = tensor.detach()
+        if tensor.dtype != self.dtype or tensor.stride() != strides:
+            if tensor.dtype == self.dtype and tensor.is_contiguous() and _is_standard(self, i):
+                return tensor
+            matching = torch.empty_strided(
+                self._shapes[i], strides, dtype=self.dtype, device=self.device
+            )
+            tensor = matching.copy_(tensor)
+        return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+    def check(self) -> None:
+        """Raises ValueError when a parameter isn't what it was: moved, cast or reshaped."""
+        for name, tensor, shape in zip(self.names, self.tensors, self._shapes, strict=True):
+            now = (tensor.shape, tensor.dtype, tensor.device)
+            if now != (shape, self.dtype, self.device):
+                raise ValueError(
+                    f"params: {name} is now {tuple(now[0])} {now[1]} on {now[2]}, but was "
+                    f"{tuple(shape)} {self.dtype} on {self.device}: make a new tracker"
+                )
+
+
+def _is_standard(group: FlatGroup, i: int) -> bool:
+    return torch.empty(group._shapes[i], device="meta").stride() == group.strides[i]
+
+
+class FlatLayout:
+    """All tracked parameters, in groups.
+
+    Attributes:
+        parameters: the tracked parameters, in the user's order.
+        groups: the same in groups, in the order of first appearance.
+        numel: how many numbers they hold (N).
+    """
+
+    def __init__(self, params: Parameters, weight_decay: float = 0.0) -> None:
+        self.parameters = collect(params, weight_decay)
+        members: dict[tuple, list[TrackedParameter]] = {}
+        for p in self.parameters:
+            key = (p.tensor.dtype, p.tensor.device, p.weight_decay)
+            members.setdefault(key, []).append(p)
+        self.groups = [
+            FlatGroup([p.name for p in group], [p.tensor for p in group], *key)
+            for key, group in members.items()
+        ]
+        self.numel = sum(p.tensor.numel() for p in self.parameters)
+        if self.numel == 0:
+            raise ValueError("params: all tensors are empty (0 elements)")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scalars live: the device of the first group."""
+        return self.groups[0].device
+
+    def norm(self) -> float:
+        """‖θ‖ in float64. Reads back to the host: for the start of a run only."""
+        squares = (p.tensor.detach().double().square().sum() for p in self.parameters)
+        return math.sqrt(sum(float(s) for s in squares))
+
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest parameter dtype."""
+        return max(torch.finfo(group.dtype).eps for group in self.groups)

@@ -1,0 +1,268 @@
+"""From the growth of a separation to Lyapunov exponent, ascent rate and curvature.
+
+`Separation` is Benettin's scheme for one vector: place the second copy at its distance (recentring),
+let both copies take the same step, read off how far they parted. `curvature_of_growth` and its inverse
+are the paper's relations between exponents and eigenvalues (§3, App. A and B).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyapcuda import _C, ops
+from lyapcuda.evaluate import GradientPair
+from lyapcuda.flat import FlatGroup, FlatLayout
+
+__all__ = [
+    "Separation",
+    "curvature_of_growth",
+    "default_perturbation",
+    "growth_of_curvature",
+]
+
+#: The sign of the map: gradient ascent finds the largest (algebraic) eigenvalue, descent the smallest.
+SIGNS = {"LA": 1, "SA": -1}
+
+
+def curvature_of_growth(
+    exponent: float, rate: float, *, momentum: float = 0.0, linearised: bool = False
+) -> float:
+    """The Hessian eigenvalue along which a map grows by e^exponent a step.
+
+    Args:
+        exponent: λ, the Lyapunov exponent per step (natural logarithm).
+        rate: β > 0 for gradient ascent, −α for descent with learning rate α.
+        momentum: m of the heavy-ball map p ← m·p ∓ g, θ ← θ + rate·p; 0 for the plain one.
+        linearised: the paper's formulas (h = λ/rate; with momentum (λ² + λ(1 − m))/rate, App. B),
+            which hold for small λ, rather than the exact (e^λ − 1)(e^λ − m)/(rate·e^λ).
+
+    Raises:
+        ValueError: rate 0 or not finite, momentum outside [0, 1).
+    """
+    if not (math.isfinite(rate) and rate != 0):
+        raise ValueError(f"rate={rate!r}: expected a finite number other than 0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1)")
+    name = "paper" if linearised else "growth"
+    return _C.curvature_of_growth(exponent, rate, momentum, ops.ESTIMATES[name])
+
+
+def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0) -> float:
+    """The exponent λ of the map along an eigenvector: the inverse of `curvature_of_growth`.
+
+    With momentum, the larger of the two modes; complex modes grow by √m a step.
+    """
+    if momentum == 0.0:
+        return math.log(abs(1.0 + rate * curvature))
+    trace = 1.0 + momentum + rate * curvature
+    discriminant = trace * trace - 4.0 * momentum
+    if discriminant < 0.0:
+        return 0.5 * math.log(momentum)
+    return math.log((abs(trace) + math.sqrt(discriminant)) / 2.0)
+
+
+def default_perturbation(layout: FlatLayout) -> float:
+    """Δq for forward differences in the parameters' precision: √ε·max(‖θ‖, √N/100)/8.
+
+    Rounding errors of a gradient difference grow as 1/Δq and the curvature's own change as Δq; √ε
+    balances the two. The second scale stands in for parameters that start at zero.
+    """
+    size = max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
+    return math.sqrt(layout.epsilon()) * size / 8.0
+
+
+class _GroupSeparation:
+    """The flat buffers of one group: q, and the other one, in turns θ + q and the next q."""
+
+    def __init__(self, group: FlatGroup, momentum: float) -> None:
+        self.group = group
+        self.q, self.spare = group.new_buffer(), group.new_buffer()
+        # 16-bit parameters need a copy of their own type; others borrow the spare buffer.
+        self._rounded = group.new_buffer(group.dtype) if group.rounds else None
+        self.p = group.new_buffer() if momentum else None
+
+    def views(self) -> list[Tensor]:
+        return self.group.views(self.spare if self._rounded is None else self._rounded)
+
+
+class Separation:
+    """q, the separation of the two copies, and the scalars of its growth, all on the device.
+
+    A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the user's
+    two gradients, and `advance`. Extra memory at rest: two N-float buffers; for 16-bit parameters
+    one more copy of those.
+    """
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        *,
+        sign: int,
+        estimate: str,
+        perturbation: float | None,
+        beta: float | None,
+        momentum: float,
+        ema: float,
+        seed: int,
+    ) -> None:
+        self.layout = layout
+        self._options = {
+            "sign": sign,
+            "estimate": ops.ESTIMATES[estimate],
+            "momentum": momentum,
+            "control": beta is None,
+            # One side of θ and the other in turns: half the difference of two successive values is
+            # then the error of the one-sided difference. The paper stays on one side.
+            "alternate": estimate != "paper",
+            "ema": ema,
+        }
+        self._groups = [_GroupSeparation(group, momentum) for group in layout.groups]
+        # β = 0 until the first gradients set it, except where the paper or the user says.
+        start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
+        self._needs_secant = start == 0.0
+        size = perturbation if perturbation is not None else default_perturbation(layout)
+        resolution = layout.epsilon() * layout.norm()
+        if size < 8.0 * resolution:
+            warnings.warn(
+                f"perturbation={size:g}: the parameters' rounding alone is about {resolution:.1g}, "
+                f"so the difference of gradients will mostly be noise; at least "
+                f"{default_perturbation(layout):.1g} is advised",
+                stacklevel=4,
+            )
+        norm = self._randomise(seed)
+        self.state = ops.new_state(layout.device, perturbation=size, scale=size / norm, beta=start)
+
+    def _randomise(self, seed: int) -> float:
+        """Fills q with normal numbers of a generator of our own; returns the norm."""
+        square = 0.0
+        for number, part in enumerate(self._groups):
+            generator = torch.Generator(part.group.device).manual_seed(seed + number)
+            for view in part.group.views(part.q):
+                view.normal_(generator=generator)
+            square += float(part.q.double().square().sum())
+        return math.sqrt(square)
+
+    def _state_on(self, device: torch.device) -> Tensor:
+        return self.state if device == self.state.device else self.state.to(device)
+
+    def place(self) -> list[Tensor]:
+        """Writes θ + q; returns it, in the order of `FlatLayout.parameters`."""
+        copies: dict[int, Tensor] = {}
+        for part in self._groups:
+            group, views = part.group, part.views()
+            group.check()
+            ops.recenter_(
+                group.segments(views),
+                part.q,
+                part.spare,
+                group.segments(group.tensors),
+                group.offsets,
+                self._state_on(group.device),
+            )
+            copies.update(zip(map(id, group.tensors), views, strict=True))
+        return [copies[id(p.tensor)] for p in self.layout.parameters]
+
+    def withdraw(self) -> None:
+        """After `place`, when no gradients came of it: q is whole again and stays as it is."""
+        self.state[ops.STATE_FIELDS.index("committed")] = 1.0
+
+    def advance(self, pair: GradientPair) -> None:
+        """Steps both copies along their gradients and takes the growth into the state."""
+        if self._needs_secant:
+            self._needs_secant = False
+            ops.secant_(self.state, self._ascend(pair)[0], sign=self._options["sign"])
+        sums, momenta = self._ascend(pair)
+        losses = torch.stack([loss.to(self.state) for loss in (pair.loss0, pair.loss1)])
+        ops.exponent_(self.state, sums, losses, **self._options)
+        for part, p_next in zip(self._groups, momenta, strict=True):
+            part.q, part.spare = part.spare, part.q
+            if part.p is not None:
+                kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
+                torch.where(kept, part.p, p_next, out=part.p)
+
+    def _ascend(self, pair: GradientPair) -> tuple[Tensor, list[Tensor | None]]:
+        """Writes the next q beside the present one; returns the sums over all groups."""
+        index = {id(p.tensor): i for i, p in enumerate(self.layout.parameters)}
+        total, momenta = None, []
+        for part in self._groups:
+            group = part.group
+            here = [index[id(t)] for t in group.tensors]
+            moved: dict[str, Any] = {}
+            if group.rounds:
+                moved["theta"] = group.segments(group.tensors)
+                moved["theta1"] = group.segments(part.views())
+            if part.p is not None:
+                moved["momentum"] = self._options["momentum"]
+                moved["p"], moved["p_next"] = part.p, torch.zeros_like(part.p)
+            sums = ops.ascent_(
+                part.spare,
+                part.q,
+                group.segments([pair.g0[i] for i in here]),
+                group.segments([pair.g1[i] for i in here]),
+                group.offsets,
+                self._state_on(group.device),
+                sign=self._options["sign"],
+                weight_decay=group.weight_decay,
+                **moved,
+            ).to(self.state.device)
+            total = sums if total is None else total + sums
+            momenta.append(moved.get("p_next"))
+        return total, momenta
+
+    def value(self, name: str) -> Tensor:
+        """One field of the state (0-dim float64 on the device), a copy."""
+        return self.state[ops.STATE_FIELDS.index(name)].clone()
+
+    def _settled(self, part: _GroupSeparation) -> Tensor:
+        """q as the next `place` will see it, whether or not the last step was committed."""
+        kept = self._state_on(part.q.device)[ops.STATE_FIELDS.index("committed")] == 0
+        return torch.where(kept, part.spare, part.q)
+
+    def vector(self) -> list[Tensor]:
+        """q itself, shaped like the parameters, in their order (copies)."""
+        out: dict[int, Tensor] = {}
+        for part in self._groups:
+            scale = self._state_on(part.q.device)[ops.STATE_FIELDS.index("scale")]
+            flat = (self._settled(part) * scale).to(part.q.dtype)
+            out.update(zip(map(id, part.group.tensors), part.group.views(flat), strict=True))
+        return [out[id(p.tensor)] for p in self.layout.parameters]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers only; every tensor a copy."""
+        state = self.state.clone()
+        state[ops.STATE_FIELDS.index("committed")] = 1.0
+        return {
+            "state": state,
+            "needs_secant": self._needs_secant,
+            "q": [self._settled(part) for part in self._groups],
+            "p": [None if part.p is None else part.p.clone() for part in self._groups],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
+        _check_shapes("state", [self.state], [saved["state"]])
+        _check_shapes("q", [part.q for part in self._groups], saved["q"])
+        _check_shapes("p", [part.p for part in self._groups], saved["p"])
+        self.state.copy_(saved["state"])
+        self._needs_secant = bool(saved["needs_secant"])
+        for part, q, p in zip(self._groups, saved["q"], saved["p"], strict=True):
+            part.q.copy_(q)
+            if part.p is not None:
+                part.p.copy_(p)
+
+
+def _check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+    def describe(tensors: Sequence[Tensor | None]) -> list[str]:
+        return ["-" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in tensors]
+
+    if describe(have) != describe(saved):
+        raise ValueError(
+            f"state_dict: {name} is {describe(saved)}, but these parameters need {describe(have)}: "
+            "it belongs to another model"
+        )

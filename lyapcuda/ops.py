@@ -1,0 +1,215 @@
+"""The compiled ops, `torch.ops.lyapcuda.*`: what each computes, and its fake for tracing.
+
+All of them work on the buffers of one tracker, in float32 or float64, and read 16-bit gradients and
+parameters directly. A *flat buffer* is a contiguous 1-D tensor; a list of tensors beside it lies at
+the given element ``offsets``. ``state`` is the float64 vector described in ``csrc/state.h`` (its
+names: `STATE_FIELDS`), ``sums`` a float64 vector with the fields `SUM_FIELDS`. Sums are accumulated
+in float64 in an order fixed by the sizes alone: reruns are bit-identical on any number of threads.
+The fp64 oracle of every op has the same name in `lyapcuda.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lyapcuda import _C
+
+__all__ = [
+    "ESTIMATES",
+    "STATE_FIELDS",
+    "SUM_FIELDS",
+    "ascent_",
+    "build_info",
+    "descend_",
+    "exponent_",
+    "new_state",
+    "recenter_",
+    "secant_",
+    "stream_copy_",
+]
+
+#: Fields of the state vector, in order.
+STATE_FIELDS: tuple[str, ...] = tuple(_C.state_fields())
+#: Fields of the vector that `ascent_` returns, in order.
+SUM_FIELDS = ("dd", "qq", "qy", "yy", "carried_q", "carried_y")
+#: How `h` is read off a step, by name, as the ops number them.
+ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2}
+
+
+def build_info() -> dict[str, object]:
+    """How the extension was built and which instruction set it runs with."""
+    return {**_C.build_info(), "threads": torch.get_num_threads()}
+
+
+def new_state(device: torch.device | str, **values: float) -> Tensor:
+    """A state vector on ``device`` with the given fields; counters 0, everything unmeasured NaN."""
+    zero = {"guard": 0.0, "committed": 1.0, "accepted": 0.0, "steps": 0.0, "skipped": 0.0}
+    unknown = set(values) - set(STATE_FIELDS)
+    if unknown:
+        raise ValueError(f"unknown state fields: {sorted(unknown)}")
+    filled = [{**zero, **values}.get(name, float("nan")) for name in STATE_FIELDS]
+    return torch.tensor(filled, dtype=torch.float64, device=device)
+
+
+# --- ascent_ -------------------------------------------------------------------------------------
+
+
+def ascent_(
+    d: Tensor,
+    q: Tensor,
+    g0: Sequence[Tensor],
+    g1: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    *,
+    sign: int = 1,
+    weight_decay: float = 0.0,
+    theta: Sequence[Tensor] | None = None,
+    theta1: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    p: Tensor | None = None,
+    p_next: Tensor | None = None,
+) -> Tensor:
+    """Steps both copies along their gradients, as seen from their separation.
+
+    ``d = scale·q + sign·β·w`` with ``w = momentum·scale·p + y`` (written to ``p_next``) and
+    ``y = g1 − g0 + weight_decay·moved``, in one pass that also returns the sums of `SUM_FIELDS`.
+    ``moved`` is ``scale·q``, or ``theta1 − theta`` where both are given (16-bit parameters, which
+    round the separation). ``d`` may be ``q`` itself.
+    """
+    return torch.ops.lyapcuda.ascent_(
+        d,
+        q,
+        g0,
+        g1,
+        offsets,
+        state,
+        sign=sign,
+        weight_decay=weight_decay,
+        theta=theta,
+        theta1=theta1,
+        momentum=momentum,
+        p=p,
+        p_next=p_next,
+    )
+
+
+@torch.library.register_fake("lyapcuda::ascent_")
+def _(d, q, g0, g1, offsets, state, **options):
+    return state.new_empty(len(SUM_FIELDS))
+
+
+# --- exponent_, secant_ --------------------------------------------------------------------------
+
+
+def exponent_(
+    state: Tensor,
+    sums: Tensor,
+    losses: Tensor,
+    *,
+    sign: int = 1,
+    estimate: int = 0,
+    momentum: float = 0.0,
+    control: bool = True,
+    alternate: bool = True,
+    ema: float = 0.0,
+) -> None:
+    """Takes the sums of a pass into the state: λ, the next β, h, its average and its error bar.
+
+    ``losses`` is a float64 vector that has to be finite for the step to count. With ``control`` β
+    follows the curvature (the paper's β/λ for its own estimate, the secant (e − 1)‖q‖/‖y‖
+    otherwise); ``alternate`` flips the side of the separation. Nothing is read back to the host.
+    """
+    torch.ops.lyapcuda.exponent_(
+        state,
+        sums,
+        losses,
+        sign=sign,
+        estimate=estimate,
+        momentum=momentum,
+        control=control,
+        alternate=alternate,
+        ema=ema,
+    )
+
+
+@torch.library.register_fake("lyapcuda::exponent_")
+def _(state, sums, losses, **options):
+    return None
+
+
+def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> None:
+    """Sets β alone from the sums of a pass: the start of a run, before anything was measured."""
+    torch.ops.lyapcuda.secant_(state, sums, sign=sign)
+
+
+@torch.library.register_fake("lyapcuda::secant_")
+def _(state, sums, **options):
+    return None
+
+
+# --- recenter_ -----------------------------------------------------------------------------------
+
+
+def recenter_(
+    theta1: Sequence[Tensor],
+    q: Tensor,
+    q_previous: Tensor,
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+) -> None:
+    """``theta1 = theta + scale·q``, rounded to the parameters' dtype.
+
+    Where the state says that the last step was not committed, ``q`` is first taken back from
+    ``q_previous``. ``theta1`` may be views of ``q_previous`` at the same offsets.
+    """
+    torch.ops.lyapcuda.recenter_(theta1, q, q_previous, theta, offsets, state)
+
+
+@torch.library.register_fake("lyapcuda::recenter_")
+def _(theta1, q, q_previous, theta, offsets, state):
+    return None
+
+
+# --- descend_ ------------------------------------------------------------------------------------
+
+
+def descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    state: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """``theta −= lr·(gradient + weight_decay·theta)``, ``lr = min(gain/h_ema, max_lr)``.
+
+    Returns lr (0-dim float64): ``max_lr`` where h_ema ≤ 0, and 0, with theta untouched, where the
+    last step was not finite.
+    """
+    return torch.ops.lyapcuda.descend_(
+        theta, gradient, state, gain=gain, max_lr=max_lr, weight_decay=weight_decay
+    )
+
+
+@torch.library.register_fake("lyapcuda::descend_")
+def _(theta, gradient, state, **options):
+    return state.new_empty(())
+
+
+# --- stream_copy_ --------------------------------------------------------------------------------
+
+
+def stream_copy_(destination: Tensor, source: Tensor) -> None:
+    """Copies one flat buffer to another: the bandwidth the other ops are measured against."""
+    torch.ops.lyapcuda.stream_copy_(destination, source)
+
+
+@torch.library.register_fake("lyapcuda::stream_copy_")
+def _(destination, source):
+    return None

@@ -1,0 +1,168 @@
+"""The fp64 oracle of every op: the same names and arguments, plain arithmetic in float64.
+
+Slow and simple on purpose. Nothing is mutated: what an op writes is returned, in float64, before any
+rounding to the buffers' dtypes. Tests hold every backend against these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lyapcuda.ops import ESTIMATES, STATE_FIELDS, SUM_FIELDS
+
+_INDEX = {name: i for i, name in enumerate(STATE_FIELDS)}
+
+
+def ascent_(
+    q: Tensor,
+    g0: Sequence[Tensor],
+    g1: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    *,
+    sign: int = 1,
+    weight_decay: float = 0.0,
+    theta: Sequence[Tensor] | None = None,
+    theta1: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    p: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns (d, p_next, sums); elements of q outside the segments are NaN in d and p_next."""
+    scale, beta = (float(state[_INDEX[name]]) for name in ("scale", "beta"))
+    d = torch.full_like(q, float("nan"), dtype=torch.float64)
+    p_next = None if p is None else torch.full_like(d, float("nan"))
+    sums = torch.zeros(len(SUM_FIELDS), dtype=torch.float64)
+    for i, offset in enumerate(offsets):
+        span = slice(offset, offset + g0[i].numel())
+        carried = scale * q[span].double()
+        moved = carried
+        if theta is not None and theta1 is not None:
+            moved = theta1[i].double().flatten() - theta[i].double().flatten()
+        y = g1[i].double().flatten() - g0[i].double().flatten() + weight_decay * moved
+        w = y
+        if p is not None:
+            w = momentum * scale * p[span].double() + y
+            p_next[span] = w
+        d[span] = carried + sign * beta * w
+        pairs = [(d[span], d[span]), (moved, moved), (moved, y), (y, y)]
+        pairs += [(carried, moved), (carried, y)]
+        sums += torch.stack([(a * b).sum() for a, b in pairs])
+    return d, p_next, sums
+
+
+def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate: str) -> float:
+    """Curvature h of a map with growth e^exponent a step; ``rate`` is negative for descent."""
+    if estimate == "paper":
+        return (exponent**2 + exponent * (1 - momentum)) / rate if momentum else exponent / rate
+    growth = math.exp(exponent)
+    if momentum:
+        return (growth - 1) * (growth - momentum) / (rate * growth)
+    return math.expm1(exponent) / rate
+
+
+def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> Tensor:
+    """Returns the state with β set from the secant."""
+    s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
+    v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
+    if all(map(math.isfinite, v.values())) and v["qq"] > 0 and v["carried_q"] > 0:
+        _secant_rate(s, v["carried_y"] / v["carried_q"], math.sqrt(v["yy"] / v["qq"]), sign)
+    return torch.tensor(list(s.values()), dtype=torch.float64)
+
+
+def _secant_rate(s: dict[str, float], rayleigh: float, secant: float, sign: int) -> None:
+    if sign * rayleigh < 0:
+        s["guard"] = max(s["guard"], secant)
+    bound = max(secant, s["guard"])
+    if bound > 0 and math.isfinite((math.e - 1) / bound):
+        s["beta"] = (math.e - 1) / bound
+
+
+def exponent_(
+    state: Tensor,
+    sums: Tensor,
+    losses: Tensor,
+    *,
+    sign: int = 1,
+    estimate: int = 0,
+    momentum: float = 0.0,
+    control: bool = True,
+    alternate: bool = True,
+    ema: float = 0.0,
+) -> Tensor:
+    """Returns the state after the step."""
+    s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
+    v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
+    name = {number: key for key, number in ESTIMATES.items()}[estimate]
+    finite = all(map(math.isfinite, [*v.values(), *losses.flatten().tolist()]))
+    if not (finite and v["qq"] > 0 and v["carried_q"] > 0):
+        s.update(accepted=0.0, committed=0.0, skipped=s["skipped"] + 1)
+        return torch.tensor(list(s.values()), dtype=torch.float64)
+    rayleigh = v["carried_y"] / v["carried_q"]
+    variance = (v["yy"] - 2 * rayleigh * v["qy"] + rayleigh**2 * v["qq"]) / v["qq"]
+    known = math.isfinite(s["rayleigh"])
+    s["drift"] = abs(rayleigh - s["rayleigh"]) / 2 if known else 0.0
+    s["rayleigh"], s["residual"] = rayleigh, math.sqrt(max(variance, 0.0))
+    h, beta = rayleigh, s["beta"]
+    if v["dd"] > 0:
+        lam = 0.5 * math.log(v["dd"] / v["qq"])
+        if name != "rayleigh":
+            h = curvature_of_growth(lam, sign * beta, momentum, name)
+        side = -1.0 if alternate and s["scale"] > 0 else 1.0
+        s.update(exponent=lam, scale=side * s["perturbation"] / math.sqrt(v["dd"]), committed=1.0)
+        if control and name == "paper":
+            s["beta"] = beta / lam if lam else beta
+        elif control:
+            _secant_rate(s, rayleigh, math.sqrt(v["yy"] / v["qq"]), sign)
+    else:
+        s["committed"] = 0.0
+        s["beta"] = 0.5 * beta if control else beta
+    s["h"] = h
+    s["h_ema"] = ema * s["h_ema"] + (1 - ema) * h if math.isfinite(s["h_ema"]) else h
+    s.update(accepted=1.0, steps=s["steps"] + 1)
+    return torch.tensor(list(s.values()), dtype=torch.float64)
+
+
+def recenter_(
+    q: Tensor, q_previous: Tensor, theta: Sequence[Tensor], offsets: Sequence[int], state: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Returns (theta1, q)."""
+    q = q.clone()
+    if float(state[_INDEX["committed"]]) == 0:
+        for t, offset in zip(theta, offsets, strict=True):
+            q[offset : offset + t.numel()] = q_previous[offset : offset + t.numel()]
+    scale = float(state[_INDEX["scale"]])
+    theta1 = [
+        t.double() + scale * q[offset : offset + t.numel()].double().reshape(t.shape)
+        for t, offset in zip(theta, offsets, strict=True)
+    ]
+    return theta1, q
+
+
+def descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    state: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    weight_decay: float = 0.0,
+) -> tuple[list[Tensor], Tensor]:
+    """Returns (theta, lr)."""
+    h = float(state[_INDEX["h_ema"]])
+    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h):
+        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64)
+    lr = gain / h if h > 0 and gain / h < max_lr else max_lr
+    moved = [
+        t.double() - lr * (g.double() + weight_decay * t.double())
+        for t, g in zip(theta, gradient, strict=True)
+    ]
+    return moved, torch.tensor(lr, dtype=torch.float64)
+
+
+def stream_copy_(source: Tensor) -> Tensor:
+    """Returns the copy."""
+    return source.clone()
