@@ -15,8 +15,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
-        "lyapcuda: torch is not installed here. Install torch (2.11 to 2.15) first, then build with "
-        "`pip install --no-build-isolation .`"
+        "lyapcuda: torch is not installed here. Install torch (2.11 to 2.15) first, then build "
+        "with `pip install --no-build-isolation .`"
     )
 
 ROOT = Path(__file__).parent

@@ -15,7 +15,7 @@
 namespace lyapcuda {
 
 enum class Estimate : int64_t {
-  kRayleigh = 0,  // ρ: unbiased, signed
+  kRayleigh = 0,  // ρ, the mean of two sides: unbiased, signed
   kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
   kPaper = 2      // the paper's λ/β, which converges to h/(e − 1) under its own control
 };
@@ -55,12 +55,36 @@ LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count)
   return true;
 }
 
-// The rate for the next step from the secant ‖y‖/‖q‖ of this one. Along the unwanted end the secant
-// is remembered for good: a rate that lets that end outgrow the wanted one would swap the two.
-LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, double rayleigh, double secant,
-                                             double sign) {
-  if (rayleigh * sign < 0.0 && secant > state[k_guard]) state[k_guard] = secant;
-  const double bound = secant > state[k_guard] ? secant : state[k_guard];
+// What one pass tells of the map q → y.
+struct Quotient {
+  double rayleigh;  // ρ = q·y/‖q‖²
+  double residual;  // r = ‖y − ρq‖/‖q‖
+  double secant;    // ‖y‖/‖q‖, at most the largest |eigenvalue|
+};
+
+LYAPCUDA_HOST_DEVICE inline bool usable(const double* sums) {
+  return all_finite(sums, kSumSize) && sums[kSumQQ] > 0.0 && sums[kSumCarriedQ] > 0.0;
+}
+
+LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
+  // With rounded displacements q·y/q·q would count the rounding as part of the eigenvector; the
+  // carried separation on the left removes its first-order effect (equal to ρ when none is
+  // rounded).
+  const double qq = sums[kSumQQ], yy = sums[kSumYY];
+  const double rayleigh = sums[kSumCarriedY] / sums[kSumCarriedQ];
+  const double variance = (yy - 2.0 * rayleigh * sums[kSumQY] + rayleigh * rayleigh * qq) / qq;
+  return {rayleigh, variance > 0.0 ? std::sqrt(variance) : 0.0, std::sqrt(yy / qq)};
+}
+
+// The rate for the next step from the secant of this one. When q has settled on the unwanted end of
+// the spectrum, the secant there is remembered for good: a rate that lets that end outgrow the
+// wanted one would bring q back to it.
+LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& found, double sign) {
+  const bool settled = found.residual < std::fabs(found.rayleigh);
+  if (found.rayleigh * sign < 0.0 && settled && found.secant > state[k_guard]) {
+    state[k_guard] = found.secant;
+  }
+  const double bound = found.secant > state[k_guard] ? found.secant : state[k_guard];
   if (bound > 0.0 && std::isfinite(kTargetGrowth / bound)) state[k_beta] = kTargetGrowth / bound;
 }
 
@@ -69,29 +93,24 @@ LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, double rayleigh, dou
 LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums,
                                                const double* losses, int64_t loss_count,
                                                const ExponentOptions& options) {
-  const double qq = sums[kSumQQ];
-  const double dd = sums[kSumDD];
-  if (!all_finite(sums, kSumSize) || !all_finite(losses, loss_count) || !(qq > 0.0) ||
-      !(sums[kSumCarriedQ] > 0.0)) {
+  if (!usable(sums) || !all_finite(losses, loss_count)) {
     state[k_accepted] = 0.0;
     state[k_committed] = 0.0;
     state[k_skipped] += 1.0;
     return;
   }
-  // With rounded displacements q·y/q·q would count the rounding as part of the eigenvector; the
-  // carried separation on the left removes its first-order effect (equal to ρ when none is
-  // rounded).
-  const double rayleigh = sums[kSumCarriedY] / sums[kSumCarriedQ];
-  const double variance =
-      (sums[kSumYY] - 2.0 * rayleigh * sums[kSumQY] + rayleigh * rayleigh * qq) / qq;
+  const Quotient found = quotient(sums);
   const double previous = state[k_rayleigh];
-  state[k_drift] = std::isfinite(previous) ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
-  state[k_rayleigh] = rayleigh;
-  state[k_residual] = variance > 0.0 ? std::sqrt(variance) : 0.0;
+  const bool known = std::isfinite(previous);
+  state[k_drift] = known ? 0.5 * std::fabs(found.rayleigh - previous) : 0.0;
+  state[k_rayleigh] = found.rayleigh;
+  state[k_residual] = found.residual;
 
   const double beta = state[k_beta];
-  const double lambda = 0.5 * std::log(dd / qq);
-  double h = rayleigh;
+  const double dd = sums[kSumDD];
+  const double lambda = 0.5 * std::log(dd / sums[kSumQQ]);
+  // The mean over both sides of θ: one-sided errors, of odd order in Δq, cancel.
+  double h = options.alternate && known ? 0.5 * (found.rayleigh + previous) : found.rayleigh;
   if (options.estimate != Estimate::kRayleigh && dd > 0.0) {
     const double measured =
         curvature_of_growth(lambda, options.sign * beta, options.momentum, options.estimate);
@@ -109,7 +128,7 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
       if (options.estimate == Estimate::kPaper) {
         if (lambda != 0.0 && std::isfinite(beta / lambda)) state[k_beta] = beta / lambda;
       } else {
-        secant_rate(state, rayleigh, std::sqrt(sums[kSumYY] / qq), options.sign);
+        secant_rate(state, found, options.sign);
       }
     }
   } else {

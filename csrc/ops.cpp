@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def(
       "ascent_(Tensor(a!) d, Tensor q, Tensor[] g0, Tensor[] g1, int[] offsets, Tensor state, *, "
-      "int sign=1, float weight_decay=0., Tensor[]? theta=None, Tensor[]? theta1=None, "
+      "int sign=1, float weight_decay=0., Tensor[]? theta=None, "
       "float momentum=0., Tensor? p=None, Tensor(b!)? p_next=None) -> Tensor");
   m.def(
       "exponent_(Tensor(a!) state, Tensor sums, Tensor losses, *, int sign=1, int estimate=0, "

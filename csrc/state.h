@@ -18,7 +18,7 @@
   X(rayleigh)     /* ρ = q·y/‖q‖² */                                                   \
   X(residual)     /* r = ‖y − ρq‖/‖q‖ */                                               \
   X(drift)        /* |ρ − previous ρ|/2: with alternating signs, the one-sided error */ \
-  X(guard)        /* largest ‖y‖/‖q‖ seen along the unwanted end of the spectrum */    \
+  X(guard)        /* largest ‖y‖/‖q‖ met where q had settled on the unwanted end */    \
   X(committed)    /* 1: the last step's d replaces q; 0: the old q stays */            \
   X(accepted)     /* 1: the last step was finite and its values were taken */          \
   X(steps)        /* how many steps were accepted */                                   \

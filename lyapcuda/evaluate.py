@@ -85,7 +85,8 @@ class _Surroundings:
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
         for module, name, buffer, value in self._buffers:
-            # .data: a graph the user still holds may have saved this buffer, and finds it unchanged.
+            # .data: a graph the user still holds may have saved this buffer, and finds it
+            # unchanged.
             buffer.data.copy_(value)
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
@@ -93,6 +94,9 @@ class _Surroundings:
             if gradient is not None:
                 gradient.data.copy_(value)
             parameter.grad = gradient
+
+    def has_gradients(self) -> bool:
+        return any(gradient is not None for _, gradient in self._gradients)
 
     def restore_gradients(self) -> None:
         for parameter, gradient in self._gradients:
@@ -162,7 +166,7 @@ def gradient_pair(
     Args:
         closure: called twice.
         parameters: leaf tensors that require a gradient.
-        copies: tensors of the parameters' shapes, dtypes and devices.
+        copies: θ + q, of the parameters' shapes, dtypes and devices; may come back holding g1.
         names: the parameters' names, for messages.
         modules: whose buffers (and other parameters' gradients) are put back.
         leave: False puts everything back as it was, gradients and random states included. True
@@ -178,6 +182,9 @@ def gradient_pair(
         # θ + q first: then the evaluation at θ is the last one, and leaves what training expects.
         with _pointing_to(parameters, copies):
             loss1, g1 = _evaluate(closure, parameters, names)
+        if not leave and before.has_gradients():
+            # Three sets of gradients would be alive otherwise; θ + q is no longer needed.
+            g1 = [g if g is None else c.copy_(g.detach()) for c, g in zip(copies, g1, strict=True)]
         before.restore()
         loss0, g0 = _evaluate(closure, parameters, names)
     except BaseException:

@@ -1,8 +1,8 @@
 """Parameters and gradients as flat buffers, without disturbing the module they belong to.
 
-Parameters of one dtype, device and weight decay form a `FlatGroup`: each has a segment of the group's
-flat buffers, in the order its elements have in memory, so a dense parameter is read where it lies,
-whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
+Parameters of one dtype, device and weight decay form a `FlatGroup`: each has a segment of the
+group's flat buffers, in the order its elements have in memory, so a dense parameter is read where
+it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["ALIGNMENT", "FlatGroup", "FlatLayout", "Parameters", "TrackedParameter"]
 
-#: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay aligned.
+#: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
+#: aligned.
 ALIGNMENT = 32
 
 #: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either.
@@ -94,6 +95,12 @@ def _check_parameter(name: str, tensor: Any) -> bool:
     if tensor.is_meta:
         raise ValueError(f"{what} is on the meta device: it has no values")
     return tensor.requires_grad
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Σ x² in float64, on the host; a piece at a time, so that no copy of the whole is made."""
+    pieces = tensor.reshape(-1).split(1 << 20)
+    return float(sum(float(piece.double().square().sum()) for piece in pieces))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -220,8 +227,7 @@ class FlatLayout:
 
     def norm(self) -> float:
         """‖θ‖ in float64. Reads back to the host: for the start of a run only."""
-        squares = (p.tensor.detach().double().square().sum() for p in self.parameters)
-        return math.sqrt(sum(float(s) for s in squares))
+        return math.sqrt(sum(squared_norm(p.tensor.detach()) for p in self.parameters))
 
     def epsilon(self) -> float:
         """Machine epsilon of the coarsest parameter dtype."""

@@ -1,8 +1,9 @@
 """From the growth of a separation to Lyapunov exponent, ascent rate and curvature.
 
-`Separation` is Benettin's scheme for one vector: place the second copy at its distance (recentring),
-let both copies take the same step, read off how far they parted. `curvature_of_growth` and its inverse
-are the paper's relations between exponents and eigenvalues (§3, App. A and B).
+`Separation` is Benettin's scheme for one vector: place the second copy at its distance
+(recentring), let both copies take the same step, read off how far they parted.
+`curvature_of_growth` and its inverse are the paper's relations between exponents and eigenvalues
+(§3, App. A and B).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lyapcuda import _C, ops
 from lyapcuda.evaluate import GradientPair
-from lyapcuda.flat import FlatGroup, FlatLayout
+from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 
 __all__ = [
     "Separation",
@@ -26,7 +27,8 @@ __all__ = [
     "growth_of_curvature",
 ]
 
-#: The sign of the map: gradient ascent finds the largest (algebraic) eigenvalue, descent the smallest.
+#: The sign of the map: gradient ascent finds the largest (algebraic) eigenvalue, descent the
+#: smallest.
 SIGNS = {"LA": 1, "SA": -1}
 
 
@@ -68,13 +70,13 @@ def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0)
 
 
 def default_perturbation(layout: FlatLayout) -> float:
-    """Δq for forward differences in the parameters' precision: √ε·max(‖θ‖, √N/100)/8.
+    """Δq for forward differences in the parameters' precision: √ε·max(‖θ‖, √N/100)/4.
 
     Rounding errors of a gradient difference grow as 1/Δq and the curvature's own change as Δq; √ε
     balances the two. The second scale stands in for parameters that start at zero.
     """
     size = max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
-    return math.sqrt(layout.epsilon()) * size / 8.0
+    return math.sqrt(layout.epsilon()) * size / 4.0
 
 
 class _GroupSeparation:
@@ -94,9 +96,9 @@ class _GroupSeparation:
 class Separation:
     """q, the separation of the two copies, and the scalars of its growth, all on the device.
 
-    A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the user's
-    two gradients, and `advance`. Extra memory at rest: two N-float buffers; for 16-bit parameters
-    one more copy of those.
+    A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the
+    user's two gradients, and `advance`. Extra memory at rest: two N-float buffers; for 16-bit
+    parameters one more copy of those.
     """
 
     def __init__(
@@ -126,13 +128,12 @@ class Separation:
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
-        size = perturbation if perturbation is not None else default_perturbation(layout)
-        resolution = layout.epsilon() * layout.norm()
-        if size < 8.0 * resolution:
+        advised = default_perturbation(layout)
+        size = advised if perturbation is None else perturbation
+        if size < max(layout.epsilon() * layout.norm(), advised / 30.0):
             warnings.warn(
-                f"perturbation={size:g}: the parameters' rounding alone is about {resolution:.1g}, "
-                f"so the difference of gradients will mostly be noise; at least "
-                f"{default_perturbation(layout):.1g} is advised",
+                f"perturbation={size:g} is small for the parameters' precision: the difference of "
+                f"gradients will be rounding for a good part; {advised:.1g} is advised",
                 stacklevel=4,
             )
         norm = self._randomise(seed)
@@ -145,7 +146,7 @@ class Separation:
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
             for view in part.group.views(part.q):
                 view.normal_(generator=generator)
-            square += float(part.q.double().square().sum())
+            square += squared_norm(part.q)
         return math.sqrt(square)
 
     def _state_on(self, device: torch.device) -> Tensor:
@@ -196,7 +197,6 @@ class Separation:
             moved: dict[str, Any] = {}
             if group.rounds:
                 moved["theta"] = group.segments(group.tensors)
-                moved["theta1"] = group.segments(part.views())
             if part.p is not None:
                 moved["momentum"] = self._options["momentum"]
                 moved["p"], moved["p_next"] = part.p, torch.zeros_like(part.p)

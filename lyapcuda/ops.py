@@ -68,7 +68,6 @@ def ascent_(
     sign: int = 1,
     weight_decay: float = 0.0,
     theta: Sequence[Tensor] | None = None,
-    theta1: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
     p: Tensor | None = None,
     p_next: Tensor | None = None,
@@ -77,8 +76,9 @@ def ascent_(
 
     ``d = scale·q + sign·β·w`` with ``w = momentum·scale·p + y`` (written to ``p_next``) and
     ``y = g1 − g0 + weight_decay·moved``, in one pass that also returns the sums of `SUM_FIELDS`.
-    ``moved`` is ``scale·q``, or ``theta1 − theta`` where both are given (16-bit parameters, which
-    round the separation). ``d`` may be ``q`` itself.
+    ``moved`` is ``scale·q``, or where ``theta`` is given the displacement that `recenter_` realised
+    when it rounded ``theta + scale·q`` to the parameters' dtype. ``d`` may be ``q`` itself, and may
+    share memory with the gradients at the same offsets.
     """
     return torch.ops.lyapcuda.ascent_(
         d,
@@ -90,7 +90,6 @@ def ascent_(
         sign=sign,
         weight_decay=weight_decay,
         theta=theta,
-        theta1=theta1,
         momentum=momentum,
         p=p,
         p_next=p_next,

@@ -21,8 +21,8 @@ __all__ = ["LyapunovSGD"]
 class LyapunovSGD(Optimizer):
     """The paper's quasi-Newton method (§3.1): θ ← θ − (gain/h0)·g, h0 measured at every step.
 
-    One step costs two gradients: the training gradient and that of the second copy. h0 is smoothed by
-    an exponential moving average. The first step warms up: it measures at the initial θ, without
+    One step costs two gradients: the training gradient and that of the second copy. h0 is smoothed
+    by an exponential moving average. The first step warms up: it measures at the initial θ, without
     training, until h0 is stable.
 
     Args:
@@ -73,7 +73,9 @@ class LyapunovSGD(Optimizer):
         return CurvatureTracker(self.param_groups, **self._tracker_options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; after the first group the measurement starts again, warm-up included."""
+        """As in torch.optim; after the first group the measurement starts again, warm-up
+        included.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -172,7 +174,9 @@ class LyapunovSGD(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved optimizer was; a mismatch is a ValueError, and changes nothing."""
+        """Goes on where the saved optimizer was; a mismatch is a ValueError, and changes
+        nothing.
+        """
         if "tracker" not in state_dict or "warm" not in state_dict:
             raise ValueError("state_dict: not the state of a LyapunovSGD (no 'tracker')")
         before = super().state_dict()

@@ -1,7 +1,7 @@
 """The fp64 oracle of every op: the same names and arguments, plain arithmetic in float64.
 
-Slow and simple on purpose. Nothing is mutated: what an op writes is returned, in float64, before any
-rounding to the buffers' dtypes. Tests hold every backend against these.
+Slow and simple on purpose. Nothing is mutated: what an op writes is returned, in float64, before
+any rounding to the buffers' dtypes. Tests hold every backend against these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ def ascent_(
     sign: int = 1,
     weight_decay: float = 0.0,
     theta: Sequence[Tensor] | None = None,
-    theta1: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
     p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -40,8 +39,11 @@ def ascent_(
         span = slice(offset, offset + g0[i].numel())
         carried = scale * q[span].double()
         moved = carried
-        if theta is not None and theta1 is not None:
-            moved = theta1[i].double().flatten() - theta[i].double().flatten()
+        if theta is not None:
+            # Rounding is part of the definition here: done as recenter_ does it, in q's dtype.
+            here = theta[i].flatten()
+            theta1 = (here.to(q.dtype) + (scale * q[span]).to(q.dtype)).to(here.dtype)
+            moved = theta1.double() - here.double()
         y = g1[i].double().flatten() - g0[i].double().flatten() + weight_decay * moved
         w = y
         if p is not None:
@@ -55,26 +57,46 @@ def ascent_(
 
 
 def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate: str) -> float:
-    """Curvature h of a map with growth e^exponent a step; ``rate`` is negative for descent."""
-    if estimate == "paper":
-        return (exponent**2 + exponent * (1 - momentum)) / rate if momentum else exponent / rate
-    growth = math.exp(exponent)
-    if momentum:
-        return (growth - 1) * (growth - momentum) / (rate * growth)
-    return math.expm1(exponent) / rate
+    """Curvature h of a map with growth e^exponent a step; ``rate`` is negative for descent.
+
+    NaN where it is not defined (a rate of 0) or too large for a float.
+    """
+    try:
+        if estimate == "paper":
+            heavy = exponent * exponent + exponent * (1 - momentum)
+            return (heavy if momentum else exponent) / rate
+        growth = math.exp(exponent)
+        if momentum:
+            return (growth - 1) * (growth - momentum) / (rate * growth)
+        return math.expm1(exponent) / rate
+    except (ZeroDivisionError, OverflowError):
+        return float("nan")
 
 
 def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> Tensor:
     """Returns the state with β set from the secant."""
     s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
     v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
-    if all(map(math.isfinite, v.values())) and v["qq"] > 0 and v["carried_q"] > 0:
-        _secant_rate(s, v["carried_y"] / v["carried_q"], math.sqrt(v["yy"] / v["qq"]), sign)
+    if _usable(v):
+        _secant_rate(s, *_quotient(v), sign)
     return torch.tensor(list(s.values()), dtype=torch.float64)
 
 
-def _secant_rate(s: dict[str, float], rayleigh: float, secant: float, sign: int) -> None:
-    if sign * rayleigh < 0:
+def _usable(v: dict[str, float]) -> bool:
+    return all(map(math.isfinite, v.values())) and v["qq"] > 0 and v["carried_q"] > 0
+
+
+def _quotient(v: dict[str, float]) -> tuple[float, float, float]:
+    """ρ, its residual, and the secant ‖y‖/‖q‖."""
+    rayleigh = v["carried_y"] / v["carried_q"]
+    variance = (v["yy"] - 2 * rayleigh * v["qy"] + rayleigh * rayleigh * v["qq"]) / v["qq"]
+    return rayleigh, math.sqrt(max(variance, 0.0)), math.sqrt(v["yy"] / v["qq"])
+
+
+def _secant_rate(
+    s: dict[str, float], rayleigh: float, residual: float, secant: float, sign: int
+) -> None:
+    if sign * rayleigh < 0 and residual < abs(rayleigh):
         s["guard"] = max(s["guard"], secant)
     bound = max(secant, s["guard"])
     if bound > 0 and math.isfinite((math.e - 1) / bound):
@@ -97,26 +119,24 @@ def exponent_(
     s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
     v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
     name = {number: key for key, number in ESTIMATES.items()}[estimate]
-    finite = all(map(math.isfinite, [*v.values(), *losses.flatten().tolist()]))
-    if not (finite and v["qq"] > 0 and v["carried_q"] > 0):
+    if not (_usable(v) and all(map(math.isfinite, losses.flatten().tolist()))):
         s.update(accepted=0.0, committed=0.0, skipped=s["skipped"] + 1)
         return torch.tensor(list(s.values()), dtype=torch.float64)
-    rayleigh = v["carried_y"] / v["carried_q"]
-    variance = (v["yy"] - 2 * rayleigh * v["qy"] + rayleigh**2 * v["qq"]) / v["qq"]
-    known = math.isfinite(s["rayleigh"])
-    s["drift"] = abs(rayleigh - s["rayleigh"]) / 2 if known else 0.0
-    s["rayleigh"], s["residual"] = rayleigh, math.sqrt(max(variance, 0.0))
-    h, beta = rayleigh, s["beta"]
+    rayleigh, residual, secant = _quotient(v)
+    previous = s["rayleigh"] if math.isfinite(s["rayleigh"]) else rayleigh
+    s.update(rayleigh=rayleigh, residual=residual, drift=abs(rayleigh - previous) / 2)
+    h, beta = (rayleigh + previous) / 2 if alternate else rayleigh, s["beta"]
     if v["dd"] > 0:
         lam = 0.5 * math.log(v["dd"] / v["qq"])
         if name != "rayleigh":
-            h = curvature_of_growth(lam, sign * beta, momentum, name)
+            measured = curvature_of_growth(lam, sign * beta, momentum, name)
+            h = measured if math.isfinite(measured) else h
         side = -1.0 if alternate and s["scale"] > 0 else 1.0
         s.update(exponent=lam, scale=side * s["perturbation"] / math.sqrt(v["dd"]), committed=1.0)
         if control and name == "paper":
-            s["beta"] = beta / lam if lam else beta
+            s["beta"] = beta / lam if lam and math.isfinite(beta / lam) else beta
         elif control:
-            _secant_rate(s, rayleigh, math.sqrt(v["yy"] / v["qq"]), sign)
+            _secant_rate(s, rayleigh, residual, secant, sign)
     else:
         s["committed"] = 0.0
         s["beta"] = 0.5 * beta if control else beta

@@ -23,11 +23,11 @@ _STATE_FORMAT = 1
 class CurvatureTracker:
     """Follows the largest (or smallest) eigenvalue of the loss's Hessian while something trains.
 
-    A separation q is carried from step to step; each `step` evaluates the closure's gradient at θ and
-    at θ + q on the same minibatch (same random numbers, same buffers) and lets both copies climb
-    (Algorithm 1 of the paper; for ``which="SA"`` descend, App. A). How fast they part is the Lyapunov
-    exponent, and the difference of the gradients the curvature. Everything stays on the device until
-    read: `h`, `interval` and the rest are device tensors.
+    A separation q is carried from step to step; each `step` evaluates the closure's gradient at θ
+    and at θ + q on the same minibatch (same random numbers, same buffers) and lets both copies
+    climb (Algorithm 1 of the paper; for ``which="SA"`` descend, App. A). How fast they part is the
+    Lyapunov exponent, and the difference of the gradients the curvature. Everything stays on the
+    device until read: `h`, `interval` and the rest are device tensors.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
@@ -38,7 +38,7 @@ class CurvatureTracker:
             (`lyapcuda.lyapunov.default_perturbation`); the paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalue h0, or "SA", the smallest, hN.
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
-            unbiased and signed. "growth": the exact inversion (e^λ − 1)/β of the growth. "paper":
+            unbiased and signed; the mean of the last two, which look from opposite sides of θ. "growth": the exact inversion (e^λ − 1)/β of the growth. "paper":
             Algorithm 1 as printed (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1).
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that
             follows the curvature.
@@ -102,17 +102,17 @@ class CurvatureTracker:
         Args:
             closure: takes nothing and returns the loss; may have called ``backward()`` itself, or
                 leave that to us. Called twice: its random numbers are replayed.
-            leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random states
-                are bitwise what they were. True leaves what one plain evaluation at θ leaves, the
-                gradient in ``.grad`` above all: an optimizer's ``step()`` can follow, and the
-                measurement has cost one gradient more, not two.
+            leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
+                states are bitwise what they were. True leaves what one plain evaluation at θ
+                leaves, the gradient in ``.grad`` above all: an optimizer's ``step()`` can follow,
+                and the measurement has cost one gradient more, not two.
 
         Returns:
             The loss at θ, detached. None when ``every`` skips this step (with ``leave_grad`` the
             gradient at θ is evaluated all the same).
 
-        A loss or gradient that isn't finite leaves `h` and all of the state as they were and adds to
-        `skipped`. After an exception of the closure everything is as it was.
+        A loss or gradient that isn't finite leaves `h` and all of the state as they were and adds
+        to `skipped`. After an exception of the closure everything is as it was.
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
@@ -148,7 +148,7 @@ class CurvatureTracker:
         """
 
         def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            closure = args[0] if args else kwargs.get("closure")
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 raise ValueError(
                     "optimizer.step() was called without a closure: an attached CurvatureTracker "
@@ -163,9 +163,9 @@ class CurvatureTracker:
                 measured = True
                 return self.step(closure, leave_grad=True)
 
-            return (measured_closure, *args[1:]), {
-                name: value for name, value in kwargs.items() if name != "closure"
-            }
+            # Hooks see the optimizer as args[0].
+            others = {name: value for name, value in kwargs.items() if name != "closure"}
+            return (optimizer, measured_closure, *args[2:]), others
 
         return optimizer.register_step_pre_hook(measure_first)
 
@@ -229,8 +229,8 @@ class CurvatureTracker:
     def interval(self) -> Tensor:
         """(2,) float64: ρ ∓ (r + the error of the finite difference).
 
-        That error is taken as half the change of ρ from the step before, which looked from the other
-        side of θ; on a changing minibatch it holds the change of the minibatch as well.
+        That error is taken as half the change of ρ from the step before, which looked from the
+        other side of θ; on a changing minibatch it holds the change of the minibatch as well.
         """
         width = self._value("residual") + self._value("drift")
         rayleigh = self._value("rayleigh")
@@ -275,7 +275,9 @@ class CurvatureTracker:
     # --- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; loads with ``torch.load(weights_only=True)``."""
+        """Everything that the next step depends on; loads with
+        ``torch.load(weights_only=True)``.
+        """
         return {
             "format": _STATE_FORMAT,
             "k": self.k,

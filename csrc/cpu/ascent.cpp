@@ -17,7 +17,7 @@ template <class T, class P>
 struct AscentArguments {
   T* d;
   const T* q;
-  const P *g0, *g1, *theta, *theta1;
+  const P *g0, *g1, *theta;
   const T* p;
   T* p_next;
 };
@@ -25,6 +25,11 @@ struct AscentArguments {
 struct AscentScalars {
   double scale, rate, weight_decay, momentum;
 };
+
+// Whether Σ d² is summed or follows from the other sums, whose last digits are then all it has
+// where d nearly vanishes: enough for the 24 bits of a float d, not for a double's.
+template <class T, bool kRealised, bool kMomentum>
+constexpr bool kSumsD = kRealised || kMomentum || sizeof(T) == sizeof(double);
 
 }  // namespace lyapcuda::cpu
 
@@ -37,9 +42,8 @@ namespace {
 template <class T, class P, bool kRealised, bool kMomentum>
 void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g0,
                   const std::vector<Tensor>& g1, const std::vector<int64_t>& offsets,
-                  const std::vector<Tensor>& theta, const std::vector<Tensor>& theta1,
-                  const std::optional<Tensor>& p, const std::optional<Tensor>& p_next,
-                  const AscentScalars& scalars, double* sums) {
+                  const std::vector<Tensor>& theta, const std::optional<Tensor>& p,
+                  const std::optional<Tensor>& p_next, const AscentScalars& scalars, double* sums) {
   std::vector<int64_t> sizes;
   for (const Tensor& g : g0) sizes.push_back(g.numel());
   const Blocks blocks(sizes);
@@ -59,7 +63,6 @@ void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g
         storage(g0),
         storage(g1),
         kRealised ? storage(theta) : nullptr,
-        kRealised ? storage(theta1) : nullptr,
         kMomentum ? static_cast<const T*>(p->const_data_ptr()) + at : nullptr,
         kMomentum ? static_cast<T*>(p_next->mutable_data_ptr()) + at : nullptr};
     const bool around_cache = large && reinterpret_cast<uintptr_t>(arguments.d) % 64 == 0;
@@ -78,11 +81,12 @@ void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g
     sums[kSumCarriedQ] = sums[kSumQQ];
     sums[kSumCarriedY] = sums[kSumQY];
   }
-  if constexpr (!kRealised && !kMomentum) {
+  if constexpr (!kSumsD<T, kRealised, kMomentum>) {
     // ‖q + b·y‖² follows from the other sums: one accumulation less in the loop. Rounding can only
     // bring it below zero where d is nothing but rounding.
     const double b = scalars.rate;
-    sums[kSumDD] = std::max(0.0, sums[kSumQQ] + 2.0 * b * sums[kSumQY] + b * b * sums[kSumYY]);
+    // (In this order max lets a NaN through.)
+    sums[kSumDD] = std::max(sums[kSumQQ] + 2.0 * b * sums[kSumQY] + b * b * sums[kSumYY], 0.0);
   }
   // An element of d may then not fit T: it is not to be taken for a separation.
   constexpr double largest = std::numeric_limits<T>::max();
@@ -91,8 +95,8 @@ void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g
 
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g1,
                std::vector<int64_t> offsets, Tensor state, int64_t sign, double weight_decay,
-               std::optional<std::vector<Tensor>> theta, std::optional<std::vector<Tensor>> theta1,
-               double momentum, std::optional<Tensor> p, std::optional<Tensor> p_next) {
+               std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
+               std::optional<Tensor> p_next) {
   check_buffer(q, "q");
   check_same_buffer(d, "d", q, "q");
   check_segments(g0, "g0", offsets, q);
@@ -100,14 +104,10 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   check_like(g1, "g1", g0, "g0");
   check_vector(state, "state", kStateSize);
   check_sign(sign);
-  STD_TORCH_CHECK(theta.has_value() == theta1.has_value(),
-                  "theta, theta1: give both (realised displacement) or neither");
   STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");
-    check_like(*theta1, "theta1", g0, "g0");
     check_segments(*theta, "theta", offsets, q);
-    check_segments(*theta1, "theta1", offsets, q);
   }
   if (p) {
     check_same_buffer(*p, "p", q, "q");
@@ -127,8 +127,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
     using P = std::remove_pointer_t<decltype(storage)>;
     const auto run = [&](auto realised, auto heavy) {
       ascent_typed<T, P, decltype(realised)::value, decltype(heavy)::value>(
-          d, q, g0, g1, offsets, theta ? *theta : none, theta1 ? *theta1 : none, p, p_next, scalars,
-          out);
+          d, q, g0, g1, offsets, theta ? *theta : none, p, p_next, scalars, out);
     };
     if (theta) {
       p ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});

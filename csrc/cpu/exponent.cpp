@@ -29,9 +29,9 @@ void secant_(Tensor state, Tensor sums, int64_t sign) {
   check_vector(sums, "sums", kSumSize);
   check_sign(sign);
   const double* s = static_cast<const double*>(sums.const_data_ptr());
-  if (!all_finite(s, kSumSize) || !(s[kSumQQ] > 0.0) || !(s[kSumCarriedQ] > 0.0)) return;
-  secant_rate(static_cast<double*>(state.mutable_data_ptr()), s[kSumCarriedY] / s[kSumCarriedQ],
-              std::sqrt(s[kSumYY] / s[kSumQQ]), static_cast<double>(sign));
+  if (!usable(s)) return;
+  secant_rate(static_cast<double*>(state.mutable_data_ptr()), quotient(s),
+              static_cast<double>(sign));
 }
 
 }  // namespace

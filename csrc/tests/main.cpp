@@ -1,0 +1,11 @@
+// Tests of the parts that need no torch at run time.
+#include "check.h"
+
+int main() {
+  using namespace lyapcuda::test;
+  exponent_tests();
+  blocks_tests();
+  simd_tests();
+  std::printf("%ld passed, %ld failed\n", counts.passed, counts.failed);
+  return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
+}

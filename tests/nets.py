@@ -1,0 +1,75 @@
+"""Small smooth nets with a dense Hessian in float64: the truth that estimates are held against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+NAMES = ("linear", "tanh_mlp", "gelu_mlp", "conv")
+
+
+@dataclass
+class Case:
+    """A model, its closure, and the eigenvalues (ascending) of the loss's exact Hessian."""
+
+    model: nn.Module
+    closure: Callable[[], Tensor]
+    eigenvalues: Tensor
+
+    @property
+    def h0(self) -> float:
+        return float(self.eigenvalues[-1])
+
+    @property
+    def hN(self) -> float:  # noqa: N802  (the paper's name)
+        return float(self.eigenvalues[0])
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """A model and its inputs, from torch's global generator."""
+    if name == "linear":
+        return nn.Linear(5, 4), torch.randn(48, 5)
+    if name == "tanh_mlp":
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(64, 6)
+    if name == "gelu_mlp":
+        layers = [nn.Linear(10, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 4)]
+        return nn.Sequential(*layers), torch.randn(64, 10)
+    layers = [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 4)]
+    return nn.Sequential(*layers), torch.randn(32, 1, 8, 8)
+
+
+def exact_eigenvalues(model: nn.Module, loss: Callable[[Callable], Tensor]) -> Tensor:
+    """Eigenvalues of the Hessian of ``loss(forward)`` at the model's parameters, in float64."""
+    twin = copy.deepcopy(model).double()
+    state = {name: p.detach() for name, p in twin.named_parameters()}
+    sizes = [p.numel() for p in state.values()]
+
+    def flat_loss(vector: Tensor) -> Tensor:
+        parts = vector.split(sizes)
+        values = {n: v.view(p.shape) for (n, p), v in zip(state.items(), parts, strict=True)}
+        return loss(lambda x: functional_call(twin, values, (x.double(),)))
+
+    matrix = hessian(flat_loss)(torch.cat([p.flatten() for p in state.values()]))
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+
+
+def case(name: str, seed: int, dtype: torch.dtype = torch.float32, kind: str = "ce") -> Case:
+    """One of `NAMES` with cross-entropy ("ce") or squared error ("mse") on random data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, x = build(name)
+        labels = torch.randint(0, 4, (len(x),))
+    model, x = model.to(dtype), x.to(dtype)
+
+    def loss(forward: Callable) -> Tensor:
+        out = forward(x)
+        if kind == "ce":
+            return nn.functional.cross_entropy(out, labels)
+        return nn.functional.mse_loss(out, nn.functional.one_hot(labels, 4).to(out.dtype))
+
+    return Case(model, lambda: loss(model), exact_eigenvalues(model, loss))

@@ -1,0 +1,176 @@
+"""descend_ against its fp64 oracle, and the learning rates it chooses."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from ops_support import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LARGE,
+    TAILS,
+    assert_same_bits,
+    eps,
+    make_case,
+    state_with,
+    surroundings,
+    threads,
+)
+
+from lyapcuda import ops, reference
+
+STORAGE = [F32, F64, BF16, F16]
+
+
+def case_of(sizes, storage, **options):
+    return make_case(sizes, F64 if storage == F64 else F32, storage, **options)
+
+
+def check(case, exact, **options):
+    expected, expected_lr = reference.descend_(case.theta, case.g0, case.state, **options)
+    sizes = [t.double().abs() for t in case.theta]
+    around = [surroundings(t) for t in case.theta]
+    untouched = [*case.g0, case.state]
+    before = [t.clone() for t in untouched]
+    lr = ops.descend_(case.theta, case.g0, case.state, **options)
+    assert lr.dtype == F64 and lr.shape == ()
+    assert float(lr) == float(expected_lr)
+    decay = options.get("weight_decay", 0.0)
+    parts = zip(case.theta, expected, sizes, case.g0, strict=True)
+    for actual, wanted, size, g in parts:
+        if exact:
+            assert_same_bits(actual, wanted.to(actual.dtype))
+            continue
+        # At most six roundings in the arithmetic's dtype, half an epsilon each, one to storage.
+        size = size + abs(float(lr)) * (g.double().abs() + decay * size)
+        unit = 3 * eps(F64 if actual.dtype == F64 else F32) + 0.5 * eps(actual.dtype)
+        error = (actual.double() - wanted).abs()
+        assert (error <= unit * (size + torch.finfo(actual.dtype).smallest_normal)).all()
+    assert all(map(torch.equal, map(surroundings, case.theta), around))
+    for now, then in zip(untouched, before, strict=True):
+        assert_same_bits(now, then)
+
+
+@pytest.mark.parametrize("size", [*TAILS, LARGE])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_every_size_exactly(storage, size):
+    check(case_of([size], storage, exact=True, shift=size % 3), exact=True, weight_decay=0.5)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_segments_of_every_kind(storage):
+    sizes = [9, 0, (), (3, 0, 2), 16385, (33, 7), 1]
+    for shift, exact in itertools.product((0, 1, 3), (False, True)):
+        check(case_of(sizes, storage, exact=exact, shift=shift), exact, weight_decay=0.5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.0123])
+@pytest.mark.parametrize("gain", [0.01, 1.0, 1.9])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_random_values_to_a_few_roundings(storage, gain, weight_decay):
+    case = case_of([31, 100003, (5, 7)], storage, shift=1)
+    check(case, exact=False, gain=gain, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("h_ema", "accepted", "lr"),
+    [
+        (4.0, 1.0, 0.125),
+        (0.5, 1.0, 1.0),
+        (0.1, 1.0, 2.0),  # gain/h = 5, more than max_lr
+        (0.0, 1.0, 2.0),
+        (-3.0, 1.0, 2.0),
+        (1e-320, 1.0, 2.0),
+        (1e308, 1.0, 0.5 / 1e308),
+        (4.0, 0.0, 0.0),  # the last step was not finite
+        (math.nan, 1.0, 0.0),  # nothing measured yet
+        (math.inf, 1.0, 0.0),
+    ],
+)
+def test_the_rate_is_gain_over_h_within_bounds(h_ema, accepted, lr):
+    case = make_case([100])
+    before = case.theta[0].clone()
+    case.state = state_with(case.state, h_ema=h_ema, accepted=accepted)
+    used = ops.descend_(case.theta, case.g0, case.state, gain=0.5, max_lr=2.0)
+    expected, expected_lr = reference.descend_([before], case.g0, case.state, gain=0.5, max_lr=2.0)
+    assert float(used) == lr == float(expected_lr)
+    torch.testing.assert_close(case.theta[0], expected[0].float(), rtol=4 * eps(F32), atol=1e-6)
+    if lr == 0.0:
+        assert_same_bits(case.theta[0], before)
+
+
+def test_theta_stays_where_the_step_is_not_accepted_whatever_the_gradient():
+    case = make_case([100], accepted=0.0)
+    before = case.theta[0].clone()
+    case.g0[0].fill_(math.nan)
+    assert float(ops.descend_(case.theta, case.g0, case.state)) == 0.0
+    assert_same_bits(case.theta[0], before)
+
+
+def test_no_parameters_still_give_the_rate():
+    case = make_case([])
+    assert float(ops.descend_([], [], case.state)) == 1 / 3.7
+
+
+def test_a_run_gives_the_same_bits_on_any_number_of_threads():
+    results = []
+    for count in (1, 2, 2):
+        case = make_case([70001, 16385], F32, BF16)
+        with threads(count):
+            ops.descend_(case.theta, case.g0, case.state, weight_decay=0.1)
+        results.append(case.theta)
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert_same_bits(a, b)
+
+
+WRONG = {
+    "state size": ({"state": torch.zeros(3, dtype=F64)}, "state: expected"),
+    "state dtype": ({"state": torch.zeros(14)}, "state: expected"),
+    "gradient count": ({"gradient": [torch.zeros(10)]}, "gradient: 1 tensors"),
+    "gradient size": ({"gradient": [torch.zeros(10), torch.zeros(3)]}, r"gradient\[1\]: 3"),
+    "gradient dtype": (
+        {"gradient": [torch.zeros(10), torch.zeros(12, dtype=BF16)]},
+        r"gradient\[1\]: dtype",
+    ),
+    "gradient strided": (
+        {"gradient": [torch.zeros(10), torch.zeros(24)[::2]]},
+        r"gradient\[1\]: expected",
+    ),
+    "theta strided": ({"theta": [torch.zeros(10), torch.zeros(24)[::2]]}, r"theta\[1\]: expected"),
+    "theta integer": (
+        {"theta": [torch.zeros(10, dtype=torch.int32)], "gradient": [torch.zeros(10).int()]},
+        r"theta\[0\]: dtype",
+    ),
+    "theta mixed": (
+        {
+            "theta": [torch.zeros(10), torch.zeros(12, dtype=BF16)],
+            "gradient": [torch.zeros(10), torch.zeros(12, dtype=BF16)],
+        },
+        r"theta\[1\]: dtype",
+    ),
+    "gain zero": ({"gain": 0.0}, "gain: expected a positive"),
+    "gain nan": ({"gain": math.nan}, "gain: expected a positive"),
+    "gain inf": ({"gain": math.inf}, "gain: expected a positive"),
+    "max_lr negative": ({"max_lr": -1.0}, "max_lr: expected a positive"),
+    "max_lr inf": ({"max_lr": math.inf}, "max_lr: expected a positive"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
+    replaced, message = WRONG[wrong]
+    arguments = {
+        "theta": [torch.ones(10), torch.ones(12)],
+        "gradient": [torch.ones(10), torch.ones(12)],
+        "state": ops.new_state("cpu", h_ema=2.0, accepted=1.0),
+    }
+    arguments |= replaced
+    before = [t.clone() for t in arguments["theta"]]
+    with pytest.raises(RuntimeError, match=message):
+        ops.descend_(**arguments)
+    for now, then in zip(arguments["theta"], before, strict=True):
+        assert_same_bits(now, then)

@@ -1,0 +1,118 @@
+"""What holds for every op alike: schemas, fakes, compilation, instruction sets."""
+
+import os
+import subprocess
+import sys
+
+import ops_support
+import pytest
+import torch
+from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
+
+from lyapcuda import ops
+
+SUMS = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64)
+LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
+
+
+def calls(buffer=torch.float32, storage=torch.float32):
+    """(name, tensors and other positional arguments, keyword arguments) of each op."""
+    case = make_case([5, 33, (), (2, 9)], buffer, storage)
+    step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+    moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
+    return {
+        "ascent_": (step, {}),
+        "ascent_ with everything": (step, {"sign": -1, "weight_decay": 0.1, **moved}),
+        "exponent_": ((case.state, SUMS.clone(), LOSSES.clone()), {"estimate": 1, "ema": 0.9}),
+        "secant_": ((case.state, SUMS.clone()), {"sign": -1}),
+        "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
+        "stream_copy_": ((case.d, case.q), {}),
+    }
+
+
+NAMES = list(calls())
+
+
+def tensors_of(args, kwargs):
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def test_every_op_is_here():
+    registered = {
+        n.split("::")[1]
+        for n in torch._C._dispatch_get_all_op_names()
+        if n.startswith("lyapcuda::")
+    }
+    assert registered == {name.split()[0] for name in NAMES}
+    assert registered <= set(ops.__all__)
+
+
+@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, buffer, storage):
+    args, kwargs = calls(buffer, storage)[name]
+    op = getattr(torch.ops.lyapcuda, name.split()[0])
+    torch.library.opcheck(op.default, args, kwargs)
+
+
+@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_calls_give_the_same_bits(name, buffer, storage):
+    function = getattr(ops, name.split()[0])
+    eager_args, eager_kwargs = calls(buffer, storage)[name]
+    args, kwargs = calls(buffer, storage)[name]
+    eager = function(*eager_args, **eager_kwargs)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(*args, **kwargs)
+    if eager is not None:
+        assert_same_bits(compiled, eager)
+    pairs = zip(tensors_of(args, kwargs), tensors_of(eager_args, eager_kwargs), strict=True)
+    for a, b in pairs:
+        assert_same_bits(a, b)
+
+
+def test_a_whole_step_compiles():
+    def step(case):
+        sums = ops.ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+        ops.exponent_(case.state, sums, LOSSES, control=True)
+        ops.recenter_(case.theta1, case.d, case.q, case.theta, case.offsets, case.state)
+        return ops.descend_(case.theta, case.g0, case.state)
+
+    eager, traced = make_case([5, 33]), make_case([5, 33])
+    torch._dynamo.reset()
+    lr = torch.compile(step, backend="aot_eager", fullgraph=True)(traced)
+    assert_same_bits(lr, step(eager))
+    for a, b in zip(traced.tensors(), eager.tensors(), strict=True):
+        assert_same_bits(a, b)
+
+
+def python(*arguments, **environment):
+    """Standard output of a fresh interpreter, which sees what this one can import."""
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, check=True, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    ).stdout.split()
+
+
+def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
+    baseline = python(ops_support.__file__, LYAPCUDA_SIMD="baseline")
+    assert len(baseline) > 100
+    for count in (1, 2, 2):
+        with threads(count):
+            assert run_every_op() == baseline
+
+
+def test_the_instruction_set_can_be_turned_off():
+    code = "from lyapcuda import ops; print(ops.build_info()['simd'])"
+    assert python("-c", code, LYAPCUDA_SIMD="baseline") == ["baseline"]
+
+
+def test_states_refuse_unknown_fields():
+    with pytest.raises(ValueError, match="unknown state fields"):
+        ops.new_state("cpu", lamda=1.0)
