@@ -82,7 +82,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="default 128 for digits, 512 for CIFAR-10")
     add("--weight-decay", type=float, metavar="W", help=f"default {default.weight_decay}")
     add("--perturbation", type=float, metavar="Q", help="separation's length (default: automatic)")
-    add("--estimate", choices=ESTIMATES, help=f"default {default.estimate}")
+    add("--estimate", choices=ESTIMATES, help="default growth with qn, else rayleigh")
     add("--every", type=int, metavar="N", help="measure on every N-th step (default 1)")
     add("--classes", type=_classes, metavar="A,B,...|all", help="default as in the paper")
     add("--augment", action=argparse.BooleanOptionalAction, help="default for CIFAR-10")

@@ -34,7 +34,11 @@ class LyapunovSGD(Optimizer):
         max_lr: bound of the learning rate, which also holds where h0 is zero or negative.
         warmup_tol: h0 is stable when it changed by less than this (relative) three times in a row.
         warmup_iterations: at most so many; 0 for no warm-up.
-        perturbation, estimate, ema, seed: see `CurvatureTracker`.
+        estimate: see `CurvatureTracker`. The default here is "growth", the exact inversion
+            (e^λ − 1)/β: where q is no eigenvector (noise, kinks, the first steps) it lies above the
+            Rayleigh quotient, so the steps err on the short side. Measured on the digits runs, the
+            Rayleigh quotient made two of six diverge at gain 1, this none.
+        perturbation, ema, seed: see `CurvatureTracker`.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -48,7 +52,7 @@ class LyapunovSGD(Optimizer):
         weight_decay: float = 0.0,
         max_lr: float = 10.0,
         perturbation: float | None = None,
-        estimate: str = "rayleigh",
+        estimate: str = "growth",
         ema: float = 0.9,
         warmup_tol: float = 2e-2,
         warmup_iterations: int = 100,

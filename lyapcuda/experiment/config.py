@@ -45,7 +45,8 @@ class TrainConfig:
         batch_size: default 128 for digits, 512 for CIFAR-10.
         weight_decay: part of the loss, and of its curvature.
         perturbation: length of the separation; default: chosen by the tracker.
-        estimate: ``rayleigh``, ``growth`` or ``paper``.
+        estimate: ``rayleigh``, ``growth`` or ``paper``; default ``growth`` under ``qn``, whose steps
+            it keeps on the short side, else ``rayleigh``.
         every: measure on every n-th step (not under ``qn``, which needs every one).
         classes: labels to train on; default all ten, but planes and cars for CIFAR-10 with any
             model except resnet18, as in the paper.
@@ -68,7 +69,7 @@ class TrainConfig:
     batch_size: int | None = None
     weight_decay: float = 5e-4
     perturbation: float | None = None
-    estimate: str = "rayleigh"
+    estimate: str | None = None
     every: int = 1
     classes: tuple[int, ...] | None = None
     augment: bool | None = None
@@ -82,9 +83,9 @@ class TrainConfig:
             ("schedule", SCHEDULE_NAMES),
             ("estimate", ESTIMATES),
         ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(choices)
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value not in choices and not (name == "estimate" and value is None):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("lr", "gain", "perturbation"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -113,13 +114,14 @@ class TrainConfig:
         return (0, 1)
 
     def resolved(self, dataset: Dataset) -> TrainConfig:
-        """The same run with every default that depends on the data filled in."""
+        """The same run with every default that depends on the data or the schedule filled in."""
         digits = dataset.name == DIGITS
         return dataclasses.replace(
             self,
             classes=dataset.classes,
             batch_size=self.batch_size or (128 if digits else 512),
             augment=not digits if self.augment is None else self.augment,
+            estimate=self.estimate or ("growth" if self.schedule == "qn" else "rayleigh"),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# From a fresh clone to a training run with its picture: makes .venv, builds, trains on the digits.
+# PYTHON=... chooses the interpreter (3.11 or newer); pip's own settings choose where packages
+# come from.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "quickstart: $python is too old; set PYTHON to Python 3.11 or newer" >&2; exit 1; }
+command -v "${CXX:-c++}" >/dev/null ||
+  { echo "quickstart: no C++ compiler (${CXX:-c++}) found; install g++ or clang++" >&2; exit 1; }
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+export PATH="$PWD/.venv/bin:$PATH"
+pip="python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
+# torch first: the extension is built against it (and not in isolation, which would fetch another).
+$pip torch numpy setuptools ninja
+$pip --no-build-isolation --editable ".[experiment,test]"
+
+lyapcuda info
+lyapcuda train --out runs/quickstart --overwrite "$@"

@@ -1,0 +1,78 @@
+"""Exponents and curvatures: the relations themselves, and the default separation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lyapcuda.flat import FlatLayout
+from lyapcuda.lyapunov import curvature_of_growth, default_perturbation, growth_of_curvature
+
+rates = st.floats(1e-3, 10.0)
+curvatures = st.floats(1e-3, 1e3)
+
+
+@given(curvatures, rates)
+def test_growth_and_curvature_are_inverse(h, beta):
+    assert curvature_of_growth(growth_of_curvature(h, beta), beta) == pytest.approx(h, rel=1e-9)
+
+
+@given(curvatures, rates)
+def test_descent_sees_negative_curvature(h, alpha):
+    exponent = growth_of_curvature(-h, -alpha)
+    assert exponent > 0
+    assert curvature_of_growth(exponent, -alpha) == pytest.approx(-h, rel=1e-9)
+
+
+@given(curvatures, rates, st.floats(0.01, 0.99))
+def test_momentum_is_inverse_too(h, beta, momentum):
+    exponent = growth_of_curvature(h, beta, momentum=momentum)
+    assert curvature_of_growth(exponent, beta, momentum=momentum) == pytest.approx(h, rel=1e-6)
+
+
+@given(st.floats(1e-4, 3.0), rates, st.floats(0.0, 0.99))
+def test_the_papers_formulas_are_the_small_growth_limit(exponent, rate, momentum):
+    """App. A: h = λ/rate. App. B: h = (λ² + λ(1 − m))/rate."""
+    paper = curvature_of_growth(exponent, rate, momentum=momentum, linearised=True)
+    assert paper == pytest.approx(
+        (exponent**2 + exponent * (1 - momentum)) / rate if momentum else exponent / rate
+    )
+    small = 1e-6
+    exact = curvature_of_growth(small, rate, momentum=momentum)
+    linear = curvature_of_growth(small, rate, momentum=momentum, linearised=True)
+    # The exact one is (e^λ − 1)(e^λ − m)/(rate·e^λ): the relative difference is of order λ/(1 − m).
+    assert exact == pytest.approx(linear, rel=2 * small / (1 - momentum))
+
+
+def test_at_exponent_one_the_paper_is_off_by_e_minus_one():
+    beta = 0.4
+    assert curvature_of_growth(1.0, beta) / curvature_of_growth(
+        1.0, beta, linearised=True
+    ) == pytest.approx(math.e - 1)
+
+
+def test_complex_modes_grow_by_the_root_of_the_momentum():
+    assert growth_of_curvature(-3.0, 0.5, momentum=0.9) == pytest.approx(0.5 * math.log(0.9))
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum", "message"),
+    [(0.0, 0.0, "rate=0.0"), (math.nan, 0.0, "rate=nan"), (1.0, 1.0, "momentum=1.0")],
+)
+def test_bad_arguments_are_named(rate, momentum, message):
+    with pytest.raises(ValueError, match=message):
+        curvature_of_growth(1.0, rate, momentum=momentum)
+
+
+def test_default_perturbation_grows_with_size_and_coarseness():
+    def size(value, dtype):
+        return default_perturbation(FlatLayout([nn.Parameter(torch.full((100,), value).to(dtype))]))
+
+    assert size(2.0, torch.float32) == pytest.approx(2 * size(1.0, torch.float32))
+    assert size(1.0, torch.float64) < size(1.0, torch.float32) < size(1.0, torch.bfloat16)
+    assert size(0.0, torch.float32) == pytest.approx(1e-2 * size(1.0, torch.float32))
