@@ -3,11 +3,11 @@
     python bench/cifar_mlp.py DIR [--out bench/results/NAME] [--device cpu]
 
 DIR is a CIFAR-10 folder, as for `lyapcuda train`. One epoch (19 steps of 512 pictures), SGD without
-momentum, weight decay 5e-4, cross-entropy. At ten of the steps the largest eigenvalue of the Hessian
-of that minibatch's loss is computed by Lanczos (scipy's eigsh) on exact Hessian-vector products
-(double backward), with the weight decay in it; at the same steps the finite-size curvature at the
-tracker's own Δq is computed to convergence on the frozen minibatch. The trackers see a new minibatch
-at every step, as in training: they lag and average.
+momentum, weight decay 5e-4, cross-entropy. At ten of the steps the largest eigenvalue of the
+Hessian of that minibatch's loss is computed by Lanczos (scipy's eigsh) on exact Hessian-vector
+products (double backward), with the weight decay in it; at the same steps the finite-size curvature
+at the tracker's own Δq is computed to convergence on the frozen minibatch. The trackers see a new
+minibatch at every step, as in training: they lag and average.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
 
 Two jobs, each in four forms (ours, straightforward eager, tuned in-place eager, torch.compile):
 
-- update: d = q + βy with y = g1 − g0, and ‖d‖², ‖q‖², q·y, ‖y‖² (reads q, g0, g1, writes d: 16 bytes
-  a parameter in fp32);
+- update: d = q + βy with y = g1 − g0, and ‖d‖², ‖q‖², q·y, ‖y‖² (reads q, g0, g1, writes d: 16
+  bytes a parameter in fp32);
 - step: the update, the scalars λ, β, h and the error bar, and the re-centring θ1 = θ + q·Δq/‖d‖
   (reads d and θ, writes θ1: 12 more).
 
 GB/s are bytes that have to move over the time taken, whatever a form really moves. The copy is
-torch.ops.lyapcuda.stream_copy_, measured in the same run. All forms take turns within one round, and
-ratios are of medians over the rounds.
+torch.ops.lyapcuda.stream_copy_, measured in the same run. All forms take turns within one round,
+and ratios are of medians over the rounds.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def main() -> None:
             for job, size in (("update", UPDATE_BYTES), ("step", STEP_BYTES)):
                 ours = seconds[f"{job}/ours"]
                 rate = size * n / ours / 1e9
-                times = [
-                    seconds[f"{job}/{form}"] / ours for form in ("eager", "tuned", "compiled")
-                ]
+                times = [seconds[f"{job}/{form}"] / ours for form in ("eager", "tuned", "compiled")]
                 lines.append(
                     f"| {job} | {n:.0e} | {threads} | {rate:.1f} | {rate / copy:.0%} | "
                     + " | ".join(f"{ratio:.1f}×" for ratio in times)

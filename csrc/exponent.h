@@ -32,6 +32,9 @@ struct ExponentOptions {
 // β that makes the growth of curvature `scale` equal to e (λ = 1).
 constexpr double kTargetGrowth = 1.718281828459045235;  // e − 1
 
+// ‖d‖²/‖q‖² below which d is rounding: the copies met.
+constexpr double kMet = 1e-14;
+
 // Curvature of the map whose growth was e^λ with the signed rate b (paper App. A and B).
 LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, double momentum,
                                                        Estimate estimate) {
@@ -39,8 +42,7 @@ LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, 
     return momentum == 0.0 ? lambda / b : (lambda * lambda + lambda * (1.0 - momentum)) / b;
   }
   const double growth = std::exp(lambda);
-  return momentum == 0.0 ? std::expm1(lambda) / b
-                         : (growth - 1.0) * (growth - momentum) / (b * growth);
+  return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
 }
 
 // The learning rate of curvature h: gain/h, at most max_lr, which also stands in for h ≤ 0.
@@ -81,11 +83,11 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
 // wanted one would bring q back to it.
 LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& found, double sign) {
   const bool settled = found.residual < std::fabs(found.rayleigh);
+  if (!std::isfinite(kTargetGrowth / found.secant) || !std::isfinite(found.secant)) return;
   if (found.rayleigh * sign < 0.0 && settled && found.secant > state[k_guard]) {
     state[k_guard] = found.secant;
   }
-  const double bound = found.secant > state[k_guard] ? found.secant : state[k_guard];
-  if (bound > 0.0 && std::isfinite(kTargetGrowth / bound)) state[k_beta] = kTargetGrowth / bound;
+  state[k_beta] = kTargetGrowth / (found.secant > state[k_guard] ? found.secant : state[k_guard]);
 }
 
 // Takes the sums of one pass into the state. A step with anything not finite leaves every value as
@@ -108,10 +110,11 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
 
   const double beta = state[k_beta];
   const double dd = sums[kSumDD];
+  const bool parted = dd > kMet * sums[kSumQQ];
   const double lambda = 0.5 * std::log(dd / sums[kSumQQ]);
   // The mean over both sides of θ: one-sided errors, of odd order in Δq, cancel.
   double h = options.alternate && known ? 0.5 * (found.rayleigh + previous) : found.rayleigh;
-  if (options.estimate != Estimate::kRayleigh && dd > 0.0) {
+  if (options.estimate != Estimate::kRayleigh && parted) {
     const double measured =
         curvature_of_growth(lambda, options.sign * beta, options.momentum, options.estimate);
     if (std::isfinite(measured)) h = measured;
@@ -119,7 +122,7 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
   state[k_h] = h;
   state[k_h_ema] =
       std::isfinite(state[k_h_ema]) ? options.ema * state[k_h_ema] + (1.0 - options.ema) * h : h;
-  if (dd > 0.0) {
+  if (parted) {
     state[k_exponent] = lambda;
     const double side = options.alternate && state[k_scale] > 0.0 ? -1.0 : 1.0;
     state[k_scale] = side * state[k_perturbation] / std::sqrt(dd);

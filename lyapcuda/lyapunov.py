@@ -72,10 +72,11 @@ def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0)
 def default_perturbation(layout: FlatLayout) -> float:
     """Δq in the parameters' precision: ε^(1/3)·max(‖θ‖, √N/100)/4.
 
-    Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq, but
-    of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is left with
-    the second order, and ε^(1/3) balances that. The second scale stands in for parameters that start
-    at zero. Measured on smooth nets in bench/perturbation.py; kinks (ReLU) want a larger Δq still.
+    Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq,
+    but of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is
+    left with the second order, and ε^(1/3) balances that. The second scale stands in for parameters
+    that start at zero. Measured on smooth nets in bench/perturbation.py; kinks (ReLU) want a larger
+    Δq still.
     """
     size = max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
     return layout.epsilon() ** (1.0 / 3.0) * size / 4.0

@@ -54,6 +54,12 @@ def new_state(device: torch.device | str, **values: float) -> Tensor:
     return torch.tensor(filled, dtype=torch.float64, device=device)
 
 
+def _written(*tensors: Tensor | None) -> None:
+    """Tells autograd, as in-place ops of torch do: a graph that saved one of these is now stale."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
 # --- ascent_ -------------------------------------------------------------------------------------
 
 
@@ -80,6 +86,7 @@ def ascent_(
     when it rounded ``theta + scale·q`` to the parameters' dtype. ``d`` may be ``q`` itself, and may
     share memory with the gradients at the same offsets.
     """
+    _written(d, p_next)
     return torch.ops.lyapcuda.ascent_(
         d,
         q,
@@ -122,6 +129,7 @@ def exponent_(
     follows the curvature (the paper's β/λ for its own estimate, the secant (e − 1)‖q‖/‖y‖
     otherwise); ``alternate`` flips the side of the separation. Nothing is read back to the host.
     """
+    _written(state)
     torch.ops.lyapcuda.exponent_(
         state,
         sums,
@@ -142,6 +150,7 @@ def _(state, sums, losses, **options):
 
 def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> None:
     """Sets β alone from the sums of a pass: the start of a run, before anything was measured."""
+    _written(state)
     torch.ops.lyapcuda.secant_(state, sums, sign=sign)
 
 
@@ -166,6 +175,7 @@ def recenter_(
     Where the state says that the last step was not committed, ``q`` is first taken back from
     ``q_previous``. ``theta1`` may be views of ``q_previous`` at the same offsets.
     """
+    _written(q, *theta1)
     torch.ops.lyapcuda.recenter_(theta1, q, q_previous, theta, offsets, state)
 
 
@@ -191,6 +201,7 @@ def descend_(
     Returns lr (0-dim float64): ``max_lr`` where h_ema ≤ 0, and 0, with theta untouched, where the
     last step was not finite.
     """
+    _written(*theta)
     return torch.ops.lyapcuda.descend_(
         theta, gradient, state, gain=gain, max_lr=max_lr, weight_decay=weight_decay
     )
@@ -206,6 +217,7 @@ def _(theta, gradient, state, **options):
 
 def stream_copy_(destination: Tensor, source: Tensor) -> None:
     """Copies one flat buffer to another: the bandwidth the other ops are measured against."""
+    _written(destination)
     torch.ops.lyapcuda.stream_copy_(destination, source)
 
 

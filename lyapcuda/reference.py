@@ -66,9 +66,8 @@ def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate:
             heavy = exponent * exponent + exponent * (1 - momentum)
             return (heavy if momentum else exponent) / rate
         growth = math.exp(exponent)
-        if momentum:
-            return (growth - 1) * (growth - momentum) / (rate * growth)
-        return math.expm1(exponent) / rate
+        heavy = (growth - momentum) / growth if momentum else 1.0
+        return math.expm1(exponent) / rate * heavy
     except (ZeroDivisionError, OverflowError):
         return float("nan")
 
@@ -96,11 +95,11 @@ def _quotient(v: dict[str, float]) -> tuple[float, float, float]:
 def _secant_rate(
     s: dict[str, float], rayleigh: float, residual: float, secant: float, sign: int
 ) -> None:
+    if secant == 0 or not math.isfinite(secant) or not math.isfinite((math.e - 1) / secant):
+        return
     if sign * rayleigh < 0 and residual < abs(rayleigh):
         s["guard"] = max(s["guard"], secant)
-    bound = max(secant, s["guard"])
-    if bound > 0 and math.isfinite((math.e - 1) / bound):
-        s["beta"] = (math.e - 1) / bound
+    s["beta"] = (math.e - 1) / max(secant, s["guard"])
 
 
 def exponent_(
@@ -126,7 +125,7 @@ def exponent_(
     previous = s["rayleigh"] if math.isfinite(s["rayleigh"]) else rayleigh
     s.update(rayleigh=rayleigh, residual=residual, drift=abs(rayleigh - previous) / 2)
     h, beta = (rayleigh + previous) / 2 if alternate else rayleigh, s["beta"]
-    if v["dd"] > 0:
+    if v["dd"] > 1e-14 * v["qq"]:
         lam = 0.5 * math.log(v["dd"] / v["qq"])
         if name != "rayleigh":
             measured = curvature_of_growth(lam, sign * beta, momentum, name)

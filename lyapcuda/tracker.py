@@ -40,7 +40,8 @@ class CurvatureTracker:
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
             unbiased and signed; the mean of the last two, which look from opposite sides of θ.
             "growth": the exact inversion (e^λ − 1)/β of the growth. "paper": Algorithm 1 as printed
-            (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1).
+            (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1); as printed, a single
+            λ < 0 turns β negative and the map around, which `rayleigh` then shows.
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that
             follows the curvature.
         momentum: m of the heavy-ball map (App. B), 0 for none; needs one more N-float buffer.

@@ -1,4 +1,4 @@
-"""Parameters as flat buffers: which take part, where they lie, and that the module never notices."""
+"""Parameters as flat buffers: which take part, where they lie, and that no module notices."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def strided_parameters():
 
 @pytest.mark.parametrize("name", strided_parameters())
 def test_non_contiguous_parameters(name):
-    """The same curvature as a contiguous parameter of the same values, and the strides untouched."""
+    """The same curvature as a contiguous parameter of the same values, and the strides
+    untouched.
+    """
     value = strided_parameters()[name]
     companion = nn.Parameter(torch.full((2,), 0.5))
     weights = torch.rand(value.shape) + 0.5

@@ -86,7 +86,7 @@ def test_growth_inverts_the_growth_exactly(which):
     assert float(tracker.h) == pytest.approx(exact, rel=1e-5)
 
 
-# --- the quadratic with a known spectrum -----------------------------------------------------------
+# --- the quadratic with a known spectrum ---------------------------------------------------------
 
 
 def quadratic(spectrum: np.ndarray, seed: int, dtype=torch.float64):
@@ -163,7 +163,7 @@ def test_rayleigh_keeps_the_sign_when_the_negative_end_is_larger():
     assert float(down.h) == pytest.approx(-10.0, rel=1e-6)
 
 
-# --- momentum (App. B) -----------------------------------------------------------------------------
+# --- momentum (App. B) ---------------------------------------------------------------------------
 
 
 def test_momentum_formula_on_the_real_optimizer():

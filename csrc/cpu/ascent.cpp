@@ -8,30 +8,9 @@
 #include <cmath>
 #include <limits>
 
+#include "ascent.h"
 #include "blocks.h"
 #include "tensors.h"
-
-namespace lyapcuda::cpu {
-
-template <class T, class P>
-struct AscentArguments {
-  T* d;
-  const T* q;
-  const P *g0, *g1, *theta;
-  const T* p;
-  T* p_next;
-};
-
-struct AscentScalars {
-  double scale, rate, weight_decay, momentum;
-};
-
-// Whether Σ d² is summed or follows from the other sums, whose last digits are then all it has
-// where d nearly vanishes: enough for the 24 bits of a float d, not for a double's.
-template <class T, bool kRealised, bool kMomentum>
-constexpr bool kSumsD = kRealised || kMomentum || sizeof(T) == sizeof(double);
-
-}  // namespace lyapcuda::cpu
 
 #define LYAPCUDA_BODY "ascent.inc"
 #include "for_each_target.h"
@@ -44,27 +23,25 @@ void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g
                   const std::vector<Tensor>& g1, const std::vector<int64_t>& offsets,
                   const std::vector<Tensor>& theta, const std::optional<Tensor>& p,
                   const std::optional<Tensor>& p_next, const AscentScalars& scalars, double* sums) {
-  std::vector<int64_t> sizes;
-  for (const Tensor& g : g0) sizes.push_back(g.numel());
-  const Blocks blocks(sizes);
+  const Blocks blocks(sizes_of(g0));
+  const auto g0_data = data_of<const P>(g0), g1_data = data_of<const P>(g1);
+  const auto theta_data = data_of<const P>(theta);
+  const T* const p_data = kMomentum ? static_cast<const T*>(p->const_data_ptr()) : nullptr;
+  T* const p_next_data = kMomentum ? static_cast<T*>(p_next->mutable_data_ptr()) : nullptr;
   T* const d_data = static_cast<T*>(d.mutable_data_ptr());
   const T* const q_data = static_cast<const T*>(q.const_data_ptr());
   // In place, q's read has already brought d's lines in; and streaming needs aligned lines.
   const bool large = d_data != q_data && blocks.elements() > kAroundCache;
   std::vector<double> partial(std::max<int64_t>(blocks.count(), 1) * kSumSize, 0.0);
   blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t block) {
-    const auto storage = [&](const std::vector<Tensor>& list) {
-      return static_cast<const P*>(list[segment].const_data_ptr()) + begin;
-    };
     const int64_t at = offsets[segment] + begin;
-    const AscentArguments<T, P> arguments{
-        d_data + at,
-        q_data + at,
-        storage(g0),
-        storage(g1),
-        kRealised ? storage(theta) : nullptr,
-        kMomentum ? static_cast<const T*>(p->const_data_ptr()) + at : nullptr,
-        kMomentum ? static_cast<T*>(p_next->mutable_data_ptr()) + at : nullptr};
+    const AscentArguments<T, P> arguments{d_data + at,
+                                          q_data + at,
+                                          g0_data[segment] + begin,
+                                          g1_data[segment] + begin,
+                                          kRealised ? theta_data[segment] + begin : nullptr,
+                                          kMomentum ? p_data + at : nullptr,
+                                          kMomentum ? p_next_data + at : nullptr};
     const bool around_cache = large && reinterpret_cast<uintptr_t>(arguments.d) % 64 == 0;
     double* const sums_of_block = partial.data() + block * kSumSize;
     if (around_cache) {
@@ -105,6 +82,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   check_vector(state, "state", kStateSize);
   check_sign(sign);
   STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
+  STD_TORCH_CHECK(p.has_value() || momentum == 0.0, "momentum: ", momentum, " needs p and p_next");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");
     check_segments(*theta, "theta", offsets, q);

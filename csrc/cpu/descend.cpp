@@ -47,19 +47,17 @@ Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor 
   *static_cast<double*>(used.mutable_data_ptr()) = lr;
   if (!go || theta.empty()) return used;
 
-  std::vector<int64_t> sizes;
-  for (const Tensor& t : theta) sizes.push_back(t.numel());
-  const Blocks blocks(sizes);
+  const Blocks blocks(sizes_of(theta));
   const ScalarType dtype = theta[0].scalar_type();
   const ScalarType buffer = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   with_buffer_and_storage(buffer, dtype, [&](auto* arithmetic, auto* storage) {
     using T = std::remove_pointer_t<decltype(arithmetic)>;
     using P = std::remove_pointer_t<decltype(storage)>;
+    const auto theta_data = data_of<P>(theta);
+    const auto gradient_data = data_of<const P>(gradient);
     blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
       LYAPCUDA_DISPATCH(descend_block<T, P>)(
-          static_cast<P*>(theta[segment].mutable_data_ptr()) + begin,
-          static_cast<const P*>(gradient[segment].const_data_ptr()) + begin, length, lr,
-          weight_decay);
+          theta_data[segment] + begin, gradient_data[segment] + begin, length, lr, weight_decay);
     });
   });
   return used;

@@ -12,7 +12,7 @@ void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t e
                double momentum, bool control, bool alternate, double ema) {
   check_vector(state, "state", kStateSize);
   check_vector(sums, "sums", kSumSize);
-  check_vector(losses, "losses", -1);
+  check_vector(losses, "losses");
   check_sign(sign);
   STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
   STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);

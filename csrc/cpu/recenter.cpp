@@ -27,18 +27,18 @@ void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vec
   const double* values = static_cast<const double*>(state.const_data_ptr());
   const double scale = values[k_scale];
   const bool committed = values[k_committed] != 0.0;
-  std::vector<int64_t> sizes;
-  for (const Tensor& t : theta) sizes.push_back(t.numel());
-  const Blocks blocks(sizes);
+  const Blocks blocks(sizes_of(theta));
   with_buffer_and_storage(
       q.scalar_type(), theta[0].scalar_type(), [&](auto* buffer, auto* storage) {
         using T = std::remove_pointer_t<decltype(buffer)>;
         using P = std::remove_pointer_t<decltype(storage)>;
         T* const q_data = static_cast<T*>(q.mutable_data_ptr());
+        const auto theta1_data = data_of<P>(theta1);
+        const auto theta_data = data_of<const P>(theta);
         const T* const previous = static_cast<const T*>(q_previous.const_data_ptr());
         blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
-          P* const out = static_cast<P*>(theta1[segment].mutable_data_ptr()) + begin;
-          const P* const in = static_cast<const P*>(theta[segment].const_data_ptr()) + begin;
+          P* const out = theta1_data[segment] + begin;
+          const P* const in = theta_data[segment] + begin;
           const int64_t at = offsets[segment] + begin;
           const bool around_cache =
               blocks.elements() > kAroundCache && reinterpret_cast<uintptr_t>(out) % 64 == 0;

@@ -51,11 +51,16 @@ inline void check_same_buffer(const Tensor& tensor, const char* name, const Tens
                   like_name, " has ", like.numel());
 }
 
+inline void check_vector(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.is_cpu(), name,
+      ": expected a contiguous float64 CPU tensor, got ", dtype_name(tensor.scalar_type()));
+}
+
 inline void check_vector(const Tensor& tensor, const char* name, int64_t size) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
-                      tensor.is_cpu() && (size < 0 || tensor.numel() == size),
-                  name, ": expected a contiguous float64 CPU tensor of ", size, " elements, got ",
-                  tensor.numel(), " of ", dtype_name(tensor.scalar_type()));
+  check_vector(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == size, name, ": expected ", size, " elements, got ",
+                  tensor.numel());
 }
 
 inline void check_sign(int64_t sign) {
@@ -77,6 +82,10 @@ inline void check_segments(const std::vector<Tensor>& list, const char* name,
     STD_TORCH_CHECK(dtype == list[0].scalar_type(), name, "[", i, "]: dtype ", dtype_name(dtype),
                     " differs from ", name, "[0]'s ", dtype_name(list[0].scalar_type()));
     const int64_t numel = list[i].numel();
+    // In order and apart: two threads would write what two segments share.
+    STD_TORCH_CHECK(i == 0 || offsets[i] >= offsets[i - 1] + list[i - 1].numel(), "offsets[", i,
+                    "]: ", offsets[i], " lies inside or before the segment of ", name, "[", i - 1,
+                    "]");
     STD_TORCH_CHECK(offsets[i] >= 0 && numel <= flat.numel() && offsets[i] <= flat.numel() - numel,
                     "offsets[", i, "]: ", offsets[i], " + ", numel, " elements of ", name,
                     " don't fit a buffer of ", flat.numel());
@@ -94,6 +103,26 @@ inline void check_like(const std::vector<Tensor>& list, const char* name,
                     dtype_name(list[i].scalar_type()), " differs from ", like_name, "'s ",
                     dtype_name(like[i].scalar_type()));
   }
+}
+
+// The data of a list, asked for before threads start: a copy-on-write tensor copies itself then.
+template <class T>
+std::vector<T*> data_of(const std::vector<Tensor>& list) {
+  std::vector<T*> pointers;
+  for (const Tensor& tensor : list) {
+    if constexpr (std::is_const_v<T>) {
+      pointers.push_back(static_cast<T*>(tensor.const_data_ptr()));
+    } else {
+      pointers.push_back(static_cast<T*>(tensor.mutable_data_ptr()));
+    }
+  }
+  return pointers;
+}
+
+inline std::vector<int64_t> sizes_of(const std::vector<Tensor>& list) {
+  std::vector<int64_t> sizes;
+  for (const Tensor& tensor : list) sizes.push_back(tensor.numel());
+  return sizes;
 }
 
 // Calls f with a null pointer of the storage type that `storage` names beside buffers of type T.

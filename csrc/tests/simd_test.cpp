@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/ascent.h"
 #include "../state.h"
 #include "check.h"
 
@@ -20,21 +21,6 @@ namespace lyapcuda::cpu {
 
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
-
-// As in cpu/ascent.cpp.
-template <class T, class P>
-struct AscentArguments {
-  T* d;
-  const T* q;
-  const P *g0, *g1, *theta;
-  const T* p;
-  T* p_next;
-};
-struct AscentScalars {
-  double scale, rate, weight_decay, momentum;
-};
-template <class T, bool kRealised, bool kMomentum>
-constexpr bool kSumsD = kRealised || kMomentum || sizeof(T) == sizeof(double);
 
 }  // namespace lyapcuda::cpu
 

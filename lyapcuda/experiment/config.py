@@ -45,8 +45,8 @@ class TrainConfig:
         batch_size: default 128 for digits, 512 for CIFAR-10.
         weight_decay: part of the loss, and of its curvature.
         perturbation: length of the separation; default: chosen by the tracker.
-        estimate: ``rayleigh``, ``growth`` or ``paper``; default ``growth`` under ``qn``, whose steps
-            it keeps on the short side, else ``rayleigh``.
+        estimate: ``rayleigh``, ``growth`` or ``paper``; default ``growth`` under ``qn``, whose
+            steps it keeps on the short side, else ``rayleigh``.
         every: measure on every n-th step (not under ``qn``, which needs every one).
         classes: labels to train on; default all ten, but planes and cars for CIFAR-10 with any
             model except resnet18, as in the paper.
