@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ops import cpu_name
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 import lyapcuda
 from lyapcuda.experiment.data import BatchLoader, load
 from lyapcuda.experiment.models import build
+from ops import cpu_name
 
 DECAY, LR, BATCH = 5e-4, 0.1, 512
 TRACKERS = {

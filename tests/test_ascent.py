@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lyapcuda import ops, reference
 from ops_support import (
     BF16,
     DTYPES,
@@ -24,8 +26,6 @@ from ops_support import (
     surroundings,
     threads,
 )
-
-from lyapcuda import ops, reference
 
 SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
 KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy

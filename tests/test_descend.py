@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+
+from lyapcuda import ops, reference
 from ops_support import (
     BF16,
     F16,
@@ -19,8 +21,6 @@ from ops_support import (
     surroundings,
     threads,
 )
-
-from lyapcuda import ops, reference
 
 STORAGE = [F32, F64, BF16, F16]
 

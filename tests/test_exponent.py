@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from ops_support import F32, F64, assert_same_bits, fields_of, state_with
 
 from lyapcuda import _C, ops, reference
+from ops_support import F32, F64, assert_same_bits, fields_of, state_with
 
 NAN, INF = math.nan, math.inf
 OPTIONS = [

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import rows_of, snapshot, state_of
 
 from lyapcuda.__main__ import main
 from lyapcuda.experiment.config import TrainConfig
 from lyapcuda.experiment.runlog import READ_EVERY
 from lyapcuda.experiment.train import train
+from run_support import rows_of, snapshot, state_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-import ops_support
 import pytest
 import torch
-from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
 
+import ops_support
 from lyapcuda import ops
+from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
 
 SUMS = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64)
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from nets import case
 from torch import nn
 
 import lyapcuda
+from nets import case
 
 
 def quadratic(spectrum):

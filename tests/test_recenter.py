@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lyapcuda import ops, reference
 from ops_support import (
     BF16,
     DTYPES,
@@ -23,8 +25,6 @@ from ops_support import (
     surroundings,
     threads,
 )
-
-from lyapcuda import ops, reference
 
 
 def run(case, theta1=None, **state):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from lyapcuda import ops, reference
 from ops_support import (
     BF16,
     F32,
@@ -14,8 +16,6 @@ from ops_support import (
     surroundings,
     threads,
 )
-
-from lyapcuda import ops, reference
 
 
 @pytest.mark.parametrize("shift", [0, 1])

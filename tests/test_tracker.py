@@ -9,10 +9,10 @@ import textwrap
 
 import pytest
 import torch
-from nets import case
 from torch import nn
 
 import lyapcuda
+from nets import case
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import rows_of, snapshot, state_of
 
 from lyapcuda.experiment import checkpoint, plots
 from lyapcuda.experiment import train as train_module
@@ -17,6 +16,7 @@ from lyapcuda.experiment.cifar import PIXELS, TEST_NAME, TRAIN_NAMES
 from lyapcuda.experiment.config import TrainConfig
 from lyapcuda.experiment.runlog import COLUMNS, READ_EVERY
 from lyapcuda.experiment.train import train
+from run_support import rows_of, snapshot, state_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

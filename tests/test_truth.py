@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from nets import NAMES, case
 
 import lyapcuda
+from nets import NAMES, case
 
 
 def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 10000) -> None:
