@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "FlatGroup", "FlatLayout", "Parameters", "TrackedParameter"]
+from lyapcuda import _C
+
+__all__ = ["ALIGNMENT", "BACKENDS", "FlatGroup", "FlatLayout", "Parameters", "TrackedParameter"]
 
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
 #: aligned.
 ALIGNMENT = 32
+
+#: Device types that this build has ops for.
+BACKENDS = tuple(_C.build_info()["backend"].split(", "))
 
 #: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either.
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -92,8 +97,8 @@ def _check_parameter(name: str, tensor: Any) -> bool:
         )
     if tensor.requires_grad and not tensor.is_leaf:
         raise ValueError(f"{what} is not a leaf: it was computed, so it never gets a .grad")
-    if tensor.is_meta:
-        raise ValueError(f"{what} is on the meta device: it has no values")
+    if tensor.device.type not in BACKENDS:
+        raise ValueError(f"{what} is on {tensor.device}; this build serves {', '.join(BACKENDS)}")
     return tensor.requires_grad
 
 
