@@ -78,16 +78,23 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
   return {rayleigh, variance > 0.0 ? std::sqrt(variance) : 0.0, std::sqrt(yy / qq)};
 }
 
-// The rate for the next step from the secant of this one. When q has settled on the unwanted end of
-// the spectrum, the secant there is remembered for good: a rate that lets that end outgrow the
-// wanted one would bring q back to it.
+// How much of the bound an ascent keeps a step: h0 may fall while training goes on. A descent keeps
+// all of it: there the bound is h0, which q must not come back to.
+constexpr double kAscentMemory = 0.98;
+
+// The rate for the next step: β·‖H‖ = e − 1, with ‖H‖ from the secants seen. The map then shrinks
+// the unwanted end (|1 + βh| < 1 there). A secant met where q had settled on that end is kept for
+// good: a rate that lets it outgrow the wanted end would bring q back to it.
 LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& found, double sign) {
+  if (!std::isfinite(found.secant) || !std::isfinite(kTargetGrowth / found.secant)) return;
+  const double kept = (sign > 0.0 ? kAscentMemory : 1.0) * state[k_bound];
+  state[k_bound] = found.secant > kept ? found.secant : kept;
   const bool settled = found.residual < std::fabs(found.rayleigh);
-  if (!std::isfinite(kTargetGrowth / found.secant) || !std::isfinite(found.secant)) return;
   if (found.rayleigh * sign < 0.0 && settled && found.secant > state[k_guard]) {
     state[k_guard] = found.secant;
   }
-  state[k_beta] = kTargetGrowth / (found.secant > state[k_guard] ? found.secant : state[k_guard]);
+  state[k_beta] =
+      kTargetGrowth / (state[k_bound] > state[k_guard] ? state[k_bound] : state[k_guard]);
 }
 
 // Takes the sums of one pass into the state. A step with anything not finite leaves every value as
@@ -102,9 +109,15 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
     return;
   }
   const Quotient found = quotient(sums);
+  // The mean over both sides of θ: one-sided errors of y, of odd order in Δq, cancel. They do so in
+  // ½(y − y') as well, whose residual is at most the mean of the two; what the quotients differ by
+  // is added for the case that q or the minibatch, not the side, is why.
   const double previous = state[k_rayleigh];
   const bool known = std::isfinite(previous);
-  state[k_drift] = known ? 0.5 * std::fabs(found.rayleigh - previous) : 0.0;
+  const bool paired = options.alternate && known;
+  state[k_center] = paired ? 0.5 * (found.rayleigh + previous) : found.rayleigh;
+  state[k_width] = (paired ? 0.5 * (found.residual + state[k_residual]) : found.residual) +
+                   (known ? 0.5 * std::fabs(found.rayleigh - previous) : 0.0);
   state[k_rayleigh] = found.rayleigh;
   state[k_residual] = found.residual;
 
@@ -112,8 +125,7 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
   const double dd = sums[kSumDD];
   const bool parted = dd > kMet * sums[kSumQQ];
   const double lambda = 0.5 * std::log(dd / sums[kSumQQ]);
-  // The mean over both sides of θ: one-sided errors, of odd order in Δq, cancel.
-  double h = options.alternate && known ? 0.5 * (found.rayleigh + previous) : found.rayleigh;
+  double h = state[k_center];
   if (options.estimate != Estimate::kRayleigh && parted) {
     const double measured =
         curvature_of_growth(lambda, options.sign * beta, options.momentum, options.estimate);
@@ -124,8 +136,8 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
       std::isfinite(state[k_h_ema]) ? options.ema * state[k_h_ema] + (1.0 - options.ema) * h : h;
   if (parted) {
     state[k_exponent] = lambda;
-    const double side = options.alternate && state[k_scale] > 0.0 ? -1.0 : 1.0;
-    state[k_scale] = side * state[k_perturbation] / std::sqrt(dd);
+    // d points where q does; a negative scale takes the next q to the other side of θ.
+    state[k_scale] = (options.alternate ? -1.0 : 1.0) * state[k_perturbation] / std::sqrt(dd);
     state[k_committed] = 1.0;
     if (options.control) {
       if (options.estimate == Estimate::kPaper) {

@@ -10,15 +10,17 @@
 // clang-format off
 #define LYAPCUDA_STATE_FIELDS(X)                                                       \
   X(perturbation) /* Δq: the norm a separation is brought back to */                   \
-  X(scale)        /* q = scale · (the buffer of the separation); its sign alternates */ \
+  X(scale)        /* q = scale · (the buffer of the separation) */                    \
   X(beta)         /* the ascent rate of the next step */                               \
   X(exponent)     /* λ = log(‖d‖/‖q‖) of the last accepted step */                     \
   X(h)            /* the curvature, by the estimate chosen */                          \
   X(h_ema)        /* its exponential moving average */                                 \
   X(rayleigh)     /* ρ = q·y/‖q‖² */                                                   \
   X(residual)     /* r = ‖y − ρq‖/‖q‖ */                                               \
-  X(drift)        /* |ρ − previous ρ|/2: with alternating signs, the one-sided error */ \
-  X(guard)        /* largest ‖y‖/‖q‖ met where q had settled on the unwanted end */    \
+  X(center)       /* the middle of the error bar: ρ, or its mean over both sides of θ */ \
+  X(width)        /* half the length of the error bar */                               \
+  X(bound)        /* the recent largest ‖y‖/‖q‖, a lower bound of ‖H‖ */               \
+  X(guard)        /* the largest where q had settled on the unwanted end */            \
   X(committed)    /* 1: the last step's d replaces q; 0: the old q stays */            \
   X(accepted)     /* 1: the last step was finite and its values were taken */          \
   X(steps)        /* how many steps were accepted */                                   \

@@ -12,13 +12,14 @@ import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Closure", "GradientPair", "gradient_pair", "modules_of", "plain_gradient"]
+__all__ = ["Closure", "GradientPair", "at_a_copy", "gradient_pair", "modules_of", "plain_gradient"]
 
 #: Takes nothing, returns the loss; may have called backward() itself or leave that to us.
 Closure = Callable[[], Tensor | float]
@@ -51,6 +52,10 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
+def _value_of(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
+
+
 class _Surroundings:
     """What an evaluation may change besides its result: random states, buffers, other gradients."""
 
@@ -64,10 +69,10 @@ class _Surroundings:
             for p in others.values()
             if id(p) not in tracked and p.requires_grad
         ]
+        # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
         self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
+            (module, {name: (b, _value_of(b)) for name, b in module._buffers.items()})
             for module in modules
-            for name, buffer in module.named_buffers(recurse=False)
         ]
         self._python, self._numpy = random.getstate(), np.random.get_state()
         self._torch = torch.get_rng_state()
@@ -84,33 +89,48 @@ class _Surroundings:
         torch.set_rng_state(self._torch)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
-        for module, name, buffer, value in self._buffers:
-            # .data: a graph the user still holds may have saved this buffer, and finds it
-            # unchanged.
-            buffer.data.copy_(value)
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
+        for module, buffers in self._buffers:
+            for buffer, value in buffers.values():
+                if buffer is None:
+                    continue
+                # .data: a graph the user still holds may have saved this buffer, and finds it
+                # unchanged.
+                if buffer.shape == value.shape:
+                    buffer.data.copy_(value)
+                else:
+                    buffer.data = value.clone()
+            if not isinstance(module, torch.jit.ScriptModule):  # its buffers can't be replaced
+                module._buffers.clear()
+                module._buffers.update((name, buffer) for name, (buffer, _) in buffers.items())
         for parameter, gradient, value in self._other_gradients:
             if gradient is not None:
                 gradient.data.copy_(value)
             parameter.grad = gradient
-
-    def has_gradients(self) -> bool:
-        return any(gradient is not None for _, gradient in self._gradients)
 
     def restore_gradients(self) -> None:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
 
 
+#: True while a closure is evaluated at θ + q.
+_displaced: ContextVar[bool] = ContextVar("lyapcuda_displaced", default=False)
+
+
+def at_a_copy() -> bool:
+    """Whether the caller is inside a closure that is being evaluated at θ + q, not at θ."""
+    return _displaced.get()
+
+
 @contextmanager
 def _pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
     originals = [p.data for p in parameters]
+    token = _displaced.set(True)
     try:
         for parameter, copy in zip(parameters, copies, strict=True):
             parameter.data = copy
         yield
     finally:
+        _displaced.reset(token)
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data = original
 
@@ -129,6 +149,8 @@ def _evaluate(
             raise TypeError(
                 f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
             )
+        if isinstance(loss, Tensor) and loss.is_complex():
+            raise ValueError(f"closure: expected a real loss, got {loss.dtype}")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(
                 f"closure: expected a loss of one element, got shape {tuple(loss.shape)}"
@@ -137,9 +159,15 @@ def _evaluate(
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
-                    "differentiated: does it depend on the tracked parameters?"
+                    "differentiated: does it depend on the tracked parameters (outside of "
+                    "torch.inference_mode)?"
                 )
             loss.backward()
+            if all(p.grad is None for p in parameters):
+                raise ValueError(
+                    "closure: its loss gives none of the tracked parameters a gradient: were they "
+                    "replaced since, or do they belong to another model?"
+                )
     torch.clear_autocast_cache()
     gradients = [p.grad for p in parameters]
     for name, gradient in zip(names, gradients, strict=True):
@@ -166,7 +194,7 @@ def gradient_pair(
     Args:
         closure: called twice.
         parameters: leaf tensors that require a gradient.
-        copies: θ + q, of the parameters' shapes, dtypes and devices; may come back holding g1.
+        copies: θ + q, of the parameters' shapes, dtypes and devices; come back holding g1.
         names: the parameters' names, for messages.
         modules: whose buffers (and other parameters' gradients) are put back.
         leave: False puts everything back as it was, gradients and random states included. True
@@ -182,9 +210,10 @@ def gradient_pair(
         # θ + q first: then the evaluation at θ is the last one, and leaves what training expects.
         with _pointing_to(parameters, copies):
             loss1, g1 = _evaluate(closure, parameters, names)
-        if not leave and before.has_gradients():
-            # Three sets of gradients would be alive otherwise; θ + q is no longer needed.
-            g1 = [g if g is None else c.copy_(g.detach()) for c, g in zip(copies, g1, strict=True)]
+        # θ + q is no longer needed, so g1 takes its place. By reference it wouldn't be safe:
+        # storage may be used again (DDP's buckets, a closure that writes .grad), and memory would
+        # hold three gradients where the user has one already.
+        g1 = [g if g is None else c.copy_(g.detach()) for c, g in zip(copies, g1, strict=True)]
         before.restore()
         loss0, g0 = _evaluate(closure, parameters, names)
     except BaseException:

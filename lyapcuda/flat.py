@@ -60,10 +60,14 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
     """
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params={params!r}: expected an iterable of tensors")
     found: dict[int, TrackedParameter] = {}
     seen = 0
     for entry in params:
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
+        if "params" not in group:
+            raise ValueError(f"params: a group without 'params', only {sorted(group)}")
         members = group["params"]
         for member in [members] if isinstance(members, Tensor) else members:
             name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
@@ -99,12 +103,15 @@ def _check_parameter(name: str, tensor: Any) -> bool:
         raise ValueError(f"{what} is not a leaf: it was computed, so it never gets a .grad")
     if tensor.device.type not in BACKENDS:
         raise ValueError(f"{what} is on {tensor.device}; this build serves {', '.join(BACKENDS)}")
+    layout = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 and size > 1 for stride, size in layout):
+        raise ValueError(f"{what} is expanded: its elements share memory")
     return tensor.requires_grad
 
 
 def squared_norm(tensor: Tensor) -> float:
     """Σ x² in float64, on the host; a piece at a time, so that no copy of the whole is made."""
-    pieces = tensor.reshape(-1).split(1 << 20)
+    pieces = tensor.reshape(-1).split(1 << 18)
     return float(sum(float(piece.double().square().sum()) for piece in pieces))
 
 

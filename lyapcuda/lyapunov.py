@@ -31,6 +31,8 @@ __all__ = [
 #: smallest.
 SIGNS = {"LA": 1, "SA": -1}
 
+_PIECE = 1 << 18
+
 
 def curvature_of_growth(
     exponent: float, rate: float, *, momentum: float = 0.0, linearised: bool = False
@@ -180,7 +182,7 @@ class Separation:
         """Steps both copies along their gradients and takes the growth into the state."""
         if self._needs_secant:
             self._needs_secant = False
-            ops.secant_(self.state, self._ascend(pair)[0], sign=self._options["sign"])
+            ops.secant_(self.state, self._probe(pair), sign=self._options["sign"])
         sums, momenta = self._ascend(pair)
         losses = torch.stack([loss.to(self.state) for loss in (pair.loss0, pair.loss1)])
         ops.exponent_(self.state, sums, losses, **self._options)
@@ -189,6 +191,38 @@ class Separation:
             if part.p is not None:
                 kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
                 torch.where(kept, part.p, p_next, out=part.p)
+
+    def _probe(self, pair: GradientPair) -> Tensor:
+        """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
+        next q goes to holds g1.
+        """
+        index = {id(p.tensor): i for i, p in enumerate(self.layout.parameters)}
+        total = torch.zeros(len(ops.SUM_FIELDS), dtype=torch.float64, device=self.state.device)
+        for part in self._groups:
+            group, state = part.group, self._state_on(part.group.device)
+            scratch = part.q.new_empty(min(_PIECE, part.q.numel()))
+            here = [index[id(t)] for t in group.tensors]
+            lists = [
+                group.segments([pair.g0[i] for i in here]),
+                group.segments([pair.g1[i] for i in here]),
+                group.segments(group.tensors),
+            ]
+            for offset, *tensors in zip(group.offsets, *lists, strict=True):
+                g0, g1, theta = (tensor.view(-1) for tensor in tensors)
+                for start in range(0, g0.numel(), _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    length = g0[piece].numel()
+                    total += ops.ascent_(
+                        scratch[:length],
+                        part.q[offset + start : offset + start + length],
+                        [g0[piece]],
+                        [g1[piece]],
+                        [0],
+                        state,
+                        weight_decay=group.weight_decay,
+                        theta=[theta[piece]] if group.rounds else None,
+                    ).to(total.device)
+        return total
 
     def _ascend(self, pair: GradientPair) -> tuple[Tensor, list[Tensor | None]]:
         """Writes the next q beside the present one; returns the sums over all groups."""
@@ -249,6 +283,9 @@ class Separation:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
+        missing = {"state", "needs_secant", "q", "p"} - set(saved)
+        if missing:
+            raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
         _check_shapes("state", [self.state], [saved["state"]])
         _check_shapes("q", [part.q for part in self._groups], saved["q"])
         _check_shapes("p", [part.p for part in self._groups], saved["p"])

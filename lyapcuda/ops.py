@@ -46,7 +46,8 @@ def build_info() -> dict[str, object]:
 
 def new_state(device: torch.device | str, **values: float) -> Tensor:
     """A state vector on ``device`` with the given fields; counters 0, everything unmeasured NaN."""
-    zero = {"guard": 0.0, "committed": 1.0, "accepted": 0.0, "steps": 0.0, "skipped": 0.0}
+    zero = dict.fromkeys(("bound", "guard", "accepted", "steps", "skipped"), 0.0)
+    zero["committed"] = 1.0
     unknown = set(values) - set(STATE_FIELDS)
     if unknown:
         raise ValueError(f"unknown state fields: {sorted(unknown)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ class LyapunovSGD(Optimizer):
         weight_decay: adds ½·wd·‖θ‖² to the loss: to the gradient and to the curvature.
         max_lr: bound of the learning rate, which also holds where h0 is zero or negative.
         warmup_tol: h0 is stable when it changed by less than this (relative) three times in a row.
-        warmup_iterations: at most so many; 0 for no warm-up.
+        warmup_iterations: at most so many; 0 for no warm-up, and then only max_lr bounds the first
+            steps.
         estimate: see `CurvatureTracker`. The default here is "growth", the exact inversion
             (e^λ − 1)/β: where q is no eigenvector (noise, kinks, the first steps) it lies above the
             Rayleigh quotient, so the steps err on the short side. Measured on the digits runs, the
@@ -58,6 +61,8 @@ class LyapunovSGD(Optimizer):
         warmup_iterations: int = 100,
         seed: int = 0,
     ) -> None:
+        if warmup_tol is None:
+            raise ValueError("warmup_tol=None: expected a positive finite number")
         _positive("warmup_tol", warmup_tol)
         if not isinstance(warmup_iterations, int) or warmup_iterations < 0:
             raise ValueError(
@@ -83,10 +88,7 @@ class LyapunovSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for name in ("gain", "max_lr"):
-                if group[name] is None:
-                    raise ValueError(f"{name}=None: expected a positive finite number")
-                _positive(name, group[name])
+            self._check_group(group)
             FlatLayout([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -95,6 +97,17 @@ class LyapunovSGD(Optimizer):
             self.tracker = self._new_tracker()
             self._warm = self._warmup_iterations == 0
 
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
+        for name in ("gain", "max_lr"):
+            if group[name] is None:
+                raise ValueError(f"{name}=None: expected a positive finite number")
+            _positive(name, group[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.optim's own keeps only what it knows: copies and pickles would lack the rest.
+        return {**self.__dict__, **super().__getstate__()}
+
     @property
     def lr(self) -> Tensor:
         """The learning rate used last, of the first group (0-dim float64 on the device)."""
@@ -102,23 +115,32 @@ class LyapunovSGD(Optimizer):
             return torch.tensor(math.nan, dtype=torch.float64, device=self.tracker.h.device)
         return self._lr
 
-    def warmup(self, closure: Closure) -> int:
+    def warmup(self, closures: Closure | Iterable[Closure]) -> int:
         """Measures at the present θ, without training, until h0 is stable.
 
-        The first `step` calls this with its own closure; call it before with one that draws a new
-        minibatch each time to average over them. Leaves no trace but in the tracker.
+        The first `step` calls this with its own closure. Leaves no trace but in the tracker.
+
+        Args:
+            closures: a closure, or an iterable of them, one for each measurement (to average over
+                minibatches; each closure is called twice and has to return the same loss).
 
         Returns:
-            How many measurements it took. A UserWarning says when h0 didn't become stable.
+            How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
+            at a loss that isn't finite, and the next `step` warms up again.
         """
+        source = repeat(closures) if callable(closures) else iter(closures)
         stable, previous, iterations = 0, math.nan, 0
-        while stable < 3 and iterations < self._warmup_iterations:
+        for closure in islice(source, self._warmup_iterations):
             self.tracker.step(closure)
+            if not int(self.tracker.state[ops.STATE_FIELDS.index("accepted")]):
+                return iterations
             iterations += 1
             h = float(self.tracker.h)
             stable = stable + 1 if abs(h - previous) <= self._warmup_tol * abs(h) else 0
             previous = h
-        if stable < 3 and self._warmup_iterations:
+            if stable == 3:
+                break
+        if stable < 3:
             warnings.warn(
                 f"h0 was not stable to {self._warmup_tol:g} after {iterations} iterations of "
                 f"warm-up (last: {previous:g}); training starts from there",
@@ -140,6 +162,8 @@ class LyapunovSGD(Optimizer):
         """
         if closure is None:
             raise TypeError("closure=None: LyapunovSGD.step needs a closure that returns the loss")
+        for group in self.param_groups:
+            self._check_group(group)
         if not self._warm:
             self.warmup(closure)
         loss = self.tracker.step(closure, leave_grad=True)
@@ -148,9 +172,14 @@ class LyapunovSGD(Optimizer):
 
     @torch.no_grad()
     def _descend(self) -> None:
-        rates = []
+        rates, measured = [], {id(p) for p in self.tracker.parameters}
         for group in self.param_groups:
-            members = [p for p in group["params"] if p.requires_grad and p.grad is not None]
+            # Only what is measured: a parameter unfrozen since isn't in h0 yet.
+            members = [
+                p
+                for p in group["params"]
+                if p.requires_grad and p.grad is not None and id(p) in measured
+            ]
             for part in FlatLayout([{"params": members}]).groups if members else ():
                 theta = part.segments(part.tensors)
                 state = self.tracker.state.to(part.device)
@@ -175,20 +204,25 @@ class LyapunovSGD(Optimizer):
         saved = super().state_dict()
         saved["tracker"] = self.tracker.state_dict()
         saved["warm"] = self._warm
+        saved["lr"] = self.lr.clone()
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved optimizer was; a mismatch is a ValueError, and changes
         nothing.
         """
-        if "tracker" not in state_dict or "warm" not in state_dict:
-            raise ValueError("state_dict: not the state of a LyapunovSGD (no 'tracker')")
+        missing = {"tracker", "warm", "lr"} - set(state_dict)
+        if missing:
+            raise ValueError(f"state_dict: not a LyapunovSGD's, it lacks {sorted(missing)}")
         before = super().state_dict()
         own = {name: state_dict[name] for name in ("state", "param_groups")}
         super().load_state_dict(own)
         try:
-            self.tracker.load_state_dict(state_dict["tracker"])
+            tracker = self._new_tracker()  # the groups' weight decay may be another now
+            tracker.load_state_dict(state_dict["tracker"])
         except BaseException:
             super().load_state_dict(before)
             raise
+        self.tracker = tracker
         self._warm = bool(state_dict["warm"])
+        self._lr = state_dict["lr"].to(tracker.h)

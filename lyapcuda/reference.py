@@ -97,9 +97,10 @@ def _secant_rate(
 ) -> None:
     if secant == 0 or not math.isfinite(secant) or not math.isfinite((math.e - 1) / secant):
         return
+    s["bound"] = max(secant, (0.98 if sign > 0 else 1.0) * s["bound"])
     if sign * rayleigh < 0 and residual < abs(rayleigh):
         s["guard"] = max(s["guard"], secant)
-    s["beta"] = (math.e - 1) / max(secant, s["guard"])
+    s["beta"] = (math.e - 1) / max(s["bound"], s["guard"])
 
 
 def exponent_(
@@ -123,14 +124,17 @@ def exponent_(
         return torch.tensor(list(s.values()), dtype=torch.float64)
     rayleigh, residual, secant = _quotient(v)
     previous = s["rayleigh"] if math.isfinite(s["rayleigh"]) else rayleigh
-    s.update(rayleigh=rayleigh, residual=residual, drift=abs(rayleigh - previous) / 2)
+    paired = alternate and math.isfinite(s["rayleigh"])
     h, beta = (rayleigh + previous) / 2 if alternate else rayleigh, s["beta"]
+    spread = (residual + s["residual"]) / 2 if paired else residual
+    s.update(center=h, width=spread + abs(rayleigh - previous) / 2)
+    s.update(rayleigh=rayleigh, residual=residual)
     if v["dd"] > 1e-14 * v["qq"]:
         lam = 0.5 * math.log(v["dd"] / v["qq"])
         if name != "rayleigh":
             measured = curvature_of_growth(lam, sign * beta, momentum, name)
             h = measured if math.isfinite(measured) else h
-        side = -1.0 if alternate and s["scale"] > 0 else 1.0
+        side = -1.0 if alternate else 1.0
         s.update(exponent=lam, scale=side * s["perturbation"] / math.sqrt(v["dd"]), committed=1.0)
         if control and name == "paper":
             s["beta"] = beta / lam if lam and math.isfinite(beta / lam) else beta

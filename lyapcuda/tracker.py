@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,7 +13,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.evaluate import Closure, gradient_pair, modules_of, plain_gradient
+from lyapcuda.evaluate import (
+    Closure,
+    at_a_copy,
+    gradient_pair,
+    modules_of,
+    plain_gradient,
+)
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.lyapunov import SIGNS, Separation
 
@@ -48,8 +56,9 @@ class CurvatureTracker:
         weight_decay: for parameters whose group names none.
         ema: weight of the past in `h_ema`, in [0, 1).
         seed: of the random first q; the global random states are not touched.
-        model: the module whose buffers are put back between evaluations. Found by itself when the
-            parameters belong to modules.
+        model: the module or modules whose buffers, and whose other parameters' gradients, are put
+            back between evaluations. Without it: every module that holds a tracked parameter, with
+            its children. Give it where the closure runs modules beside those.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -69,7 +78,7 @@ class CurvatureTracker:
         weight_decay: float = 0.0,
         ema: float = 0.9,
         seed: int = 0,
-        model: nn.Module | None = None,
+        model: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
         _positive("perturbation", perturbation)
         _positive("beta", beta)
@@ -79,10 +88,12 @@ class CurvatureTracker:
         _fraction("ema", ema)
         _whole("every", every)
         _whole("k", k)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed={seed!r}: expected a whole number")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model={type(model).__name__}: expected a torch.nn.Module")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
+        models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+        for module in models:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
         self._layout = FlatLayout(params, weight_decay)
         if k > self._layout.numel:
             raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
@@ -91,7 +102,8 @@ class CurvatureTracker:
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
-        self._model = model
+        self._models = models
+        self._beside: list[Tensor] = []  # other parameters of the optimizers we are attached to
         self._modules: list[nn.Module] | None = None
         self._separation: Separation | None = None
         self._calls = 0
@@ -105,9 +117,10 @@ class CurvatureTracker:
             closure: takes nothing and returns the loss; may have called ``backward()`` itself, or
                 leave that to us. Called twice: its random numbers are replayed.
             leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
-                states are bitwise what they were. True leaves what one plain evaluation at θ
-                leaves, the gradient in ``.grad`` above all: an optimizer's ``step()`` can follow,
-                and the measurement has cost one gradient more, not two.
+                states are bitwise what they were. True leaves what one plain evaluation at θ with
+                cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
+                has cost one gradient more, not two. A gradient that was there before is replaced,
+                not added to: accumulate inside the closure.
 
         Returns:
             The loss at θ, detached. None when ``every`` skips this step (with ``leave_grad`` the
@@ -145,9 +158,13 @@ class CurvatureTracker:
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Measures inside every ``optimizer.step(closure)`` from now on, at one gradient more.
 
+        ``.grad`` is then that of the closure alone, as ``leave_grad`` leaves it.
         Returns a handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises
         a ValueError: there is nothing to evaluate the second copy with.
         """
+
+        self._beside += [p for group in optimizer.param_groups for p in group["params"]]
+        self._modules = None
 
         def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -160,7 +177,8 @@ class CurvatureTracker:
 
             def measured_closure() -> Tensor | float:
                 nonlocal measured
-                if measured:  # a line search evaluates again: that is not for us
+                # A line search evaluates again, another tracker's copy elsewhere: not for us.
+                if measured or at_a_copy():
                     return closure()
                 measured = True
                 return self.step(closure, leave_grad=True)
@@ -174,9 +192,9 @@ class CurvatureTracker:
     def _started(self) -> Separation:
         if self._modules is None:
             self._modules = (
-                list(self._model.modules())
-                if self._model is not None
-                else modules_of([p.tensor for p in self._layout.parameters])
+                [m for model in self._models for m in model.modules()]
+                if self._models
+                else modules_of([*(p.tensor for p in self._layout.parameters), *self._beside])
             )
         if self._separation is None:
             self._separation = Separation(
@@ -187,6 +205,11 @@ class CurvatureTracker:
                 **self._options,
             )
         return self._separation
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tracked tensors, in the user's order."""
+        return [p.tensor for p in self._layout.parameters]
 
     @property
     def state(self) -> Tensor:
@@ -229,14 +252,14 @@ class CurvatureTracker:
 
     @property
     def interval(self) -> Tensor:
-        """(2,) float64: ρ ∓ (r + the error of the finite difference).
+        """(2,) float64: some eigenvalue lies within, up to second order in Δq.
 
-        That error is taken as half the change of ρ from the step before, which looked from the
-        other side of θ; on a changing minibatch it holds the change of the minibatch as well.
+        Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
+        last), which look from opposite sides of θ; half its length is the mean of their residuals
+        plus half their difference. On a changing minibatch that holds the change as well.
         """
-        width = self._value("residual") + self._value("drift")
-        rayleigh = self._value("rayleigh")
-        return torch.stack([rayleigh - width, rayleigh + width])
+        center, width = self._value("center"), self._value("width")
+        return torch.stack([center - width, center + width])
 
     @property
     def exponent(self) -> Tensor:
@@ -306,6 +329,9 @@ class CurvatureTracker:
                     f"state_dict: {name} is {state_dict.get(name)!r}, but this tracker's is "
                     f"{mine[name]!r}"
                 )
+        missing = {"calls", "separation"} - set(state_dict)
+        if missing:
+            raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
         saved = state_dict["separation"]
         if saved is None:
             self._separation = None
@@ -314,23 +340,27 @@ class CurvatureTracker:
         self._calls = int(state_dict["calls"])
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _positive(name: str, value: Any) -> None:
     if value is None:
         return
-    if not isinstance(value, int | float) or not (0 < value < math.inf):
+    if not _is_real(value) or not (0 < value < math.inf):
         raise ValueError(f"{name}={value!r}: expected a positive finite number")
 
 
 def _fraction(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not (0 <= value < 1):
+    if not _is_real(value) or not (0 <= value < 1):
         raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")
 
 
 def _whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
 
 
 def _choice(name: str, value: Any, choices: dict[str, int]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")

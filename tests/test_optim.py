@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -28,7 +29,7 @@ def test_the_step_is_one_over_h0():
     assert float(optimizer.lr) == pytest.approx(0.25, rel=1e-6)
     expected = before - float(optimizer.lr) * theta.grad
     assert torch.allclose(theta.detach(), expected, rtol=1e-12)
-    assert abs(float(theta[0])) < 1e-5  # the leading direction is solved in one step
+    assert abs(theta[0].item()) < 1e-5  # the leading direction is solved in one step
 
 
 def test_gain_and_weight_decay():
@@ -128,7 +129,7 @@ def test_groups_have_their_own_gain():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = lyapcuda.LyapunovSGD([{"params": [a]}, {"params": [b], "gain": 0.1}], ema=0.0)
     optimizer.step(lambda: (a.square() + b.square()).sum())
-    moved_a, moved_b = 1 - float(a[0]), 1 - float(b[0])
+    moved_a, moved_b = 1 - a[0].item(), 1 - b[0].item()
     assert moved_a == pytest.approx(1.0, rel=1e-2)
     assert moved_b == pytest.approx(0.1 * moved_a, rel=1e-4)
 
@@ -215,6 +216,41 @@ def test_state_of_another_model_is_refused_and_nothing_changes():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         lyapcuda.LyapunovSGD(nn.Linear(3, 2).parameters(), **options)
+
+
+def test_a_first_batch_that_is_not_finite_leaves_the_warm_up_for_later():
+    truth = case("tanh_mlp", seed=2)
+    optimizer = lyapcuda.LyapunovSGD(truth.model.parameters())
+    optimizer.step(lambda: truth.closure() * math.nan)
+    assert int(optimizer.tracker.steps) == 0
+    optimizer.step(truth.closure)
+    assert int(optimizer.tracker.steps) > 4
+    assert float(optimizer.lr) == pytest.approx(1 / truth.h0, rel=0.2)
+
+
+def test_warm_up_over_several_minibatches():
+    theta = nn.Parameter(torch.ones(4))
+    used = []
+
+    def closures():
+        for scale in [1.0, 3.0] * 50:
+            used.append(scale)
+            yield lambda scale=scale: scale * theta.square().sum()
+
+    with pytest.warns(UserWarning, match="not stable"):
+        iterations = lyapcuda.LyapunovSGD([theta], warmup_iterations=10).warmup(closures())
+    assert iterations == 10 and used[:4] == [1.0, 3.0, 1.0, 3.0]
+
+
+def test_a_deep_copy_goes_on_alike():
+    truth = case("tanh_mlp", seed=2)
+    optimizer = lyapcuda.LyapunovSGD(truth.model.parameters())
+    optimizer.step(truth.closure)
+    model, twin = copy.deepcopy((truth.model, optimizer))
+    x = torch.randn(9, 6)
+    optimizer.step(lambda: truth.model(x).square().sum())
+    twin.step(lambda: model(x).square().sum())
+    assert all(map(torch.equal, truth.model.parameters(), model.parameters()))
 
 
 def test_a_closure_is_needed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -210,6 +211,56 @@ def test_state_of_another_model_is_refused_and_nothing_changes(problem):
     assert torch.equal(tracker.state_dict()["separation"]["state"], before)
 
 
+def test_copies_of_a_tracker_and_its_model_go_on_alike(problem):
+    model, batches = problem
+    x, y = batches[0]
+    model.eval()
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    tracker.step(lambda: nn.functional.cross_entropy(model(x), y))
+    twin_model, twin = copy.deepcopy((model, tracker))
+    for _ in range(3):
+        tracker.step(lambda: nn.functional.cross_entropy(model(x), y))
+        twin.step(lambda: nn.functional.cross_entropy(twin_model(x), y))
+    assert torch.equal(tracker.h, twin.h)
+
+
+def test_storage_that_is_used_again_for_the_second_gradient():
+    theta, reused = nn.Parameter(torch.ones(4)), torch.zeros(4)
+
+    def closure():
+        theta.grad = reused.copy_(2 * theta.detach())
+        return theta.detach().square().sum()
+
+    tracker = lyapcuda.CurvatureTracker([theta])
+    for _ in range(3):
+        tracker.step(closure, leave_grad=True)
+    assert float(tracker.h) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_a_tracker_attached_to_another_ones_optimizer_measures_at_theta():
+    truth = case("tanh_mlp", seed=1, dtype=torch.float64)
+    optimizer = lyapcuda.LyapunovSGD(
+        truth.model.parameters(), perturbation=0.5, warmup_iterations=1
+    )
+    inner = lyapcuda.CurvatureTracker(truth.model.parameters())
+    weight, seen = truth.model[0].weight, []
+    step = inner.step
+    inner.step = lambda *a, **k: (seen.append(weight.detach().clone()), step(*a, **k))[1]
+    inner.attach(optimizer)
+    before = weight.detach().clone()
+    with pytest.warns(UserWarning, match="not stable"):
+        optimizer.step(truth.closure)
+    assert len(seen) == 1 and torch.equal(seen[0], before)
+
+
+def test_parameters_that_no_longer_take_part_are_an_error():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="closure.*replaced"):
+        tracker.step(lambda: model(x).square().sum())
+
+
 def test_weight_decay_is_part_of_the_loss():
     truth = case("tanh_mlp", seed=3, dtype=torch.float64)
     decay = 0.25
@@ -265,6 +316,20 @@ def test_the_global_random_state_is_not_touched_by_the_seed(problem):
     assert torch.equal(trackers[0].h, trackers[1].h) and not torch.equal(
         *[t.h for t in trackers[1:]]
     )
+
+
+def test_the_separation_changes_sides_at_every_step():
+    truth = case("tanh_mlp", seed=1, dtype=torch.float64)
+    tracker = lyapcuda.CurvatureTracker(truth.model.parameters())
+    paper = lyapcuda.CurvatureTracker(truth.model.parameters(), estimate="paper")
+    sides = {tracker: [], paper: []}
+    for _ in range(60):
+        for each, vectors in sides.items():
+            each.step(truth.closure)
+            vectors.append(torch.cat([v.reshape(-1) for v in each.vector()]))
+    for each, sign in ((tracker, -1), (paper, 1)):
+        for a, b in zip(sides[each][30:], sides[each][31:], strict=False):
+            assert sign * float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.99
 
 
 def test_values_are_snapshots(problem):

@@ -101,10 +101,10 @@ void steps_take_or_refuse() {
   CHECK(near(state[k_scale], -0.1 / 2.5, 1e-15));
   CHECK(near(state[k_beta], kTargetGrowth / 3.0, 1e-15));
 
-  // The next step looks from the other side: h is the mean, and half the difference its drift.
+  // The next step looks from the other side: h is the mean, and the middle of the error bar.
   std::vector<double> next = state;
   exponent_step(next.data(), eigen_sums(4.0, next[k_beta]).data(), losses, 2, options);
-  CHECK(next[k_h] == 3.5 && next[k_rayleigh] == 4.0 && next[k_drift] == 0.5);
+  CHECK(next[k_h] == 3.5 && next[k_rayleigh] == 4.0 && next[k_center] == 3.5);
   CHECK(next[k_scale] > 0.0);
 
   for (double bad : {kInf, -kInf, kNan}) {

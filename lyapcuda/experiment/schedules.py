@@ -120,7 +120,10 @@ class QuasiNewton(Schedule):
             estimate=config.estimate,
             seed=config.seed,
         )
-        self.tracker = self.optimizer.tracker
+
+    @property
+    def tracker(self) -> CurvatureTracker:  # type: ignore[override]
+        return self.optimizer.tracker  # another one after a resume
 
     def step(self, closure: Closure) -> Tensor:
         return self.optimizer.step(closure)
