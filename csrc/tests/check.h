@@ -28,4 +28,8 @@ void exponent_tests();
 void blocks_tests();
 void simd_tests();
 
+void simt_emulator_tests();
+void simt_ascent_tests();
+void simt_kernel_tests();
+
 }  // namespace lyapcuda::test

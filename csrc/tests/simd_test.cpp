@@ -16,6 +16,7 @@
 #include "../cpu/ascent.h"
 #include "../state.h"
 #include "check.h"
+#include "walled.h"
 
 namespace lyapcuda::cpu {
 
@@ -41,53 +42,27 @@ To bits_as(const From& from) {
   return to;
 }
 
-// An array between two walls of known bytes, `shift` elements off a 64-byte boundary. With
-// `behind` = 0 nothing lies behind it, so that AddressSanitizer sees even a read beyond its end.
+// Walled, and zero where it may be written.
 template <class T>
-class Walled {
+class Zeroed : public Walled<T> {
  public:
-  Walled(int64_t n, int64_t shift, int64_t behind)
-      : n_(n), front_(64 + shift * int64_t{sizeof(T)}), behind_(behind) {
-    const int64_t bytes = front_ + n * int64_t{sizeof(T)} + behind;
-    raw_ = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t{64}));
-    std::memset(raw_, kWall, bytes);
-    for (int64_t i = 0; i < n; ++i) data()[i] = T(0.0f);
+  Zeroed(int64_t n, int64_t shift, int64_t behind) : Walled<T>(n, shift, behind) {
+    for (int64_t i = 0; i < n; ++i) this->data()[i] = T(0.0f);
   }
-  ~Walled() { ::operator delete(raw_, std::align_val_t{64}); }
-  Walled(const Walled&) = delete;
-  Walled& operator=(const Walled&) = delete;
-
-  T* data() { return reinterpret_cast<T*>(raw_ + front_); }
-  T& operator[](int64_t i) { return data()[i]; }
-  bool whole() const {
-    const unsigned char* const end = raw_ + front_ + n_ * int64_t{sizeof(T)};
-    for (int64_t i = 0; i < front_; ++i) {
-      if (raw_[i] != kWall) return false;
-    }
-    for (int64_t i = 0; i < behind_; ++i) {
-      if (end[i] != kWall) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr unsigned char kWall = 0xA5;
-  int64_t n_, front_, behind_;
-  unsigned char* raw_;
 };
 
 // Small integers: every product and sum below is exact in every type.
 double small(int64_t i, int64_t salt) { return double((i * 7 + salt * 5 + i / 11) % 15 - 7); }
 
 template <class T>
-void fill(Walled<T>& array, int64_t n, int64_t salt) {
+void fill(Zeroed<T>& array, int64_t n, int64_t salt) {
   for (int64_t i = 0; i < n; ++i) array[i] = T(static_cast<float>(small(i, salt)));
 }
 
 template <class Bodies, class T, class P, bool kRealised, bool kMomentum, bool kAroundCache>
 void ascent_tail(int64_t n, int64_t shift, int64_t behind) {
-  Walled<T> d(n, shift, behind), q(n, shift, behind), p(n, shift, behind), next(n, shift, behind);
-  Walled<P> g0(n, shift, behind), g1(n, shift, behind), theta(n, shift, behind);
+  Zeroed<T> d(n, shift, behind), q(n, shift, behind), p(n, shift, behind), next(n, shift, behind);
+  Zeroed<P> g0(n, shift, behind), g1(n, shift, behind), theta(n, shift, behind);
   fill(q, n, 1);
   fill(p, n, 2);
   fill(g0, n, 3);
@@ -134,8 +109,8 @@ void ascent_tail(int64_t n, int64_t shift, int64_t behind) {
 
 template <class Bodies, class T, class P>
 void recenter_tail(int64_t n, int64_t shift, int64_t behind, bool committed, bool around_cache) {
-  Walled<T> q(n, shift, behind), previous(n, shift, behind);
-  Walled<P> theta(n, shift, behind), theta1(n, shift, behind);
+  Zeroed<T> q(n, shift, behind), previous(n, shift, behind);
+  Zeroed<P> theta(n, shift, behind), theta1(n, shift, behind);
   fill(q, n, 1);
   fill(previous, n, 2);
   fill(theta, n, 3);
@@ -154,7 +129,7 @@ void recenter_tail(int64_t n, int64_t shift, int64_t behind, bool committed, boo
 
 template <class Bodies, class T, class P>
 void descend_tail(int64_t n, int64_t shift, int64_t behind) {
-  Walled<P> theta(n, shift, behind), gradient(n, shift, behind);
+  Zeroed<P> theta(n, shift, behind), gradient(n, shift, behind);
   fill(theta, n, 1);
   fill(gradient, n, 2);
   Bodies::template descend<T, P>(theta.data(), gradient.data(), n, 0.25, 0.5);
@@ -169,7 +144,7 @@ void descend_tail(int64_t n, int64_t shift, int64_t behind) {
 
 template <class Bodies>
 void copy_tail(int64_t n, int64_t shift, int64_t behind, bool around_cache) {
-  Walled<float> to(n, shift, behind), from(n, 1, behind);
+  Zeroed<float> to(n, shift, behind), from(n, 1, behind);
   fill(from, n, 1);
   Bodies::copy(to.data(), from.data(), n, around_cache);
   bool same = true;

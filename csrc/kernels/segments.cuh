@@ -1,0 +1,77 @@
+// A list of tensors, each beside its segment of the flat buffers, as one kernel argument: nothing
+// to allocate or copy before a launch. And the traversal of it.
+#pragma once
+
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace lyapcuda::kernels {
+
+constexpr int kMaxSegments = 64;  // what keeps a table under the 4 KB that arguments may have
+constexpr int kGroupsPerChunk = 2;
+
+// Work is dealt in chunks of one segment: small enough that 528 blocks (132 processors of 4) come
+// out even at 10 million elements.
+template <class P>
+constexpr int kChunk = kThreads * kGroup<P> * kGroupsPerChunk;
+
+template <class P, int kLists>
+struct Segments {
+  P* data[kLists][kMaxSegments];
+  int64_t size[kMaxSegments];
+  int64_t offset[kMaxSegments];           // into the flat buffers
+  int64_t first_chunk[kMaxSegments + 1];  // [count]: the number of chunks
+  int64_t count;
+};
+
+// Calls launch(table) for every kMaxSegments tensors that have elements; once if there are none.
+template <class P, int kLists, class F>
+void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, const int64_t* offsets,
+                    int64_t count, const F& launch) {
+  Segments<P, kLists> table{};
+  static_assert(sizeof(table) < 3500);
+  bool launched = false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (sizes[i] == 0) continue;
+    const int64_t s = table.count++;
+    for (int list = 0; list < kLists; ++list) table.data[list][s] = lists[list][i];
+    table.size[s] = sizes[i];
+    table.offset[s] = offsets == nullptr ? 0 : offsets[i];
+    table.first_chunk[s + 1] = table.first_chunk[s] + (sizes[i] + kChunk<P> - 1) / kChunk<P>;
+    if (table.count == kMaxSegments) {
+      launch(table);
+      launched = true;
+      table = {};
+    }
+  }
+  if (table.count != 0 || !launched) launch(table);
+}
+
+// Calls op.group<N>(table, segment, i) for every element i of every segment once, with N =
+// kGroup<P> elements at a time where op.aligned(table, segment) says that 16-byte accesses may be
+// had, and N = 1 elsewhere. A chunk starts at a multiple of the group, so what holds for a segment
+// holds for its chunks.
+template <class P, int kLists, class Op>
+__device__ __forceinline__ void for_each_group(const Segments<P, kLists>& table, Op& op) {
+  constexpr int kStep = kGroup<P>;
+  const int64_t chunks = table.first_chunk[table.count];
+  int segment = 0;
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    while (chunk >= table.first_chunk[segment + 1]) ++segment;
+    const int64_t begin = (chunk - table.first_chunk[segment]) * kChunk<P>;
+    const int64_t left = table.size[segment] - begin;
+    const int length = left < kChunk<P> ? static_cast<int>(left) : kChunk<P>;
+    const int whole = op.aligned(table, segment) ? length / kStep * kStep : 0;
+    // Rolled: one group has enough loads in flight, two would not fit the registers.
+    LYAPCUDA_ROLLED
+    for (int i = threadIdx.x * kStep; i < whole; i += kThreads * kStep) {
+      op.template group<kStep>(table, segment, begin + i);
+    }
+    LYAPCUDA_ROLLED
+    for (int i = whole + static_cast<int>(threadIdx.x); i < length; i += kThreads) {
+      op.template group<1>(table, segment, begin + i);
+    }
+  }
+}
+
+}  // namespace lyapcuda::kernels

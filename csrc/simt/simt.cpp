@@ -1,0 +1,214 @@
+// The scheduler: one fiber a thread. A fiber that has to wait switches straight to the next one
+// that can run, within its warp if there is one.
+#include "simt.h"
+
+#include <ucontext.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 64 << 10;
+
+enum class Waits { kNot, kShuffle, kBarrier, kEnded };
+
+struct Fiber {
+  ucontext_t context;
+  const void* stack = nullptr;
+  size_t stack_size = 0;
+  unsigned thread = 0;
+  Waits waits = Waits::kNot;
+};
+
+struct Warp {
+  // Two rounds: a lane may start the next shuffle before its neighbour has read this one's values.
+  uint64_t values[2][kWarp];
+  unsigned round = 0, arrived = 0;
+  uint64_t call = 0;
+};
+
+// Fibers in the order in which they are scheduled.
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Fiber launcher;
+std::unique_ptr<unsigned char[]> stacks;
+size_t stack_count = 0;
+size_t current = 0;
+// Set by the fiber that gives up. Fibers then never unwind, so theirs is nothing to free.
+const char* fault = nullptr;
+unsigned fault_thread = 0;
+std::vector<const void*> poisoned;
+Thread body;
+void* body_context;
+
+void arrived_from([[maybe_unused]] void* fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* from = nullptr;
+  size_t size = 0;
+  __sanitizer_finish_switch_fiber(fake_stack, &from, &size);
+  if (launcher.stack == nullptr) {  // the first switch is the launcher's: learn its stack
+    launcher.stack = from;
+    launcher.stack_size = size;
+  }
+#endif
+}
+
+void switch_to(Fiber& from, Fiber& to) {
+  void* fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  // A fiber that has ended never comes back: a null pointer lets ASan forget it.
+  __sanitizer_start_switch_fiber(from.waits == Waits::kEnded ? nullptr : &fake_stack, to.stack,
+                                 to.stack_size);
+#endif
+  swapcontext(&from.context, &to.context);
+  arrived_from(fake_stack);
+}
+
+void resume(Fiber& from, size_t next) {
+  if (&from == &fibers[next]) return;
+  current = next;
+  threadIdx.x = fibers[next].thread;
+  switch_to(from, fibers[next]);
+}
+
+[[noreturn]] void fail(Fiber& from, const char* message) {
+  fault = message;
+  fault_thread = from.thread;
+  switch_to(from, launcher);
+  __builtin_unreachable();
+}
+
+unsigned count(size_t begin, size_t end, Waits waits) {
+  unsigned n = 0;
+  for (size_t i = begin; i < end; ++i) n += fibers[i].waits == waits;
+  return n;
+}
+
+// The calling fiber can't go on: to the rest of its warp, then to the next warps. Warps run as far
+// as they can before others start, which is what makes a missing barrier visible.
+void yield() {
+  Fiber& self = fibers[current];
+  const size_t first = current / kWarp * kWarp, n = fibers.size();
+  for (size_t i = 1; i <= kWarp; ++i) {
+    const size_t lane = first + (current - first + i) % kWarp;
+    if (fibers[lane].waits == Waits::kNot) return resume(self, lane);
+  }
+  if (count(first, first + kWarp, Waits::kShuffle) != 0) {
+    fail(self, "a shuffle that not all lanes of the warp reach");
+  }
+  for (size_t i = 0; i < n; ++i) {
+    if (fibers[i].waits == Waits::kNot) return resume(self, i);
+  }
+  const unsigned waiting = count(0, n, Waits::kBarrier);
+  if (waiting == 0) return switch_to(self, launcher);
+  if (waiting != n) fail(self, "a __syncthreads that not all threads of the block reach");
+  for (Fiber& fiber : fibers) fiber.waits = Waits::kNot;
+  resume(self, 0);
+}
+
+void fiber_main() {
+  arrived_from(nullptr);
+  body(body_context);
+  fibers[current].waits = Waits::kEnded;
+  yield();
+  __builtin_unreachable();
+}
+
+void prepare(size_t position, unsigned thread) {
+  Fiber& fiber = fibers[position];
+  unsigned char* const stack = stacks.get() + position * kStack;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, kStack);  // frames that a former fiber never left
+#endif
+  fiber.stack = stack;
+  fiber.stack_size = kStack;
+  fiber.thread = thread;
+  fiber.waits = Waits::kNot;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  // Else ASan clears the shadow of the whole stack at every switch.
+  fiber.context.uc_stack.ss_size = 0;
+}
+
+}  // namespace
+
+void barrier() {
+  fibers[current].waits = Waits::kBarrier;
+  yield();
+}
+
+const uint64_t* exchange(unsigned mask, Shuffle call, unsigned argument, uint64_t value,
+                         unsigned& lane) {
+  Fiber& self = fibers[current];
+  Warp& warp = warps[self.thread / kWarp];
+  lane = self.thread % kWarp;
+  if (mask != 0xffffffffu) fail(self, "a shuffle of part of a warp");
+  const uint64_t id = static_cast<uint64_t>(call) << 32 | argument;
+  if (warp.arrived == 0) warp.call = id;
+  if (warp.call != id) fail(self, "two different shuffles at once in a warp");
+  const uint64_t* const values = warp.values[warp.round];
+  warp.values[warp.round][lane] = value;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    warp.round ^= 1;
+    const size_t first = current / kWarp * kWarp;
+    for (size_t i = first; i < first + kWarp; ++i) fibers[i].waits = Waits::kNot;
+  } else {
+    self.waits = Waits::kShuffle;
+    yield();
+  }
+  return values;
+}
+
+void poison_once(void* memory, size_t bytes) {
+  for (const void* known : poisoned) {
+    if (known == memory) return;
+  }
+  poisoned.push_back(memory);
+  std::memset(memory, 0xff, bytes);  // a NaN in every floating type
+}
+
+void run(unsigned grid, unsigned block, Order order, Thread thread, void* context) {
+  if (grid == 0 || block == 0 || block > 1024) throw std::runtime_error("simt: no such launch");
+  if (block % kWarp != 0) throw std::runtime_error("simt: blocks of whole warps only");
+  if (stack_count < block) {
+    stacks.reset(new unsigned char[block * kStack]);
+    stack_count = block;
+  }
+  body = thread;
+  body_context = context;
+  gridDim.x = grid;
+  blockDim.x = block;
+  launcher.stack = nullptr;
+  launcher.waits = Waits::kNot;
+  fault = nullptr;
+  fibers.resize(block);
+  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+    poisoned.clear();
+    warps.assign(block / kWarp, Warp{});
+    for (unsigned i = 0; i < block; ++i) {
+      prepare(i, order == Order::kForward ? i : block - 1 - i);
+    }
+    resume(launcher, 0);
+    if (fault != nullptr) {
+      throw std::runtime_error(std::string("simt: ") + fault + " (block " +
+                               std::to_string(blockIdx.x) + ", thread " +
+                               std::to_string(fault_thread) + ")");
+    }
+  }
+}
+
+}  // namespace simt

@@ -1,0 +1,193 @@
+"""What nvcc makes of the kernels, held against what they were designed for; no GPU is needed.
+
+Compiles kernels.cu for sm_80 and sm_90 with warnings as errors, and fails on spills and stack
+frames, on registers and shared memory past the occupancy a kernel was designed for, and where a
+kernel's PTX has fewer 16-byte loads and stores than it has streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHS = ("80", "90")
+THREADS = 256  # kThreads
+REGISTERS_PER_SM = 65536  # on both architectures
+#: Bytes of an element.
+SIZE = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+
+
+@dataclass
+class Design:
+    """What a kernel may use: blocks that fit a multiprocessor, shared memory, streams."""
+
+    blocks: int
+    shared: int
+    loads: int = 0  # 16-byte accesses that the vectorised path needs
+    stores: int = 0
+
+    @property
+    def registers(self) -> int:
+        # Registers are given out in units of 8 a thread; 255 is the most one can have.
+        return min(REGISTERS_PER_SM // (self.blocks * THREADS) // 8 * 8, 255)
+
+
+def design(name: str, arguments: list[str]) -> Design:
+    """By a kernel's name and template arguments; KeyError for one that nobody designed."""
+    if name == "ascent":
+        buffer, storage, realised, momentum = arguments
+        flat = SIZE[buffer] // SIZE[storage]  # accesses of a flat buffer for one of a tensor
+        extra = flat if momentum == "true" else 0
+        sums = 6 if realised == "true" else 4
+        loads = flat + 2 + (realised == "true") + extra  # q, g0, g1, θ, p
+        blocks = 3 if flat == 2 and realised == momentum == "true" else 4
+        return Design(blocks, THREADS // 32 * sums * 8, loads, flat + extra)
+    if name == "recenter":
+        flat = SIZE[arguments[0]] // SIZE[arguments[1]]
+        return Design(5, 0, flat + 1, flat + 1)
+    return {
+        "ascent_finish": Design(4, THREADS // 32 * 6 * 8),
+        "descend": Design(5, 0, 2, 1),
+        "stream_copy": Design(8, 0, 5, 5),  # four in flight, and what is left
+        "exponent": Design(1, 0),  # one thread
+        "secant": Design(1, 0),
+    }[name]
+
+
+def demangled(symbol: str) -> tuple[str, list[str]]:
+    """The name and template arguments of a kernel in namespace lyapcuda::kernels."""
+    found = re.match(r"_ZN8lyapcuda7kernels(\d+)", symbol)
+    if not found:
+        return symbol, []
+    rest = symbol[found.end() :]
+    name, rest = rest[: int(found[1])], rest[int(found[1]) :]
+    arguments = []
+    if rest.startswith("I"):
+        for part in re.finditer(r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E|(E)", rest[1:]):
+            if part[4]:
+                break
+            builtin = {"f": "float", "d": "double"}.get(part[1] or "")
+            flag = {"0": "false", "1": "true"}.get(part[2] or "")
+            arguments.append(builtin or flag or part[3])
+    return name, arguments
+
+
+def compile_kernels(nvcc: str, host: str | None, folder: Path) -> tuple[str, dict[str, str]]:
+    """The compiler's report and the PTX of each architecture."""
+    source = Path(__file__).parent / "kernels.cu"
+    command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(folder / "kernels.o")]
+    for arch in ARCHS:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["--threads", "2", "--keep", "--keep-dir", str(folder)]
+    command += ["-Werror", "all-warnings", "-Xptxas", "-v,-Werror", "-Xcompiler", "-Wall"]
+    if host:
+        command += ["-ccbin", host]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    if done.returncode != 0:
+        sys.exit(f"{report}\nnvcc failed: {' '.join(command)}")
+    ptx = {arch: (folder / f"kernels.compute_{arch}.ptx").read_text() for arch in ARCHS}
+    return report, ptx
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The text of each kernel."""
+    parts = re.split(r"^\.visible \.entry (\w+)\(", ptx, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def usages(report: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(symbol, arch) → what ptxas says it uses."""
+    found = {}
+    pattern = (
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'"
+        r".*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    for part in re.finditer(pattern, report, flags=re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", part[7])
+        found[part[1], part[2]] = {
+            "stack": int(part[3]),
+            "spilled": int(part[4]) + int(part[5]),
+            "registers": int(part[6]),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+def count_wide(text: str, word: str) -> int:
+    """16-byte accesses of global memory: four of 32 bits or two of 64."""
+    wide = r"(?:v4\.[fbus]32|v2\.[fbus]64)"
+    return len(re.findall(rf"^\s*(?:@\S+\s+)?{word}\.global\S*\.{wide}\s", text, re.MULTILINE))
+
+
+def faults_of(use: dict[str, int], wide: dict[str, int], planned: Design) -> list[str]:
+    faults = []
+    if use["spilled"] or use["stack"]:
+        faults.append(f"spills {use['spilled']} bytes, stack frame of {use['stack']}")
+    if use["registers"] > planned.registers:
+        faults.append(f"registers past {planned.registers}, for {planned.blocks} blocks")
+    if use["shared"] > planned.shared:
+        faults.append(f"shared memory past {planned.shared} bytes")
+    for word in ("loads", "stores"):
+        if wide[word] < getattr(planned, word):
+            faults.append(f"{wide[word]} 16-byte {word} instead of {getattr(planned, word)}")
+    return faults
+
+
+def check(report: str, ptx: dict[str, str]) -> int:
+    """Prints a line a kernel; the number of faults."""
+    used = usages(report)
+    failed = 0
+    print(f"{'kernel':42} sm  regs  most  blocks  shared  spills  16-byte ld/st")
+    for arch in ARCHS:
+        texts = entries(ptx[arch])
+        if not texts or {symbol for symbol, at in used if at == arch} != set(texts):
+            print(f"sm_{arch}: the kernels in nvcc's report are not those of the PTX")
+            failed += 1
+            continue
+        for symbol, text in sorted(texts.items(), key=lambda item: demangled(item[0])):
+            name, arguments = demangled(symbol)
+            title = f"{name}<{', '.join(arguments)}>" if arguments else name
+            use = used[symbol, arch]
+            wide = {"loads": count_wide(text, "ld"), "stores": count_wide(text, "st")}
+            try:
+                planned = design(name, arguments)
+            except (KeyError, ValueError):
+                print(f"{title}: has no design in {Path(__file__).name}")
+                failed += 1
+                continue
+            print(
+                f"{title:42} {arch} {use['registers']:5} {planned.registers:5} "
+                f"{planned.blocks:7} {use['shared']:7} {use['spilled']:7}  "
+                f"{wide['loads']}/{wide['stores']}"
+            )
+            faults = faults_of(use, wide, planned)
+            for fault in faults:
+                print(f"  FAILED: {fault}")
+            failed += len(faults)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="default: that on PATH")
+    parser.add_argument("--host-compiler", help="the C++ compiler that nvcc is to use")
+    options = parser.parse_args()
+    if not options.nvcc:
+        sys.exit("no nvcc on PATH: name one with --nvcc")
+    with tempfile.TemporaryDirectory() as folder:
+        report, ptx = compile_kernels(options.nvcc, options.host_compiler, Path(folder))
+    failed = check(report, ptx)
+    print(f"{failed} faults")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+// The emulator itself (simt.h): it runs what is right, reports what would hang, and the checks that
+// the kernels are held to see a missing barrier, a wrong tail and an overrun.
+#include "../simt/simt.h"
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/reduce.cuh"
+#include "../kernels/segments.cuh"
+#include "check.h"
+#include "walled.h"
+
+namespace lyapcuda::test {
+namespace {
+
+using simt::Order;
+constexpr Order kOrders[] = {Order::kForward, Order::kReverse};
+constexpr int kThreads = kernels::kThreads;
+
+// --- the words ----------------------------------------------------------------------------------
+__global__ void record_places(unsigned* out) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = i + 1000 * gridDim.x;
+}
+
+__global__ void shuffle_all(double* down, unsigned* across) {
+  const unsigned i = threadIdx.x;
+  down[i] = __shfl_down_sync(0xffffffffu, double(i) + 0.5, 5);
+  for (unsigned mask = 1; mask < 32; mask *= 2) {
+    across[i] += __shfl_xor_sync(0xffffffffu, i, mask);
+  }
+}
+
+// Reads what its neighbour's warp wrote, twice through the same memory.
+__global__ void rotate_twice(const int* from, int* to) {
+  LYAPCUDA_SHARED(int[kThreads], held);
+  const unsigned i = threadIdx.x, next = (i + 32) % kThreads;
+  held[i] = from[i];
+  __syncthreads();
+  const int first = held[next];
+  __syncthreads();
+  held[i] = first;
+  __syncthreads();
+  to[i] = held[next];
+}
+
+__global__ void read_unwritten(double* out) {
+  LYAPCUDA_SHARED(double, never);
+  if (threadIdx.x == 0) {
+    *out = never;
+    never = 1.0;
+  }
+}
+
+void words_mean_what_cuda_says() {
+  for (const Order order : kOrders) {
+    std::vector<unsigned> places(3 * 64, 0);
+    simt::launch(3, 64, order, record_places, places.data());
+    for (unsigned i = 0; i < places.size(); ++i) CHECK(places[i] == i + 3000);
+
+    std::vector<double> down(64);
+    std::vector<unsigned> across(64, 0);
+    simt::launch(1, 64, order, shuffle_all, down.data(), across.data());
+    for (unsigned i = 0; i < 64; ++i) {
+      CHECK(down[i] == (i % 32 + 5 < 32 ? i + 5 : i) + 0.5);
+      CHECK(across[i] == (i ^ 1) + (i ^ 2) + (i ^ 4) + (i ^ 8) + (i ^ 16));
+    }
+
+    std::vector<int> from(kThreads), to(kThreads);
+    for (int i = 0; i < kThreads; ++i) from[i] = 7 * i + 1;
+    simt::launch(1, kThreads, order, rotate_twice, from.data(), to.data());
+    for (int i = 0; i < kThreads; ++i) CHECK(to[i] == from[(i + 64) % kThreads]);
+
+    double unwritten = 0.0;  // the second block doesn't see what the first left either
+    simt::launch(2, 32, order, read_unwritten, &unwritten);
+    CHECK(std::isnan(unwritten));
+  }
+}
+
+// --- what would hang is reported ----------------------------------------------------------------
+__global__ void barrier_for_some() {
+  if (threadIdx.x < 40) __syncthreads();
+}
+__global__ void barrier_beside_shuffle() {
+  if (threadIdx.x == 3) {
+    __syncthreads();
+  } else {
+    __shfl_down_sync(0xffffffffu, 1, 1);
+  }
+}
+__global__ void shuffle_for_some() {
+  if (threadIdx.x % 32 != 7) __shfl_xor_sync(0xffffffffu, 1, 1);
+}
+__global__ void shuffle_of_half() {
+  if (threadIdx.x % 32 < 16) __shfl_xor_sync(0xffffu, 1, 1);
+}
+__global__ void two_shuffles() {
+  if (threadIdx.x % 2 == 0) {
+    __shfl_down_sync(0xffffffffu, 1, 1);
+  } else {
+    __shfl_down_sync(0xffffffffu, 1, 2);
+  }
+}
+
+template <class Kernel>
+std::string fault_of(Kernel* kernel, unsigned block, Order order) {
+  try {
+    simt::launch(2, block, order, kernel);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void misuse_is_an_error() {
+  const auto says = [](const std::string& message, const char* part) {
+    return message.find(part) != std::string::npos;
+  };
+  for (const Order order : kOrders) {
+    CHECK(says(fault_of(barrier_for_some, 64, order), "not all threads"));
+    CHECK(says(fault_of(barrier_beside_shuffle, 64, order), "not all lanes"));
+    CHECK(says(fault_of(shuffle_for_some, 64, order), "not all lanes"));
+    CHECK(says(fault_of(shuffle_of_half, 64, order), "part of a warp"));
+    CHECK(says(fault_of(two_shuffles, 64, order), "two different shuffles"));
+    CHECK(says(fault_of(shuffle_for_some, 33, order), "whole warps"));
+    CHECK(says(fault_of(shuffle_for_some, 0, order), "no such launch"));
+  }
+  words_mean_what_cuda_says();  // an abandoned launch leaves nothing behind
+}
+
+// --- seeded faults ------------------------------------------------------------------------------
+// block_sum of reduce.cuh, and without its barrier.
+template <bool kBarrier>
+__global__ void sum_block(const double* from, double* to) {
+  double sums[1] = {from[threadIdx.x]};
+  if constexpr (kBarrier) {
+    kernels::block_sum(sums);
+  } else {
+    LYAPCUDA_SHARED(double[kernels::kWarps], rows);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (unsigned delta = 16; delta > 0; delta /= 2) {
+      sums[0] += __shfl_down_sync(0xffffffffu, sums[0], delta);
+    }
+    if (lane == 0) rows[warp] = sums[0];
+    if (warp != 0) return;
+    sums[0] = lane < kernels::kWarps ? rows[lane] : 0.0;
+    for (unsigned delta = kernels::kWarps / 2; delta > 0; delta /= 2) {
+      sums[0] += __shfl_down_sync(0xffffffffu, sums[0], delta);
+    }
+  }
+  if (threadIdx.x == 0) *to = sums[0];
+}
+
+// rotate_twice without the barrier between a read and the next write.
+__global__ void rotate_racing(const int* from, int* to) {
+  LYAPCUDA_SHARED(int[kThreads], held);
+  const unsigned i = threadIdx.x, next = (i + 32) % kThreads;
+  held[i] = from[i];
+  __syncthreads();
+  held[i] = held[next];
+  __syncthreads();
+  to[i] = held[next];
+}
+
+bool sums_right(void (*kernel)(const double*, double*), Order order) {
+  std::vector<double> from(kThreads);
+  double sum = 0.0;
+  for (int i = 0; i < kThreads; ++i) from[i] = i + 1;
+  simt::launch(1, kThreads, order, kernel, from.data(), &sum);
+  return sum == kThreads * (kThreads + 1) / 2;
+}
+
+bool rotates_right(void (*kernel)(const int*, int*), Order order) {
+  std::vector<int> from(kThreads), to(kThreads);
+  for (int i = 0; i < kThreads; ++i) from[i] = i;
+  simt::launch(1, kThreads, order, kernel, from.data(), to.data());
+  for (int i = 0; i < kThreads; ++i) {
+    if (to[i] != (i + 64) % kThreads) return false;
+  }
+  return true;
+}
+
+enum class Tail { kRight, kDropped, kRoundedUp };
+
+template <Tail kTail>
+struct Copy {
+  bool aligned(const kernels::Segments<float, 2>&, int) const { return true; }
+  template <int N>
+  void group(const kernels::Segments<float, 2>& table, int segment, int64_t i) {
+    if (kTail == Tail::kDropped && N == 1 && i + 1 == table.size[segment]) return;
+    float held[N];
+    kernels::load(held, table.data[0][segment] + i);
+    kernels::store(table.data[1][segment] + i, held);
+    if (kTail == Tail::kRoundedUp && N == 1 && i + 1 == table.size[segment]) {
+      table.data[1][segment][i + 1] = 0.0f;
+    }
+  }
+};
+template <Tail kTail>
+__global__ void copy(kernels::Segments<float, 2> table) {
+  Copy<kTail> op;
+  kernels::for_each_group(table, op);
+}
+
+template <Tail kTail>
+bool copies_right(int64_t n, Order order) {
+  Walled<float> from(n, 0, 64), to(n, 0, 64);
+  for (int64_t i = 0; i < n; ++i) from[i] = static_cast<float>(i + 1);
+  float* const lists[2] = {from.data(), to.data()};
+  float* const* const pointers[2] = {&lists[0], &lists[1]};
+  kernels::for_each_table(pointers, &n, nullptr, 1, [&](const auto& table) {
+    simt::launch(2, kThreads, order, copy<kTail>, table);
+  });
+  bool right = to.whole() && from.whole();
+  for (int64_t i = 0; i < n; ++i) right = right && to[i] == from[i];
+  return right;
+}
+
+void seeded_faults_are_seen() {
+  for (const Order order : kOrders) {
+    CHECK(sums_right(sum_block<true>, order));
+    CHECK(rotates_right(rotate_twice, order));
+    CHECK(copies_right<Tail::kRight>(4097, order));
+    CHECK(!copies_right<Tail::kDropped>(4097, order));
+    CHECK(!copies_right<Tail::kRoundedUp>(4097, order));
+    CHECK(!copies_right<Tail::kRoundedUp>(31, order));
+  }
+  // Each order alone misses one of the races.
+  CHECK(!sums_right(sum_block<false>, Order::kForward));
+  CHECK(!rotates_right(rotate_racing, Order::kForward) ||
+        !rotates_right(rotate_racing, Order::kReverse));
+}
+
+// --- the traversal ------------------------------------------------------------------------------
+struct Seen {
+  int64_t least, most, count;
+};
+struct Watch {
+  Seen* seen;
+  bool aligned(const kernels::Segments<float, 1>&, int) const { return true; }
+  template <int N>
+  void group(const kernels::Segments<float, 1>&, int, int64_t i) {
+    if (i < seen->least) seen->least = i;
+    if (i + N - 1 > seen->most) seen->most = i + N - 1;
+    seen->count += N;
+  }
+};
+__global__ void watch(kernels::Segments<float, 1> table, Seen* seen) {
+  Watch op{seen};
+  kernels::for_each_group(table, op);
+}
+
+void indices_have_64_bits() {
+  constexpr int64_t kHuge = (int64_t{1} << 33) + 5, kChunk = kernels::kChunk<float>;
+  float* const nothing = nullptr;
+  float* const* const lists[1] = {&nothing};
+  kernels::for_each_table(lists, &kHuge, nullptr, 1, [&](kernels::Segments<float, 1> table) {
+    CHECK(table.first_chunk[1] == kHuge / kChunk + 1);
+    // As if all chunks but the last two had been dealt.
+    table.first_chunk[0] = 2 - table.first_chunk[1];
+    table.first_chunk[1] = 2;
+    Seen seen{kHuge, 0, 0};
+    simt::launch(1, kThreads, Order::kForward, watch, table, &seen);
+    CHECK(seen.least == kHuge - 5 - kChunk && seen.most == kHuge - 1 && seen.count == kChunk + 5);
+  });
+}
+
+void tables_take_64_tensors() {
+  std::vector<int64_t> sizes(150, 3), counts;
+  sizes[7] = 0;
+  std::vector<float*> list(150, nullptr);
+  float* const* const lists[1] = {list.data()};
+  const auto note = [&](const auto& table) { counts.push_back(table.count); };
+  kernels::for_each_table(lists, sizes.data(), nullptr, 150, note);
+  CHECK(counts == std::vector<int64_t>({64, 64, 21}));
+  counts.clear();
+  kernels::for_each_table(lists, sizes.data(), nullptr, 65, note);  // one of them is empty
+  CHECK(counts == std::vector<int64_t>({64}));
+  counts.clear();
+  kernels::for_each_table(lists, sizes.data(), nullptr, 0, note);
+  CHECK(counts == std::vector<int64_t>({0}));
+}
+
+}  // namespace
+
+void simt_emulator_tests() {
+  words_mean_what_cuda_says();
+  misuse_is_an_error();
+  seeded_faults_are_seen();
+  indices_have_64_bits();
+  tables_take_64_tensors();
+}
+
+}  // namespace lyapcuda::test
