@@ -135,6 +135,8 @@ class FlatGroup:
     dtype: torch.dtype
     device: torch.device
     weight_decay: float
+    #: Where each tensor stands among `FlatLayout.parameters`.
+    positions: list[int]
     offsets: list[int] = field(init=False)
     strides: list[tuple[int, ...]] = field(init=False)
     #: Elements of a flat buffer, the gaps between segments included.
@@ -220,14 +222,16 @@ class FlatLayout:
 
     def __init__(self, params: Parameters, weight_decay: float = 0.0) -> None:
         self.parameters = collect(params, weight_decay)
-        members: dict[tuple, list[TrackedParameter]] = {}
-        for p in self.parameters:
+        members: dict[tuple, list[int]] = {}
+        for position, p in enumerate(self.parameters):
             key = (p.tensor.dtype, p.tensor.device, p.weight_decay)
-            members.setdefault(key, []).append(p)
-        self.groups = [
-            FlatGroup([p.name for p in group], [p.tensor for p in group], *key)
-            for key, group in members.items()
-        ]
+            members.setdefault(key, []).append(position)
+        self.groups = []
+        for key, positions in members.items():
+            group = [self.parameters[i] for i in positions]
+            self.groups.append(
+                FlatGroup([p.name for p in group], [p.tensor for p in group], *key, positions)
+            )
         self.numel = sum(p.tensor.numel() for p in self.parameters)
         if self.numel == 0:
             raise ValueError("params: all tensors are empty (0 elements)")

@@ -135,7 +135,9 @@ class Separation:
         self._needs_secant = start == 0.0
         advised = default_perturbation(layout)
         size = advised if perturbation is None else perturbation
-        if size < max(layout.epsilon() * layout.norm(), advised / 30.0):
+        if perturbation is not None and size < max(
+            layout.epsilon() * layout.norm(), advised / 30.0
+        ):
             warnings.warn(
                 f"perturbation={size:g} is small for the parameters' precision: the difference of "
                 f"gradients will be rounding for a good part; {advised:.1g} is advised",
@@ -159,7 +161,7 @@ class Separation:
 
     def place(self) -> list[Tensor]:
         """Writes θ + q; returns it, in the order of `FlatLayout.parameters`."""
-        copies: dict[int, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # by position
         for part in self._groups:
             group, views = part.group, part.views()
             group.check()
@@ -171,8 +173,8 @@ class Separation:
                 group.offsets,
                 self._state_on(group.device),
             )
-            copies.update(zip(map(id, group.tensors), views, strict=True))
-        return [copies[id(p.tensor)] for p in self.layout.parameters]
+            copies.update(zip(group.positions, views, strict=True))
+        return [copies[i] for i in range(len(copies))]
 
     def withdraw(self) -> None:
         """After `place`, when no gradients came of it: q is whole again and stays as it is."""
@@ -196,15 +198,13 @@ class Separation:
         """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
         next q goes to holds g1.
         """
-        index = {id(p.tensor): i for i, p in enumerate(self.layout.parameters)}
         total = torch.zeros(len(ops.SUM_FIELDS), dtype=torch.float64, device=self.state.device)
         for part in self._groups:
             group, state = part.group, self._state_on(part.group.device)
             scratch = part.q.new_empty(min(_PIECE, part.q.numel()))
-            here = [index[id(t)] for t in group.tensors]
             lists = [
-                group.segments([pair.g0[i] for i in here]),
-                group.segments([pair.g1[i] for i in here]),
+                group.segments([pair.g0[i] for i in group.positions]),
+                group.segments([pair.g1[i] for i in group.positions]),
                 group.segments(group.tensors),
             ]
             for offset, *tensors in zip(group.offsets, *lists, strict=True):
@@ -226,11 +226,9 @@ class Separation:
 
     def _ascend(self, pair: GradientPair) -> tuple[Tensor, list[Tensor | None]]:
         """Writes the next q beside the present one; returns the sums over all groups."""
-        index = {id(p.tensor): i for i, p in enumerate(self.layout.parameters)}
         total, momenta = None, []
         for part in self._groups:
             group = part.group
-            here = [index[id(t)] for t in group.tensors]
             moved: dict[str, Any] = {}
             if group.rounds:
                 moved["theta"] = group.segments(group.tensors)
@@ -240,8 +238,8 @@ class Separation:
             sums = ops.ascent_(
                 part.spare,
                 part.q,
-                group.segments([pair.g0[i] for i in here]),
-                group.segments([pair.g1[i] for i in here]),
+                group.segments([pair.g0[i] for i in group.positions]),
+                group.segments([pair.g1[i] for i in group.positions]),
                 group.offsets,
                 self._state_on(group.device),
                 sign=self._options["sign"],
@@ -263,12 +261,12 @@ class Separation:
 
     def vector(self) -> list[Tensor]:
         """q itself, shaped like the parameters, in their order (copies)."""
-        out: dict[int, Tensor] = {}
+        out: dict[int, Tensor] = {}  # by position
         for part in self._groups:
             scale = self._state_on(part.q.device)[ops.STATE_FIELDS.index("scale")]
             flat = (self._settled(part) * scale).to(part.q.dtype)
-            out.update(zip(map(id, part.group.tensors), part.group.views(flat), strict=True))
-        return [out[id(p.tensor)] for p in self.layout.parameters]
+            out.update(zip(part.group.positions, part.group.views(flat), strict=True))
+        return [out[i] for i in range(len(out))]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers only; every tensor a copy."""
