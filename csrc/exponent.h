@@ -4,13 +4,8 @@
 
 #include <cmath>
 
+#include "host_device.h"
 #include "state.h"
-
-#ifdef __CUDACC__
-#define LYAPCUDA_HOST_DEVICE __host__ __device__
-#else
-#define LYAPCUDA_HOST_DEVICE
-#endif
 
 namespace lyapcuda {
 
@@ -82,19 +77,35 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
 // all of it: there the bound is h0, which q must not come back to.
 constexpr double kAscentMemory = 0.98;
 
+// Whether a vector with this quotient had settled on the end of the spectrum that is not wanted.
+LYAPCUDA_HOST_DEVICE inline bool on_unwanted_end(double rayleigh, double residual, double sign) {
+  return rayleigh * sign < 0.0 && residual < std::fabs(rayleigh);
+}
+
+// What one quotient says of ‖H‖. A descent meets its largest eigenvalue only as a part of a mixture,
+// and stays slow where it takes it for less than it is: |ρ| + r is up to √2 secants.
+LYAPCUDA_HOST_DEVICE inline double norm_seen(const Quotient& found, double sign) {
+  return sign > 0.0 ? found.secant : std::fabs(found.rayleigh) + found.residual;
+}
+
 // The rate for the next step: β·‖H‖ = e − 1, with ‖H‖ from the secants seen. The map then shrinks
 // the unwanted end (|1 + βh| < 1 there). A secant met where q had settled on that end is kept for
 // good: a rate that lets it outgrow the wanted end would bring q back to it.
+//
+// `seen` is the largest of this step, `settled` the largest met on the unwanted end (0: none).
+LYAPCUDA_HOST_DEVICE inline void rate_of_secants(double& beta, double& bound, double& guard,
+                                                 double seen, double settled, double sign) {
+  if (!std::isfinite(seen) || !std::isfinite(kTargetGrowth / seen)) return;
+  const double kept = (sign > 0.0 ? kAscentMemory : 1.0) * bound;
+  bound = seen > kept ? seen : kept;
+  if (settled > guard) guard = settled;
+  beta = kTargetGrowth / (bound > guard ? bound : guard);
+}
+
 LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& found, double sign) {
-  if (!std::isfinite(found.secant) || !std::isfinite(kTargetGrowth / found.secant)) return;
-  const double kept = (sign > 0.0 ? kAscentMemory : 1.0) * state[k_bound];
-  state[k_bound] = found.secant > kept ? found.secant : kept;
-  const bool settled = found.residual < std::fabs(found.rayleigh);
-  if (found.rayleigh * sign < 0.0 && settled && found.secant > state[k_guard]) {
-    state[k_guard] = found.secant;
-  }
-  state[k_beta] =
-      kTargetGrowth / (state[k_bound] > state[k_guard] ? state[k_bound] : state[k_guard]);
+  const bool settled = on_unwanted_end(found.rayleigh, found.residual, sign);
+  rate_of_secants(state[k_beta], state[k_bound], state[k_guard], norm_seen(found, sign),
+                  settled ? found.secant : 0.0, sign);
 }
 
 // Takes the sums of one pass into the state. A step with anything not finite leaves every value as

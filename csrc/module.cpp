@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <string>
+
 #include "cpu/targets.h"
 #include "exponent.h"
+#include "panel_state.h"
 
 #define LYAPCUDA_TEXT_(x) #x
 #define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
@@ -38,6 +41,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #undef LYAPCUDA_NAME
     return names;
   });
+
+  m.attr("max_panel") = lyapcuda::kMaxPanel;
+  m.def(
+      "panel_fields",
+      [](int64_t k) {
+        if (k < 1 || k > lyapcuda::kMaxPanel) {
+          throw py::value_error("k=" + std::to_string(k) + ": expected 1 to " +
+                                std::to_string(lyapcuda::kMaxPanel));
+        }
+        py::dict fields;
+#define LYAPCUDA_FIELD(kind, name, ...) \
+  fields[#name] =                       \
+      py::make_tuple(panel_offset(lyapcuda::kind::name, k), py::make_tuple(__VA_ARGS__));
+#define LYAPCUDA_SCALAR(name) LYAPCUDA_FIELD(PanelScalar, name)
+#define LYAPCUDA_VECTOR(name) LYAPCUDA_FIELD(PanelVector, name, k)
+#define LYAPCUDA_MATRIX(name) LYAPCUDA_FIELD(PanelMatrix, name, k, k)
+        LYAPCUDA_PANEL_SCALARS(LYAPCUDA_SCALAR)
+        LYAPCUDA_PANEL_VECTORS(LYAPCUDA_VECTOR)
+        LYAPCUDA_PANEL_MATRICES(LYAPCUDA_MATRIX)
+#undef LYAPCUDA_FIELD
+#undef LYAPCUDA_SCALAR
+#undef LYAPCUDA_VECTOR
+#undef LYAPCUDA_MATRIX
+        return fields;
+      },
+      py::arg("k"));
 
   m.def(
       "curvature_of_growth",

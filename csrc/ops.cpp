@@ -1,5 +1,5 @@
 // Schemas of torch.ops.lyapcuda. Every backend registers the same names; the fakes are in
-// lyapcuda/ops.py, the fp64 oracles in lyapcuda/reference.py.
+// lyapcuda/ops.py, the fp64 oracles in lyapcuda/reference.py and lyapcuda/panel_reference.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lyapcuda, m) {
@@ -17,5 +17,31 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def(
       "descend_(Tensor(a!)[] theta, Tensor[] gradient, Tensor state, *, float gain=1., "
       "float max_lr=10., float weight_decay=0.) -> Tensor");
+  m.def(
+      "lyapunov_step_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor[] g0, Tensor[] g1, Tensor[] theta, "
+      "int[] offsets, Tensor(c!) state, Tensor losses, *, int sign=1, int estimate=0, "
+      "bool control=True, bool alternate=True, float ema=0., float weight_decay=0., "
+      "bool realised=False) -> ()");
+  m.def(
+      "displace_(Tensor(a!)[] copies, Tensor v, Tensor[] theta, int[] offsets, Tensor step) "
+      "-> Tensor");
+  m.def(
+      "difference_(Tensor(a!) out, Tensor[] plus, Tensor[] minus, int[] offsets, Tensor scale, *, "
+      "float keep=0., float weight_decay=0., Tensor? v=None) -> ()");
+  m.def(
+      "panel_ascent_(Tensor(a!) d, Tensor q, Tensor[] g0, Tensor g1, int[] offsets, Tensor state, "
+      "*, int sign=1, float weight_decay=0., Tensor[]? theta=None, float momentum=0., "
+      "Tensor? p=None, Tensor(b!)? p_next=None) -> Tensor");
+  m.def(
+      "benettin_(Tensor(a!) state, Tensor gram, Tensor losses, int k, *, int sign=1, "
+      "int estimate=0, float momentum=0., bool realised=False, bool control=True, "
+      "bool alternate=True, bool rotate=True, float ema=0.) -> ()");
+  m.def("benettin_refine_(Tensor(a!) state, Tensor gram, int k) -> ()");
+  m.def(
+      "panel_recenter_(Tensor(a!) q, Tensor(b!) copies, Tensor d, Tensor[] theta, int[] offsets, "
+      "Tensor state) -> ()");
+  m.def("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor");
+  m.def("combine_(Tensor(a!) out, Tensor panel, Tensor matrix, *, Tensor? gate=None) -> ()");
+  m.def("project_(Tensor(a!) w, Tensor v, Tensor coefficients) -> Tensor");
   m.def("stream_copy_(Tensor(a!) destination, Tensor source) -> ()");
 }

@@ -5,7 +5,8 @@ parameters directly. A *flat buffer* is a contiguous 1-D tensor; a list of tenso
 the given element ``offsets``. ``state`` is the float64 vector described in ``csrc/state.h`` (its
 names: `STATE_FIELDS`), ``sums`` a float64 vector with the fields `SUM_FIELDS`. Sums are accumulated
 in float64 in an order fixed by the sizes alone: reruns are bit-identical on any number of threads.
-The fp64 oracle of every op has the same name in `lyapcuda.reference`.
+The fp64 oracle of every op has the same name in `lyapcuda.reference`. The ops over several
+separations at once are in `lyapcuda.panel_ops`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ __all__ = [
     "ascent_",
     "build_info",
     "descend_",
+    "difference_",
+    "displace_",
     "exponent_",
+    "lyapunov_step_",
     "new_state",
     "recenter_",
+    "register_fakes",
     "secant_",
     "stream_copy_",
 ]
@@ -37,6 +42,14 @@ STATE_FIELDS: tuple[str, ...] = tuple(_C.state_fields())
 SUM_FIELDS = ("dd", "qq", "qy", "yy", "carried_q", "carried_y")
 #: How `h` is read off a step, by name, as the ops number them.
 ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2}
+
+
+#: Where the ops are looked up, at every call: the tests put another backend's library here.
+_library = torch.ops.lyapcuda
+
+
+def _call(name: str):
+    return getattr(_library, name)
 
 
 def build_info() -> dict[str, object]:
@@ -88,7 +101,7 @@ def ascent_(
     share memory with the gradients at the same offsets.
     """
     _written(d, p_next)
-    return torch.ops.lyapcuda.ascent_(
+    return _call("ascent_")(
         d,
         q,
         g0,
@@ -102,11 +115,6 @@ def ascent_(
         p=p,
         p_next=p_next,
     )
-
-
-@torch.library.register_fake("lyapcuda::ascent_")
-def _(d, q, g0, g1, offsets, state, **options):
-    return state.new_empty(len(SUM_FIELDS))
 
 
 # --- exponent_, secant_ --------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def exponent_(
     otherwise); ``alternate`` flips the side of the separation. Nothing is read back to the host.
     """
     _written(state)
-    torch.ops.lyapcuda.exponent_(
+    _call("exponent_")(
         state,
         sums,
         losses,
@@ -144,20 +152,10 @@ def exponent_(
     )
 
 
-@torch.library.register_fake("lyapcuda::exponent_")
-def _(state, sums, losses, **options):
-    return None
-
-
 def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> None:
     """Sets β alone from the sums of a pass: the start of a run, before anything was measured."""
     _written(state)
-    torch.ops.lyapcuda.secant_(state, sums, sign=sign)
-
-
-@torch.library.register_fake("lyapcuda::secant_")
-def _(state, sums, **options):
-    return None
+    _call("secant_")(state, sums, sign=sign)
 
 
 # --- recenter_ -----------------------------------------------------------------------------------
@@ -177,12 +175,7 @@ def recenter_(
     ``q_previous``. ``theta1`` may be views of ``q_previous`` at the same offsets.
     """
     _written(q, *theta1)
-    torch.ops.lyapcuda.recenter_(theta1, q, q_previous, theta, offsets, state)
-
-
-@torch.library.register_fake("lyapcuda::recenter_")
-def _(theta1, q, q_previous, theta, offsets, state):
-    return None
+    _call("recenter_")(theta1, q, q_previous, theta, offsets, state)
 
 
 # --- descend_ ------------------------------------------------------------------------------------
@@ -203,14 +196,105 @@ def descend_(
     last step was not finite.
     """
     _written(*theta)
-    return torch.ops.lyapcuda.descend_(
+    return _call("descend_")(
         theta, gradient, state, gain=gain, max_lr=max_lr, weight_decay=weight_decay
     )
 
 
-@torch.library.register_fake("lyapcuda::descend_")
-def _(theta, gradient, state, **options):
-    return state.new_empty(())
+# --- lyapunov_step_ ------------------------------------------------------------------------------
+
+
+def lyapunov_step_(
+    theta1: Sequence[Tensor],
+    q: Tensor,
+    g0: Sequence[Tensor],
+    g1: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    losses: Tensor,
+    *,
+    sign: int = 1,
+    estimate: int = 0,
+    control: bool = True,
+    alternate: bool = True,
+    ema: float = 0.0,
+    weight_decay: float = 0.0,
+    realised: bool = False,
+) -> None:
+    """`ascent_`, `exponent_` and `recenter_` as one op, for a ``theta`` that stays between steps.
+
+    Afterwards ``q`` is what `ascent_` would have written where the step was committed, else what it
+    was, and ``theta1 = theta + scale·q``: the same bits as the three in turn. ``theta1`` may be
+    ``g1``. ``realised``: `ascent_` is given ``theta``.
+    """
+    _written(q, state, *theta1)
+    _call("lyapunov_step_")(
+        theta1,
+        q,
+        g0,
+        g1,
+        theta,
+        offsets,
+        state,
+        losses,
+        sign=sign,
+        estimate=estimate,
+        control=control,
+        alternate=alternate,
+        ema=ema,
+        weight_decay=weight_decay,
+        realised=realised,
+    )
+
+
+# --- displace_, difference_ ----------------------------------------------------------------------
+
+
+def displace_(
+    copies: Sequence[Tensor],
+    v: Tensor,
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    step: Tensor,
+) -> Tensor:
+    """``copies = theta + step·v``, rounded to the parameters' dtype.
+
+    Args:
+        copies: tensors like ``theta``, written.
+        v: a flat buffer.
+        theta: the parameters, at ``offsets`` of ``v``.
+        step: float64, one element, on the device.
+
+    Returns:
+        float64 (2,): Σ v·(copies − theta) and Σ v². The displacement realised along v, as a part of
+        ``step``, is the first over the second over ``step``.
+    """
+    _written(*copies)
+    return _call("displace_")(copies, v, theta, offsets, step)
+
+
+def difference_(
+    out: Tensor,
+    plus: Sequence[Tensor],
+    minus: Sequence[Tensor],
+    offsets: Sequence[int],
+    scale: Tensor,
+    *,
+    keep: float = 0.0,
+    weight_decay: float = 0.0,
+    v: Tensor | None = None,
+) -> None:
+    """``out = scale·(plus − minus) + weight_decay·v + keep·out`` over the segments.
+
+    ``scale`` is float64, one element, on the device; ``weight_decay`` needs ``v``, a flat buffer
+    like ``out``. Where ``keep`` is 0 the old ``out`` isn't read. ``out`` may share memory with
+    ``plus`` or ``minus`` at the same offsets.
+    """
+    _written(out)
+    _call("difference_")(
+        out, plus, minus, offsets, scale, keep=keep, weight_decay=weight_decay, v=v
+    )
 
 
 # --- stream_copy_ --------------------------------------------------------------------------------
@@ -219,9 +303,49 @@ def _(theta, gradient, state, **options):
 def stream_copy_(destination: Tensor, source: Tensor) -> None:
     """Copies one flat buffer to another: the bandwidth the other ops are measured against."""
     _written(destination)
-    torch.ops.lyapcuda.stream_copy_(destination, source)
+    _call("stream_copy_")(destination, source)
 
 
-@torch.library.register_fake("lyapcuda::stream_copy_")
-def _(destination, source):
+# --- fakes ---------------------------------------------------------------------------------------
+
+
+def _writes_only(*args, **options):
     return None
+
+
+def _panel_sums(d, q, g0, g1, offsets, state, *, theta=None, p=None, **options):
+    rows = (2 + (theta is not None) + (p is not None)) * q.shape[0]
+    return state.new_empty(rows, rows)
+
+
+#: What each op returns, by shapes alone. Those that aren't here return nothing.
+_FAKES = {
+    "ascent_": lambda d, q, g0, g1, offsets, state, **options: state.new_empty(len(SUM_FIELDS)),
+    "descend_": lambda theta, gradient, state, **options: state.new_empty(()),
+    "displace_": lambda copies, v, theta, offsets, step: step.new_empty(2),
+    "gram": lambda a, b, **options: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float64),
+    "panel_ascent_": _panel_sums,
+    "project_": lambda w, v, coefficients: coefficients.new_empty(v.shape[0] + 1),
+}
+_RETURN_NOTHING = (
+    "benettin_",
+    "benettin_refine_",
+    "combine_",
+    "difference_",
+    "exponent_",
+    "lyapunov_step_",
+    "panel_recenter_",
+    "recenter_",
+    "secant_",
+    "stream_copy_",
+)
+
+
+def register_fakes(namespace: str) -> None:
+    """Registers the fake of every op that ``torch.ops.<namespace>`` has, for tracing."""
+    for name, fake in {**dict.fromkeys(_RETURN_NOTHING, _writes_only), **_FAKES}.items():
+        if hasattr(getattr(torch.ops, namespace), name):
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
+register_fakes("lyapcuda")

@@ -95,9 +95,10 @@ def _quotient(v: dict[str, float]) -> tuple[float, float, float]:
 def _secant_rate(
     s: dict[str, float], rayleigh: float, residual: float, secant: float, sign: int
 ) -> None:
-    if secant == 0 or not math.isfinite(secant) or not math.isfinite((math.e - 1) / secant):
+    seen = secant if sign > 0 else abs(rayleigh) + residual
+    if seen == 0 or not math.isfinite(seen) or not math.isfinite((math.e - 1) / seen):
         return
-    s["bound"] = max(secant, (0.98 if sign > 0 else 1.0) * s["bound"])
+    s["bound"] = max(seen, (0.98 if sign > 0 else 1.0) * s["bound"])
     if sign * rayleigh < 0 and residual < abs(rayleigh):
         s["guard"] = max(s["guard"], secant)
     s["beta"] = (math.e - 1) / max(s["bound"], s["guard"])
@@ -184,6 +185,83 @@ def descend_(
         for t, g in zip(theta, gradient, strict=True)
     ]
     return moved, torch.tensor(lr, dtype=torch.float64)
+
+
+def lyapunov_step_(
+    q: Tensor,
+    g0: Sequence[Tensor],
+    g1: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    losses: Tensor,
+    *,
+    sign: int = 1,
+    estimate: int = 0,
+    control: bool = True,
+    alternate: bool = True,
+    ema: float = 0.0,
+    weight_decay: float = 0.0,
+    realised: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns (theta1, q, state); elements of q outside the segments stay."""
+    moved = theta if realised else None
+    d, _, sums = ascent_(
+        q, g0, g1, offsets, state, sign=sign, weight_decay=weight_decay, theta=moved
+    )
+    after = exponent_(
+        state,
+        sums,
+        losses,
+        sign=sign,
+        estimate=estimate,
+        control=control,
+        alternate=alternate,
+        ema=ema,
+    )
+    d = torch.where(d.isnan(), q.double(), d)
+    theta1, q = recenter_(d, q.double(), theta, offsets, after)
+    return theta1, q, after
+
+
+def displace_(
+    v: Tensor, theta: Sequence[Tensor], offsets: Sequence[int], step: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Returns (copies, sums)."""
+    copies, sums = [], torch.zeros(2, dtype=torch.float64)
+    for here, offset in zip(theta, offsets, strict=True):
+        wide = v[offset : offset + here.numel()].double().reshape(here.shape)
+        copies.append(here.double() + float(step) * wide)
+        # Rounding is part of the definition here: done as displace_ does it, in v's dtype.
+        rounded = v[offset : offset + here.numel()].reshape(here.shape) * step.to(v.dtype)
+        there = (here.to(v.dtype) + rounded).to(here.dtype)
+        moved = (there.to(v.dtype) - here.to(v.dtype)).double()
+        sums += torch.stack([(wide * moved).sum(), (wide * wide).sum()])
+    return copies, sums
+
+
+def difference_(
+    out: Tensor,
+    plus: Sequence[Tensor],
+    minus: Sequence[Tensor],
+    offsets: Sequence[int],
+    scale: Tensor,
+    *,
+    keep: float = 0.0,
+    weight_decay: float = 0.0,
+    v: Tensor | None = None,
+) -> Tensor:
+    """Returns out; elements outside the segments stay."""
+    result = out.double().clone()
+    for above, below, offset in zip(plus, minus, offsets, strict=True):
+        span = slice(offset, offset + above.numel())
+        value = float(scale) * (above.double() - below.double()).flatten()
+        if weight_decay:
+            value = value + weight_decay * v[span].double()
+        if keep:
+            value = value + keep * out[span].double()
+        result[span] = value
+    return result
 
 
 def stream_copy_(source: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import ops_support
-from lyapcuda import ops
+import panel_support
+from lyapcuda import ops, panel_ops
 from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
+from panel_support import make_panel_case, run_every_panel_op
 
 SUMS = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64)
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
@@ -20,6 +22,9 @@ def calls(buffer=torch.float32, storage=torch.float32):
     case = make_case([5, 33, (), (2, 9)], buffer, storage)
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
+    number = torch.tensor([0.3], dtype=F64)
+    gradients = (case.g1, case.g0, case.offsets, number.clone())
+    whole = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state)
     return {
         "ascent_": (step, {}),
         "ascent_ with everything": (step, {"sign": -1, "weight_decay": 0.1, **moved}),
@@ -28,10 +33,49 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
         "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
         "stream_copy_": ((case.d, case.q), {}),
+        "displace_": ((case.theta1, case.q, case.theta, case.offsets, number), {}),
+        "difference_": ((case.d, *gradients), {}),
+        "difference_ with everything": (
+            (case.d, *gradients),
+            {"keep": 0.5, "weight_decay": 0.1, "v": case.q},
+        ),
+        "lyapunov_step_": ((*whole, LOSSES.clone()), {}),
+        "lyapunov_step_ with everything": (
+            (*whole, LOSSES.clone()),
+            {"sign": -1, "estimate": 1, "weight_decay": 0.1, "realised": True, "ema": 0.5},
+        ),
+        **panel_calls(buffer, storage),
+    }
+
+
+def panel_calls(buffer, storage):
+    k = 3
+    case = make_panel_case(k, [5, 33, (), (2, 9)], buffer, storage, pending=1.0, again=1.0)
+    step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+    moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
+    identity = torch.eye(2 * k, dtype=F64)
+    gate = torch.ones(1, dtype=F64)
+    return {
+        "panel_ascent_": (step, {}),
+        "panel_ascent_ with everything": (step, {"sign": -1, "weight_decay": 0.1, **moved}),
+        "benettin_": ((case.state, identity, LOSSES.clone(), k), {"estimate": 1}),
+        "benettin_refine_": ((case.state, torch.eye(k, dtype=F64), k), {}),
+        "panel_recenter_": (
+            (case.q, case.copies, case.d, case.theta, case.offsets, case.state),
+            {},
+        ),
+        "gram": ((case.q, case.d), {"gate": gate}),
+        "combine_": ((case.d, case.q, torch.eye(k, dtype=F64)), {"gate": gate}),
+        "project_": ((case.d[0].clone(), case.q, torch.ones(k, dtype=F64)), {}),
     }
 
 
 NAMES = list(calls())
+
+
+def function_of(name):
+    name = name.split()[0]
+    return getattr(ops, name, None) or getattr(panel_ops, name)
 
 
 def tensors_of(args, kwargs):
@@ -49,7 +93,7 @@ def test_every_op_is_here():
         if n.startswith("lyapcuda::")
     }
     assert registered == {name.split()[0] for name in NAMES}
-    assert registered <= set(ops.__all__)
+    assert registered <= {*ops.__all__, *panel_ops.__all__}
 
 
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
@@ -63,7 +107,7 @@ def test_opcheck(name, buffer, storage):
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_calls_give_the_same_bits(name, buffer, storage):
-    function = getattr(ops, name.split()[0])
+    function = function_of(name)
     eager_args, eager_kwargs = calls(buffer, storage)[name]
     args, kwargs = calls(buffer, storage)[name]
     eager = function(*eager_args, **eager_kwargs)
@@ -91,6 +135,37 @@ def test_a_whole_step_compiles():
         assert_same_bits(a, b)
 
 
+def test_a_whole_panel_step_compiles():
+    k = 3
+
+    def step(case):
+        sums = panel_ops.panel_ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+        panel_ops.benettin_(case.state, sums, LOSSES, k)
+        again = panel_ops.panel_field(case.state, k, "again")
+        transform = panel_ops.panel_field(case.state, k, "transform")
+        panel_ops.combine_(case.d, case.d, transform, gate=again)
+        panel_ops.benettin_refine_(case.state, panel_ops.gram(case.d, case.d, gate=again), k)
+        panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+
+    eager, traced = make_panel_case(k, [5, 33]), make_panel_case(k, [5, 33])
+    torch._dynamo.reset()
+    torch.compile(step, backend="aot_eager", fullgraph=True)(traced)
+    step(eager)
+    for a, b in zip(traced.tensors(), eager.tensors(), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_ops_and_fakes_can_be_those_of_another_library(monkeypatch):
+    library = torch.library.Library("lyapcuda_tests", "FRAGMENT")
+    library.define("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor")
+    library.impl("gram", lambda a, b, gate=None: a.new_full((2, 2), 7.0, dtype=F64), "CPU")
+    ops.register_fakes("lyapcuda_tests")
+    a = torch.zeros(2, 5)
+    torch.library.opcheck(torch.ops.lyapcuda_tests.gram.default, (a, a), {})
+    monkeypatch.setattr(ops, "_library", torch.ops.lyapcuda_tests)
+    assert (panel_ops.gram(a, a) == 7).all()
+
+
 def python(*arguments, **environment):
     """Standard output of a fresh interpreter, which sees what this one can import."""
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -101,11 +176,12 @@ def python(*arguments, **environment):
 
 
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
-    baseline = python(ops_support.__file__, LYAPCUDA_SIMD="baseline")
-    assert len(baseline) > 100
-    for count in (1, 2, 2):
-        with threads(count):
-            assert run_every_op() == baseline
+    for module, run in ((ops_support, run_every_op), (panel_support, run_every_panel_op)):
+        baseline = python(module.__file__, LYAPCUDA_SIMD="baseline")
+        assert len(baseline) > 100
+        for count in (1, 2, 2):
+            with threads(count):
+                assert run() == baseline
 
 
 def test_the_instruction_set_can_be_turned_off():

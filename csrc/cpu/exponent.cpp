@@ -3,26 +3,25 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "step.h"
 #include "tensors.h"
 
 namespace lyapcuda::cpu {
-namespace {
 
 void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t estimate,
                double momentum, bool control, bool alternate, double ema) {
   check_vector(state, "state", kStateSize);
   check_vector(sums, "sums", kSumSize);
   check_vector(losses, "losses");
-  check_sign(sign);
-  STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
-  STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
-  STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
+  check_step_options(sign, estimate, momentum, ema);
   exponent_step(static_cast<double*>(state.mutable_data_ptr()),
                 static_cast<const double*>(sums.const_data_ptr()),
                 static_cast<const double*>(losses.const_data_ptr()), losses.numel(),
                 {static_cast<double>(sign), static_cast<Estimate>(estimate), momentum, control,
                  alternate, ema});
 }
+
+namespace {
 
 void secant_(Tensor state, Tensor sums, int64_t sign) {
   check_vector(state, "state", kStateSize);

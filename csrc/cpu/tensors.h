@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../panel_state.h"
 #include "../state.h"
 
 namespace lyapcuda::cpu {
@@ -51,6 +52,52 @@ inline void check_same_buffer(const Tensor& tensor, const char* name, const Tens
                   like_name, " has ", like.numel());
 }
 
+// k vectors, one a row.
+inline void check_panel(const Tensor& tensor, const char* name, int64_t most) {
+  STD_TORCH_CHECK(is_buffer_dtype(tensor.scalar_type()), name,
+                  ": expected float32 or float64, got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name,
+                  ": expected a contiguous 2-D tensor, got ", tensor.dim(), " dimensions");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= most, name, ": ", tensor.size(0),
+                  " rows, expected 1 to ", most);
+}
+
+inline void check_row_length(const Tensor& tensor, const char* name, const Tensor& like,
+                             const char* like_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": dtype ",
+                  dtype_name(tensor.scalar_type()), " differs from ", like_name, "'s ",
+                  dtype_name(like.scalar_type()));
+  STD_TORCH_CHECK(tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1), name, ": rows of ",
+                  tensor.size(tensor.dim() - 1), " elements, but ", like_name, " has rows of ",
+                  like.size(like.dim() - 1));
+}
+
+inline void check_same_panel(const Tensor& tensor, const char* name, const Tensor& like,
+                             const char* like_name) {
+  check_panel(tensor, name, kMaxPanelRows);
+  STD_TORCH_CHECK(tensor.size(0) == like.size(0), name, ": ", tensor.size(0), " rows, but ",
+                  like_name, " has ", like.size(0));
+  check_row_length(tensor, name, like, like_name);
+}
+
+// The panel of what is stored beside `like`: the same shape, in the storage type.
+inline void check_storage_panel(const Tensor& tensor, const char* name, const Tensor& like,
+                                const char* like_name, const std::vector<Tensor>& list,
+                                const char* list_name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(is_storage_dtype(dtype, like.scalar_type()), name, ": dtype ", dtype_name(dtype),
+                  " can't go with a ", dtype_name(like.scalar_type()), " buffer");
+  STD_TORCH_CHECK(list.empty() || dtype == list[0].scalar_type(), name, ": dtype ",
+                  dtype_name(dtype), " differs from ", list_name, "'s ",
+                  list.empty() ? "" : dtype_name(list[0].scalar_type()));
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.is_contiguous(), name,
+                  ": expected a contiguous 2-D CPU tensor, got ", tensor.dim(), " dimensions");
+  STD_TORCH_CHECK(tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1), name, ": ",
+                  tensor.size(0), " rows of ", tensor.size(1), ", but ", like_name, " has ",
+                  like.size(0), " of ", like.size(1));
+}
+
 inline void check_vector(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.is_cpu(), name,
@@ -63,13 +110,29 @@ inline void check_vector(const Tensor& tensor, const char* name, int64_t size) {
                   tensor.numel());
 }
 
+inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  check_vector(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
+                  ": expected ", rows, " x ", columns, " elements, got ", tensor.numel(), " in ",
+                  tensor.dim(), " dimensions");
+}
+
 inline void check_sign(int64_t sign) {
   STD_TORCH_CHECK(sign == 1 || sign == -1, "sign: expected 1 (ascent) or -1 (descent), got ", sign);
 }
 
-// A list of tensors that lie at `offsets` of a flat buffer.
+// What the steps of one separation and of several have in common.
+inline void check_step_options(int64_t sign, int64_t estimate, double momentum, double ema) {
+  check_sign(sign);
+  STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
+  STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
+  STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
+}
+
+// A list of tensors that lie at `offsets` of a flat buffer, or of every row of a panel.
 inline void check_segments(const std::vector<Tensor>& list, const char* name,
                            const std::vector<int64_t>& offsets, const Tensor& flat) {
+  const int64_t length = flat.size(flat.dim() - 1);
   STD_TORCH_CHECK(list.size() == offsets.size(), name, ": ", list.size(),
                   " tensors, but offsets has ", offsets.size(), " entries");
   for (size_t i = 0; i < list.size(); ++i) {
@@ -86,9 +149,9 @@ inline void check_segments(const std::vector<Tensor>& list, const char* name,
     STD_TORCH_CHECK(i == 0 || offsets[i] >= offsets[i - 1] + list[i - 1].numel(), "offsets[", i,
                     "]: ", offsets[i], " lies inside or before the segment of ", name, "[", i - 1,
                     "]");
-    STD_TORCH_CHECK(offsets[i] >= 0 && numel <= flat.numel() && offsets[i] <= flat.numel() - numel,
-                    "offsets[", i, "]: ", offsets[i], " + ", numel, " elements of ", name,
-                    " don't fit a buffer of ", flat.numel());
+    STD_TORCH_CHECK(offsets[i] >= 0 && numel <= length && offsets[i] <= length - numel, "offsets[",
+                    i, "]: ", offsets[i], " + ", numel, " elements of ", name,
+                    " don't fit a buffer of ", length);
   }
 }
 
@@ -117,6 +180,25 @@ std::vector<T*> data_of(const std::vector<Tensor>& list) {
     }
   }
   return pointers;
+}
+
+// Whether two tensors share a byte.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto end = [](const Tensor& t) {
+    return static_cast<const char*>(t.const_data_ptr()) +
+           t.numel() * static_cast<int64_t>(t.element_size());
+  };
+  return static_cast<const char*>(a.const_data_ptr()) < end(b) &&
+         static_cast<const char*>(b.const_data_ptr()) < end(a);
+}
+
+// A gate on the device: where it is 0 there is nothing to do.
+inline void check_gate(const std::optional<Tensor>& gate) {
+  if (gate) check_vector(*gate, "gate", 1);
+}
+inline bool is_open(const std::optional<Tensor>& gate) {
+  return !gate || *static_cast<const double*>(gate->const_data_ptr()) != 0.0;
 }
 
 inline std::vector<int64_t> sizes_of(const std::vector<Tensor>& list) {

@@ -27,6 +27,8 @@ inline bool near(double a, double b, double relative) {
 void exponent_tests();
 void blocks_tests();
 void simd_tests();
+void panel_tests();
+void benettin_tests();
 
 void simt_emulator_tests();
 void simt_ascent_tests();

@@ -6,6 +6,8 @@ int main() {
   exponent_tests();
   blocks_tests();
   simd_tests();
+  panel_tests();
+  benettin_tests();
   std::printf("%ld passed, %ld failed\n", counts.passed, counts.failed);
   return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
 }

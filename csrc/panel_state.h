@@ -1,0 +1,75 @@
+// The device-resident numbers of a panel of k separations: a float64 vector of scalars, then
+// vectors of k, then row-major k×k matrices. Like state.h, for ops that carry several separations.
+// Python reads names, offsets and shapes through lyapcuda._C.panel_fields(k).
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+// clang-format off
+#define LYAPCUDA_PANEL_SCALARS(X)                                                        \
+  X(perturbation) /* Δq: the norm every separation is brought back to */                \
+  X(beta)         /* the ascent rate of the next step */                                 \
+  X(bound)        /* the recent largest ‖y‖/‖q‖, a lower bound of ‖H‖ */                 \
+  X(guard)        /* the largest where a vector had settled on the unwanted end */       \
+  X(pending)      /* 1: transform is still to be applied to the last step's d */         \
+  X(again)        /* 1: ... and a second pass of orthonormalisation comes before that */ \
+  X(accepted)     /* 1: the last step was finite and its values were taken */            \
+  X(steps)        /* how many steps were accepted */                                     \
+  X(skipped)      /* how many were not */
+
+// Entry i belongs to the i-th Ritz value: descending for an ascent, ascending for a descent.
+#define LYAPCUDA_PANEL_VECTORS(X)                                                        \
+  X(exponent) /* λ_i = log(R_ii/‖q_i‖) of the last step whose transform was found */     \
+  X(h)        /* the curvatures, by the estimate chosen */                               \
+  X(h_ema)    /* their exponential moving averages */                                    \
+  X(rayleigh) /* the Ritz values */                                                      \
+  X(residual) /* ‖y − ρq‖/‖q‖ of each Ritz vector */                                     \
+  X(center)   /* the middle of the error bar: ρ, or its mean over both sides of θ */     \
+  X(width)    /* half the length of the error bar */
+
+#define LYAPCUDA_PANEL_MATRICES(X)                                                       \
+  X(r)         /* R of the last step's QR, upper triangular */                           \
+  X(transform) /* what the rows of d are combined with: q_j = Σ_i d_i·transform[i][j] */
+// clang-format on
+
+namespace lyapcuda {
+
+constexpr int64_t kMaxPanel = 32;       // separations of a panel
+constexpr int64_t kMaxPanelRows = 128;  // rows of a panel in gram, combine_ and project_
+
+enum class PanelScalar : int64_t {
+#define LYAPCUDA_ENUM(name) name,
+  LYAPCUDA_PANEL_SCALARS(LYAPCUDA_ENUM)
+#undef LYAPCUDA_ENUM
+      kCount
+};
+enum class PanelVector : int64_t {
+#define LYAPCUDA_ENUM(name) name,
+  LYAPCUDA_PANEL_VECTORS(LYAPCUDA_ENUM)
+#undef LYAPCUDA_ENUM
+      kCount
+};
+enum class PanelMatrix : int64_t {
+#define LYAPCUDA_ENUM(name) name,
+  LYAPCUDA_PANEL_MATRICES(LYAPCUDA_ENUM)
+#undef LYAPCUDA_ENUM
+      kCount
+};
+
+// Where a field starts in the state of k separations.
+LYAPCUDA_HOST_DEVICE constexpr int64_t panel_offset(PanelScalar field, int64_t = 0) {
+  return static_cast<int64_t>(field);
+}
+LYAPCUDA_HOST_DEVICE constexpr int64_t panel_offset(PanelVector field, int64_t k) {
+  return panel_offset(PanelScalar::kCount) + static_cast<int64_t>(field) * k;
+}
+LYAPCUDA_HOST_DEVICE constexpr int64_t panel_offset(PanelMatrix field, int64_t k) {
+  return panel_offset(PanelVector::kCount, k) + static_cast<int64_t>(field) * k * k;
+}
+LYAPCUDA_HOST_DEVICE constexpr int64_t panel_size(int64_t k) {
+  return panel_offset(PanelMatrix::kCount, k);
+}
+
+}  // namespace lyapcuda
