@@ -1,6 +1,6 @@
-"""The gradient of a user's closure at θ and at θ + q, with everything else held equal.
+"""The gradient of a user's closure at θ and at every θ + q, with everything else held equal.
 
-Both evaluations see the same random numbers and the same module buffers (dropout masks, BatchNorm
+All evaluations see the same random numbers and the same module buffers (dropout masks, BatchNorm
 statistics), in the mode the user set. Gradients come from ``.backward()``, so checkpointing, hooks
 and accumulation inside the closure work. θ itself is never written: for the evaluation at θ + q the
 parameters point to another buffer, and back.
@@ -19,20 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Closure", "GradientPair", "at_a_copy", "gradient_pair", "modules_of", "plain_gradient"]
+__all__ = ["Closure", "Gradients", "at_a_copy", "gradients", "modules_of", "plain_gradient"]
 
 #: Takes nothing, returns the loss; may have called backward() itself or leave that to us.
 Closure = Callable[[], Tensor | float]
 
 
 @dataclass(frozen=True)
-class GradientPair:
-    """Gradients at θ (g0) and θ + q (g1), None where there is none, and both losses (detached)."""
+class Gradients:
+    """Gradients at θ and at each copy θ + q_j, None where there is none; the losses, detached."""
 
     g0: list[Tensor | None]
-    g1: list[Tensor | None]
+    copies: list[list[Tensor | None]]
     loss0: Tensor
-    loss1: Tensor
+    losses: list[Tensor]
+
+    def of(self, first: int, count: int) -> Gradients:
+        """Those of ``count`` copies from the ``first`` on."""
+        span = slice(first, first + count)
+        return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
 
 def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
@@ -180,21 +185,22 @@ def _evaluate(
     return value.reshape(()), gradients
 
 
-def gradient_pair(
+def gradients(
     closure: Closure,
     parameters: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    copies: Sequence[Sequence[Tensor]],
     *,
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
     leave: bool = False,
-) -> GradientPair:
-    """Evaluates the closure at ``copies`` (θ + q) and then at the parameters (θ).
+) -> Gradients:
+    """Evaluates the closure at every one of ``copies`` (θ + q_j) and then at the parameters (θ).
 
     Args:
-        closure: called twice.
+        closure: called once a copy and once more.
         parameters: leaf tensors that require a gradient.
-        copies: θ + q, of the parameters' shapes, dtypes and devices; come back holding g1.
+        copies: each θ + q_j, of the parameters' shapes, dtypes and devices; come back holding the
+            gradient there.
         names: the parameters' names, for messages.
         modules: whose buffers (and other parameters' gradients) are put back.
         leave: False puts everything back as it was, gradients and random states included. True
@@ -206,15 +212,21 @@ def gradient_pair(
             as after any exception of the closure's own, everything is as it was.
     """
     before = _Surroundings(parameters, modules)
+    found, losses = [], []
     try:
-        # θ + q first: then the evaluation at θ is the last one, and leaves what training expects.
-        with _pointing_to(parameters, copies):
-            loss1, g1 = _evaluate(closure, parameters, names)
-        # θ + q is no longer needed, so g1 takes its place. By reference it wouldn't be safe:
-        # storage may be used again (DDP's buckets, a closure that writes .grad), and memory would
-        # hold three gradients where the user has one already.
-        g1 = [g if g is None else c.copy_(g.detach()) for c, g in zip(copies, g1, strict=True)]
-        before.restore()
+        # θ last: that evaluation leaves what training expects.
+        for copy in copies:
+            with _pointing_to(parameters, copy):
+                loss, there = _evaluate(closure, parameters, names)
+            # θ + q is no longer needed, so its gradient takes its place. By reference it wouldn't
+            # be safe: storage may be used again (DDP's buckets, a closure that writes .grad), and
+            # memory would hold one gradient more for every copy.
+            found.append(
+                [g if g is None else c.copy_(g.detach()) for c, g in zip(copy, there, strict=True)]
+            )
+            del there
+            losses.append(loss)
+            before.restore()
         loss0, g0 = _evaluate(closure, parameters, names)
     except BaseException:
         before.restore()
@@ -223,7 +235,7 @@ def gradient_pair(
     if not leave:
         before.restore()
         before.restore_gradients()
-    return GradientPair(g0, g1, loss0, loss1)
+    return Gradients(g0, found, loss0, losses)
 
 
 def plain_gradient(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C, ops
-from lyapcuda.evaluate import GradientPair
+from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 
 __all__ = [
@@ -84,6 +84,20 @@ def default_perturbation(layout: FlatLayout) -> float:
     return layout.epsilon() ** (1.0 / 3.0) * size / 4.0
 
 
+def chosen_perturbation(layout: FlatLayout, perturbation: float | None) -> float:
+    """Δq: the user's, with a warning where rounding would swallow it, or the default."""
+    advised = default_perturbation(layout)
+    if perturbation is None:
+        return advised
+    if perturbation < max(layout.epsilon() * layout.norm(), advised / 30.0):
+        warnings.warn(
+            f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
+            f"of gradients will be rounding for a good part; {advised:.1g} is advised",
+            stacklevel=6,
+        )
+    return perturbation
+
+
 class _GroupSeparation:
     """The flat buffers of one group: q, and the other one, in turns θ + q and the next q."""
 
@@ -102,8 +116,9 @@ class Separation:
     """q, the separation of the two copies, and the scalars of its growth, all on the device.
 
     A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the
-    user's two gradients, and `advance`. Extra memory at rest: two N-float buffers; for 16-bit
-    parameters one more copy of those.
+    user's two gradients, and `advance`. `lyapcuda.benettin.Benettin` has the same for k
+    of them. Extra memory at rest: two N-float buffers; for 16-bit parameters one more copy of
+    those.
     """
 
     def __init__(
@@ -133,16 +148,7 @@ class Separation:
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
-        advised = default_perturbation(layout)
-        size = advised if perturbation is None else perturbation
-        if perturbation is not None and size < max(
-            layout.epsilon() * layout.norm(), advised / 30.0
-        ):
-            warnings.warn(
-                f"perturbation={size:g} is small for the parameters' precision: the difference of "
-                f"gradients will be rounding for a good part; {advised:.1g} is advised",
-                stacklevel=4,
-            )
+        size = chosen_perturbation(layout, perturbation)
         norm = self._randomise(seed)
         self.state = ops.new_state(layout.device, perturbation=size, scale=size / norm, beta=start)
 
@@ -159,8 +165,11 @@ class Separation:
     def _state_on(self, device: torch.device) -> Tensor:
         return self.state if device == self.state.device else self.state.to(device)
 
-    def place(self) -> list[Tensor]:
-        """Writes θ + q; returns it, in the order of `FlatLayout.parameters`."""
+    #: How many copies there are beside θ.
+    k = 1
+
+    def place(self) -> list[list[Tensor]]:
+        """Writes θ + q; returns the one copy, in the order of `FlatLayout.parameters`."""
         copies: dict[int, Tensor] = {}  # by position
         for part in self._groups:
             group, views = part.group, part.views()
@@ -174,19 +183,19 @@ class Separation:
                 self._state_on(group.device),
             )
             copies.update(zip(group.positions, views, strict=True))
-        return [copies[i] for i in range(len(copies))]
+        return [[copies[i] for i in range(len(copies))]]
 
     def withdraw(self) -> None:
         """After `place`, when no gradients came of it: q is whole again and stays as it is."""
         self.state[ops.STATE_FIELDS.index("committed")] = 1.0
 
-    def advance(self, pair: GradientPair) -> None:
+    def advance(self, found: Gradients) -> None:
         """Steps both copies along their gradients and takes the growth into the state."""
         if self._needs_secant:
             self._needs_secant = False
-            ops.secant_(self.state, self._probe(pair), sign=self._options["sign"])
-        sums, momenta = self._ascend(pair)
-        losses = torch.stack([loss.to(self.state) for loss in (pair.loss0, pair.loss1)])
+            ops.secant_(self.state, self._probe(found), sign=self._options["sign"])
+        sums, momenta = self._ascend(found)
+        losses = torch.stack([loss.to(self.state) for loss in (found.loss0, *found.losses)])
         ops.exponent_(self.state, sums, losses, **self._options)
         for part, p_next in zip(self._groups, momenta, strict=True):
             part.q, part.spare = part.spare, part.q
@@ -194,7 +203,7 @@ class Separation:
                 kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
                 torch.where(kept, part.p, p_next, out=part.p)
 
-    def _probe(self, pair: GradientPair) -> Tensor:
+    def _probe(self, found: Gradients) -> Tensor:
         """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
         next q goes to holds g1.
         """
@@ -203,8 +212,8 @@ class Separation:
             group, state = part.group, self._state_on(part.group.device)
             scratch = part.q.new_empty(min(_PIECE, part.q.numel()))
             lists = [
-                group.segments([pair.g0[i] for i in group.positions]),
-                group.segments([pair.g1[i] for i in group.positions]),
+                group.segments([found.g0[i] for i in group.positions]),
+                group.segments([found.copies[0][i] for i in group.positions]),
                 group.segments(group.tensors),
             ]
             for offset, *tensors in zip(group.offsets, *lists, strict=True):
@@ -224,7 +233,7 @@ class Separation:
                     ).to(total.device)
         return total
 
-    def _ascend(self, pair: GradientPair) -> tuple[Tensor, list[Tensor | None]]:
+    def _ascend(self, found: Gradients) -> tuple[Tensor, list[Tensor | None]]:
         """Writes the next q beside the present one; returns the sums over all groups."""
         total, momenta = None, []
         for part in self._groups:
@@ -238,8 +247,8 @@ class Separation:
             sums = ops.ascent_(
                 part.spare,
                 part.q,
-                group.segments([pair.g0[i] for i in group.positions]),
-                group.segments([pair.g1[i] for i in group.positions]),
+                group.segments([found.g0[i] for i in group.positions]),
+                group.segments([found.copies[0][i] for i in group.positions]),
                 group.offsets,
                 self._state_on(group.device),
                 sign=self._options["sign"],
@@ -250,6 +259,11 @@ class Separation:
             momenta.append(moved.get("p_next"))
         return total, momenta
 
+    def restart_average(self) -> None:
+        """Lets h_ema begin anew at the present h."""
+        fields = ops.STATE_FIELDS
+        self.state[fields.index("h_ema")] = self.state[fields.index("h")]
+
     def value(self, name: str) -> Tensor:
         """One field of the state (0-dim float64 on the device), a copy."""
         return self.state[ops.STATE_FIELDS.index(name)].clone()
@@ -259,14 +273,14 @@ class Separation:
         kept = self._state_on(part.q.device)[ops.STATE_FIELDS.index("committed")] == 0
         return torch.where(kept, part.spare, part.q)
 
-    def vector(self) -> list[Tensor]:
-        """q itself, shaped like the parameters, in their order (copies)."""
+    def vectors(self) -> list[list[Tensor]]:
+        """q itself, shaped like the parameters, in their order (copies): a list of one."""
         out: dict[int, Tensor] = {}  # by position
         for part in self._groups:
             scale = self._state_on(part.q.device)[ops.STATE_FIELDS.index("scale")]
             flat = (self._settled(part) * scale).to(part.q.dtype)
             out.update(zip(part.group.positions, part.group.views(flat), strict=True))
-        return [out[i] for i in range(len(out))]
+        return [[out[i] for i in range(len(out))]]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers only; every tensor a copy."""
@@ -284,9 +298,9 @@ class Separation:
         missing = {"state", "needs_secant", "q", "p"} - set(saved)
         if missing:
             raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
-        _check_shapes("state", [self.state], [saved["state"]])
-        _check_shapes("q", [part.q for part in self._groups], saved["q"])
-        _check_shapes("p", [part.p for part in self._groups], saved["p"])
+        check_shapes("state", [self.state], [saved["state"]])
+        check_shapes("q", [part.q for part in self._groups], saved["q"])
+        check_shapes("p", [part.p for part in self._groups], saved["p"])
         self.state.copy_(saved["state"])
         self._needs_secant = bool(saved["needs_secant"])
         for part, q, p in zip(self._groups, saved["q"], saved["p"], strict=True):
@@ -295,7 +309,7 @@ class Separation:
                 part.p.copy_(p)
 
 
-def _check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+def check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
     def describe(tensors: Sequence[Tensor | None]) -> list[str]:
         return ["-" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in tensors]
 

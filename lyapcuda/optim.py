@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lyapcuda import ops
+from lyapcuda.arguments import positive
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout, Parameters
-from lyapcuda.tracker import CurvatureTracker, _positive
+from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["LyapunovSGD"]
 
@@ -63,7 +64,7 @@ class LyapunovSGD(Optimizer):
     ) -> None:
         if warmup_tol is None:
             raise ValueError("warmup_tol=None: expected a positive finite number")
-        _positive("warmup_tol", warmup_tol)
+        positive("warmup_tol", warmup_tol)
         if not isinstance(warmup_iterations, int) or warmup_iterations < 0:
             raise ValueError(
                 f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
@@ -102,7 +103,7 @@ class LyapunovSGD(Optimizer):
         for name in ("gain", "max_lr"):
             if group[name] is None:
                 raise ValueError(f"{name}=None: expected a positive finite number")
-            _positive(name, group[name])
+            positive(name, group[name])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim's own keeps only what it knows: copies and pickles would lack the rest.

@@ -1,10 +1,9 @@
-"""CurvatureTracker: the leading curvature of any training run, from two gradients a step."""
+"""CurvatureTracker: the leading curvatures of any training run, from k + 1 gradients a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,40 +12,44 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.evaluate import (
-    Closure,
-    at_a_copy,
-    gradient_pair,
-    modules_of,
-    plain_gradient,
-)
+from lyapcuda.arguments import choice, fraction, positive, whole
+from lyapcuda.benettin import MAX_SEPARATIONS, Benettin
+from lyapcuda.evaluate import Closure, at_a_copy, gradients, modules_of, plain_gradient
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.lyapunov import SIGNS, Separation
 
 __all__ = ["CurvatureTracker"]
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
+
+#: The ends of the spectrum that `which` asks for, each by the sign of its map.
+_ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
 
 
 class CurvatureTracker:
-    """Follows the largest (or smallest) eigenvalue of the loss's Hessian while something trains.
+    """Follows the largest (or smallest) eigenvalues of the loss's Hessian while something trains.
 
     A separation q is carried from step to step; each `step` evaluates the closure's gradient at θ
     and at θ + q on the same minibatch (same random numbers, same buffers) and lets both copies
     climb (Algorithm 1 of the paper; for ``which="SA"`` descend, App. A). How fast they part is the
-    Lyapunov exponent, and the difference of the gradients the curvature. Everything stays on the
-    device until read: `h`, `interval` and the rest are device tensors.
+    Lyapunov exponent, and the difference of the gradients the curvature. With k > 1 there are k
+    copies beside θ, whose separations are kept orthogonal (App. C): k + 1 gradients and two panels
+    of k·N floats. Everything stays on the device until read: `h`, `interval` and the rest are
+    device tensors.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
             "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD.
-        k: how many eigenvalues. Only 1 so far.
+        k: how many eigenvalues, up to 32 from either end. For k > 1 what is read off is a vector
+            of k values: from the outer end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
             (`lyapcuda.lyapunov.default_perturbation`); the paper's is 5e-2.
-        which: "LA", the largest (algebraic) eigenvalue h0, or "SA", the smallest, hN.
+        which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
+            "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
             unbiased and signed; the mean of the last two, which look from opposite sides of θ.
+            For k > 1 the Ritz values, which are the Rayleigh quotients within the span of all q.
             "growth": the exact inversion (e^λ − 1)/β of the growth. "paper": Algorithm 1 as printed
             (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1); as printed, a single
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.
@@ -80,14 +83,14 @@ class CurvatureTracker:
         seed: int = 0,
         model: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
-        _positive("perturbation", perturbation)
-        _positive("beta", beta)
-        _choice("which", which, SIGNS)
-        _choice("estimate", estimate, ops.ESTIMATES)
-        _fraction("momentum", momentum)
-        _fraction("ema", ema)
-        _whole("every", every)
-        _whole("k", k)
+        positive("perturbation", perturbation)
+        positive("beta", beta)
+        choice("which", which, _ENDS)
+        choice("estimate", estimate, ops.ESTIMATES)
+        fraction("momentum", momentum)
+        fraction("ema", ema)
+        whole("every", every)
+        whole("k", k)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
         models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
@@ -97,15 +100,19 @@ class CurvatureTracker:
         self._layout = FlatLayout(params, weight_decay)
         if k > self._layout.numel:
             raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
-        if k > 1:
-            raise ValueError(f"k={k}: this version tracks one eigenvalue, k=1")
+        if which == "BE" and k < 2:
+            raise ValueError(f'k={k}: which="BE" needs at least 2, one eigenvalue from either end')
+        shares = [k] if which != "BE" else [(k + 1) // 2, k // 2]
+        if max(shares) > MAX_SEPARATIONS:
+            raise ValueError(f"k={k}: at most {MAX_SEPARATIONS} from either end of the spectrum")
+        self._ends = list(zip(_ENDS[which], shares, strict=True))
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
         self._models = models
         self._beside: list[Tensor] = []  # other parameters of the optimizers we are attached to
         self._modules: list[nn.Module] | None = None
-        self._separation: Separation | None = None
+        self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
         self._calls = 0
 
     # --- measuring -------------------------------------------------------------------------------
@@ -115,7 +122,7 @@ class CurvatureTracker:
 
         Args:
             closure: takes nothing and returns the loss; may have called ``backward()`` itself, or
-                leave that to us. Called twice: its random numbers are replayed.
+                leave that to us. Called k + 1 times: its random numbers are replayed.
             leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
                 states are bitwise what they were. True leaves what one plain evaluation at θ with
                 cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
@@ -137,10 +144,10 @@ class CurvatureTracker:
             loss = plain_gradient(closure, parameters, names=names) if leave_grad else None
             self._calls += 1
             return loss
-        separation = self._started()
-        copies = separation.place()
+        separations = self._started()
+        copies = [copy for separation in separations for copy in separation.place()]
         try:
-            pair = gradient_pair(
+            found = gradients(
                 closure,
                 parameters,
                 copies,
@@ -149,14 +156,18 @@ class CurvatureTracker:
                 leave=leave_grad,
             )
         except BaseException:
-            separation.withdraw()
+            for separation in separations:
+                separation.withdraw()
             raise
-        separation.advance(pair)
+        first = 0
+        for separation in separations:
+            separation.advance(found.of(first, separation.k))
+            first += separation.k
         self._calls += 1
-        return pair.loss0
+        return found.loss0
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Measures inside every ``optimizer.step(closure)`` from now on, at one gradient more.
+        """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
         ``.grad`` is then that of the closure alone, as ``leave_grad`` leaves it.
         Returns a handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises
@@ -189,22 +200,30 @@ class CurvatureTracker:
 
         return optimizer.register_step_pre_hook(measure_first)
 
-    def _started(self) -> Separation:
+    def _started(self) -> list[Separation | Benettin]:
         if self._modules is None:
             self._modules = (
                 [m for model in self._models for m in model.modules()]
                 if self._models
                 else modules_of([*(p.tensor for p in self._layout.parameters), *self._beside])
             )
-        if self._separation is None:
-            self._separation = Separation(
-                self._layout,
-                sign=SIGNS[self.which],
-                estimate=self.estimate,
-                perturbation=self._perturbation,
-                **self._options,
-            )
-        return self._separation
+        if not self._separations:
+            found = []
+            for end, k in self._ends:
+                found.append(self._new_separation(end, k))
+            self._separations = found
+        return self._separations
+
+    def _new_separation(self, end: str, k: int) -> Separation | Benettin:
+        options = dict(
+            sign=SIGNS[end],
+            estimate=self.estimate,
+            perturbation=self._perturbation,
+            **self._options,
+        )
+        if k == 1:
+            return Separation(self._layout, **options)
+        return Benettin(self._layout, k, **options)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -213,89 +232,113 @@ class CurvatureTracker:
 
     @property
     def state(self) -> Tensor:
-        """The scalars as one device vector, fields `lyapcuda.ops.STATE_FIELDS` (a live view)."""
-        return self._started().state
+        """The scalars as one device vector (a live view): with k = 1 the fields
+        `lyapcuda.ops.STATE_FIELDS`, else `lyapcuda.panel_ops.panel_fields`; for "BE" the upper
+        end's.
+        """
+        return self._started()[0].state
 
     def restart_average(self) -> None:
         """Lets `h_ema` begin anew at the present `h`."""
-        state = self._started().state
-        fields = ops.STATE_FIELDS
-        state[fields.index("h_ema")] = state[fields.index("h")]
+        for separation in self._started():
+            separation.restart_average()
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def _value(self, name: str) -> Tensor:
-        if self._separation is None:
-            unmeasured = 0.0 if name in ("steps", "skipped") else math.nan
-            return torch.tensor(unmeasured, dtype=torch.float64, device=self._layout.device)
-        return self._separation.value(name)
+    def _values(self, name: str) -> Tensor:
+        """A value for every eigenvalue: 0-dim for k = 1, else (k,)."""
+        shape = () if self.k == 1 else (self.k,)
+        if not self._separations:
+            return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
+        found = [s.value(name).reshape(-1).to(self._layout.device) for s in self._separations]
+        if self.which == "BE":  # the lower end comes from its outer end inwards as well
+            found[1] = found[1].flip(0)
+        return torch.cat(found).reshape(shape)
+
+    def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
+        """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""
+        shape = (2,) if self.which == "BE" else ()
+        if not self._separations:
+            return torch.full(shape, unmeasured, dtype=torch.float64, device=self._layout.device)
+        return torch.stack([s.value(name) for s in self._separations]).reshape(shape)
 
     @property
     def h(self) -> Tensor:
-        """The eigenvalue, by the chosen estimate (0-dim float64 on the device; NaN at first)."""
-        return self._value("h")
+        """The eigenvalues, by the chosen estimate: float64 on the device, 0-dim for k = 1, else
+        (k,); NaN at first.
+        """
+        return self._values("h")
 
     @property
     def h_ema(self) -> Tensor:
         """Exponential moving average of `h`."""
-        return self._value("h_ema")
+        return self._values("h_ema")
 
     @property
     def rayleigh(self) -> Tensor:
-        """ρ = q·y/‖q‖², whatever the estimate."""
-        return self._value("rayleigh")
+        """ρ = q·y/‖q‖² (for k > 1 the Ritz values) of the last step, whatever the estimate."""
+        return self._values("rayleigh")
 
     @property
     def residual(self) -> Tensor:
         """r = ‖y − ρq‖/‖q‖: some eigenvalue of the symmetric map q → y lies in [ρ − r, ρ + r]."""
-        return self._value("residual")
+        return self._values("residual")
 
     @property
     def interval(self) -> Tensor:
-        """(2,) float64: some eigenvalue lies within, up to second order in Δq.
+        """(2,), for k > 1 (k, 2), float64: some eigenvalue lies within, up to second order in Δq.
 
         Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
         last), which look from opposite sides of θ; half its length is the mean of their residuals
         plus half their difference. On a changing minibatch that holds the change as well.
         """
-        center, width = self._value("center"), self._value("width")
-        return torch.stack([center - width, center + width])
+        center, width = self._values("center"), self._values("width")
+        return torch.stack([center - width, center + width], dim=-1)
 
     @property
     def exponent(self) -> Tensor:
-        """λ = log(‖d‖/‖q‖), the Lyapunov exponent of the last step."""
-        return self._value("exponent")
+        """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
+        Gram–Schmidt, log(R_ii/Δq).
+        """
+        return self._values("exponent")
 
     @property
     def beta(self) -> Tensor:
-        """The ascent rate (for "SA" the descent rate) of the next step."""
-        return self._value("beta")
+        """The ascent rate (for "SA" the descent rate) of the next step; for "BE" both, (2,)."""
+        return self._scalar("beta")
 
     @property
     def steps(self) -> Tensor:
-        """How many measurements were taken (0-dim float64)."""
-        return self._value("steps")
+        """How many measurements were taken (0-dim float64; for "BE" (2,), as for `skipped`)."""
+        return self._scalar("steps", 0.0)
 
     @property
     def skipped(self) -> Tensor:
         """How many were left out because a loss or gradient wasn't finite."""
-        return self._value("skipped")
+        return self._scalar("skipped", 0.0)
 
     @property
     def perturbation(self) -> float | None:
         """Δq: as given, or as chosen at the first step (None before)."""
-        if self._separation is None:
+        if not self._separations:
             return self._perturbation
-        return float(self._separation.value("perturbation"))
+        return float(self._separations[0].value("perturbation"))
 
-    def vector(self) -> list[Tensor]:
-        """q, the separation: shaped like the parameters, in their order; of norm Δq.
+    def vector(self, i: int = 0) -> list[Tensor]:
+        """q_i, the separation of value i: shaped like the parameters, in their order; norm Δq.
 
-        Raises RuntimeError before the first step.
+        Raises:
+            RuntimeError: before the first step.
+            IndexError: i is not in 0..k-1.
         """
-        if self._separation is None:
+        if not self._separations:
             raise RuntimeError("vector(): nothing was measured yet")
-        return self._separation.vector()
+        if not 0 <= i < self.k:
+            raise IndexError(f"i={i}: expected 0 to {self.k - 1}")
+        found = [separation.vectors() for separation in self._separations]
+        if self.which == "BE":
+            found[1].reverse()
+        return [vector for end in found for vector in end][i]
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -310,7 +353,7 @@ class CurvatureTracker:
             "estimate": self.estimate,
             "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
             "calls": self._calls,
-            "separation": None if self._separation is None else self._separation.state_dict(),
+            "separations": [separation.state_dict() for separation in self._separations],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -329,38 +372,23 @@ class CurvatureTracker:
                     f"state_dict: {name} is {state_dict.get(name)!r}, but this tracker's is "
                     f"{mine[name]!r}"
                 )
-        missing = {"calls", "separation"} - set(state_dict)
+        missing = {"calls", "separations"} - set(state_dict)
         if missing:
             raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
-        saved = state_dict["separation"]
-        if saved is None:
-            self._separation = None
-        else:
-            self._started().load_state_dict(saved)
+        saved = state_dict["separations"]
+        if len(saved) not in (0, len(self._ends)):
+            raise ValueError(
+                f"state_dict: {len(saved)} separations, but which={self.which!r} has "
+                f"{len(self._ends)}"
+            )
+        before = [separation.state_dict() for separation in self._separations]
+        try:
+            for separation, values in zip(self._started() if saved else [], saved, strict=True):
+                separation.load_state_dict(values)
+        except BaseException:
+            for separation, values in zip(self._separations, before, strict=False):
+                separation.load_state_dict(values)
+            raise
+        if not saved:
+            self._separations = []
         self._calls = int(state_dict["calls"])
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _positive(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not _is_real(value) or not (0 < value < math.inf):
-        raise ValueError(f"{name}={value!r}: expected a positive finite number")
-
-
-def _fraction(name: str, value: Any) -> None:
-    if not _is_real(value) or not (0 <= value < 1):
-        raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")
-
-
-def _whole(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-
-
-def _choice(name: str, value: Any, choices: dict[str, int]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
-from lyapcuda.evaluate import gradient_pair, modules_of
+from lyapcuda.evaluate import gradients, modules_of
 
 
 class Noisy(nn.Module):
@@ -112,8 +112,10 @@ def test_everything_is_restored_after_an_exception_anywhere(noisy, fails_at, lea
     # The tracker goes on as if that step had never been tried.
     after = tracker.state_dict()
     same = dict(rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(after["separation"]["state"], kept["separation"]["state"], **same)
-    torch.testing.assert_close(after["separation"]["q"], kept["separation"]["q"], **same)
+    torch.testing.assert_close(
+        after["separations"][0]["state"], kept["separations"][0]["state"], **same
+    )
+    torch.testing.assert_close(after["separations"][0]["q"], kept["separations"][0]["q"], **same)
     assert after["calls"] == kept["calls"]
     tracker.step(closure)
     twin = lyapcuda.CurvatureTracker(model.parameters())
@@ -127,11 +129,12 @@ def test_both_copies_see_the_same_function(noisy):
     model, closure = noisy
     parameters = list(model.parameters())
     names = [n for n, _ in model.named_parameters()]
-    same = [p.detach().clone() for p in parameters]
-    pair = gradient_pair(closure, parameters, same, names=names, modules=modules_of(parameters))
-    for g0, g1 in zip(pair.g0, pair.g1, strict=True):
-        assert torch.equal(g0, g1)
-    assert torch.equal(pair.loss0, pair.loss1)
+    same = [[p.detach().clone() for p in parameters] for _ in range(2)]
+    found = gradients(closure, parameters, same, names=names, modules=modules_of(parameters))
+    for copy, loss in zip(found.copies, found.losses, strict=True):
+        for g0, g1 in zip(found.g0, copy, strict=True):
+            assert torch.equal(g0, g1)
+        assert torch.equal(found.loss0, loss)
 
 
 @pytest.mark.parametrize("mode", [True, False])

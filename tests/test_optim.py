@@ -194,7 +194,7 @@ def test_state_of_another_model_is_refused_and_nothing_changes():
     assert optimizer.param_groups[0]["gain"] == 1.0
     after = optimizer.state_dict()
     assert torch.equal(
-        after["tracker"]["separation"]["state"], before["tracker"]["separation"]["state"]
+        after["tracker"]["separations"][0]["state"], before["tracker"]["separations"][0]["state"]
     )
 
 

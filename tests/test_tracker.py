@@ -137,10 +137,10 @@ def test_not_finite_leaves_h_and_the_state_as_they_were(problem, estimate, bad):
     for _ in range(4):
         tracker.step(closure)
         twin.step(closure)
-    before = tracker.state_dict()["separation"]
+    before = tracker.state_dict()["separations"][0]
     for _ in range(3):
         tracker.step(broken)
-    after = tracker.state_dict()["separation"]
+    after = tracker.state_dict()["separations"][0]
     fields = lyapcuda.ops.STATE_FIELDS
     counted = [fields.index(name) for name in ("skipped", "accepted")]
     kept = [i for i in range(len(fields)) if i not in counted]
@@ -197,7 +197,7 @@ def test_state_of_another_model_is_refused_and_nothing_changes(problem):
     x, y = batches[0]
     tracker = lyapcuda.CurvatureTracker(model.parameters())
     tracker.step(lambda: nn.functional.cross_entropy(model(x), y))
-    before = tracker.state_dict()["separation"]["state"].clone()
+    before = tracker.state_dict()["separations"][0]["state"].clone()
     other = lyapcuda.CurvatureTracker(nn.Linear(6, 3).parameters())
     for saved, message in [
         (other.state_dict(), "sizes"),
@@ -208,7 +208,7 @@ def test_state_of_another_model_is_refused_and_nothing_changes(problem):
     ]:
         with pytest.raises(ValueError, match=message):
             tracker.load_state_dict(saved)
-    assert torch.equal(tracker.state_dict()["separation"]["state"], before)
+    assert torch.equal(tracker.state_dict()["separations"][0]["state"], before)
 
 
 def test_copies_of_a_tracker_and_its_model_go_on_alike(problem):
@@ -356,18 +356,19 @@ def test_values_are_snapshots(problem):
         ({"k": -2}, "k=-2"),
         ({"k": 1.5}, "k=1.5"),
         ({"k": 10**6}, "k=1000000: there are only"),
-        ({"k": 2}, "k=2"),
+        ({"k": 40}, "k=40: at most 32"),
+        ({"k": 1, "which": "BE"}, "k=1: which=.BE. needs"),
         ({"every": 0}, "every=0"),
         ({"ema": 1.0}, "ema=1.0"),
         ({"momentum": -0.1}, "momentum=-0.1"),
-        ({"which": "XX"}, "which='XX'.*LA, SA"),
+        ({"which": "XX"}, "which='XX'.*LA, SA, BE"),
         ({"estimate": "guess"}, "estimate='guess'"),
         ({"weight_decay": -1}, "weight_decay=-1"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        lyapcuda.CurvatureTracker(nn.Linear(3, 2).parameters(), **options)
+        lyapcuda.CurvatureTracker(nn.Linear(30, 2).parameters(), **options)
 
 
 MEMORY = """

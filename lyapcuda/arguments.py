@@ -1,0 +1,34 @@
+"""Checks of arguments; every error names the argument and its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def positive(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not _is_real(value) or not (0 < value < math.inf):
+        raise ValueError(f"{name}={value!r}: expected a positive finite number")
+
+
+def fraction(name: str, value: Any) -> None:
+    if not _is_real(value) or not (0 <= value < 1):
+        raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")
+
+
+def whole(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
