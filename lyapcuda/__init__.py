@@ -3,9 +3,27 @@
 import torch  # noqa: F401  (its libraries are what lyapcuda._C links to)
 
 from lyapcuda import lyapunov, ops
+from lyapcuda.eigsh import ConvergenceWarning, EigenResult, FiniteScale, eigsh, finite_scale
+from lyapcuda.operator import HessianOperator
 from lyapcuda.optim import LyapunovSGD
+from lyapcuda.spectrum import SpectralDensity, TraceResult, spectral_density, trace
 from lyapcuda.tracker import CurvatureTracker
 
 __version__ = "0.1.0"
 
-__all__ = ["CurvatureTracker", "LyapunovSGD", "lyapunov", "ops"]
+__all__ = [
+    "ConvergenceWarning",
+    "CurvatureTracker",
+    "EigenResult",
+    "FiniteScale",
+    "HessianOperator",
+    "LyapunovSGD",
+    "SpectralDensity",
+    "TraceResult",
+    "eigsh",
+    "finite_scale",
+    "lyapunov",
+    "ops",
+    "spectral_density",
+    "trace",
+]

@@ -1,9 +1,10 @@
-"""The command line: ``lyapcuda train`` and ``lyapcuda info``."""
+"""The command line: ``lyapcuda train``, ``lyapcuda eigs`` and ``lyapcuda info``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 import shlex
 import sys
@@ -14,13 +15,15 @@ from typing import NoReturn
 
 import torch
 
+from lyapcuda.eigsh import METHODS, WHICH
 from lyapcuda.experiment import checkpoint
 from lyapcuda.experiment.config import ESTIMATES, LOSSES, SCHEDULE_NAMES, TrainConfig, require_same
 from lyapcuda.experiment.data import CLASSES, DIGITS
 from lyapcuda.experiment.models import MODELS
-from lyapcuda.experiment.train import TrainResult, saved_config, train
+from lyapcuda.experiment.train import TrainResult, saved_config, train, usable_device
 
-EXIT_DIVERGED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIVERGED = EXIT_NOT_CONVERGED = 1
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
 
@@ -36,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0, 1 if training diverged, 2 on a user's error, 130 after Ctrl-C.
+        The exit status: 0, 1 if training diverged or an eigenvalue did not converge, 2 on a user's
+        error, 130 after Ctrl-C.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lyapcuda", description="Curvature of a training run, while it runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="run one of the paper's experiments"))
+    _add_eigs(commands.add_parser("eigs", help="eigenvalues of a model's Hessian"))
     info = commands.add_parser("info", help="say how this installation was built")
     info.set_defaults(run=_info)
     return parser
@@ -128,10 +133,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if config.data != DIGITS:
         # The checkpoint may be resumed from another working directory.
         config = dataclasses.replace(config, data=str(Path(config.data).absolute()))
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+    _set_threads(arguments.threads)
     result = train(
         config,
         out,
@@ -168,6 +170,95 @@ def _report(result: TrainResult) -> int:
         f"lr {result.lr:.4g}"
     )
     return 0
+
+
+def _add_eigs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Eigenvalues of the Hessian of a model's loss over all of its data; prints a table, and "
+        "with --out writes eigs.json and eigs.png."
+    )
+    add = parser.add_argument
+    add("--model", default="mlp", help=f"{', '.join(MODELS)} (default mlp), or module:factory")
+    add("--data", default=DIGITS, metavar="digits|DIR|module:factory", help="default digits")
+    add("--loss", default="ce", metavar="ce|mse|module:function", help="default ce")
+    add("--weights", type=Path, metavar="PATH", help="a state_dict for the model")
+    add(
+        "--checkpoint", type=Path, metavar="PATH", help="all of these from a checkpoint.pt of train"
+    )
+    add("--samples", type=int, metavar="N", help="only the first N rows of digits or CIFAR-10")
+    add("--classes", type=_classes, metavar="A,B,...|all", help="default as in the paper")
+    add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
+    add("-k", type=int, default=5, help="how many (default 5)")
+    add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
+    add("--method", default="lanczos", choices=METHODS, help="default lanczos")
+    add("--tol", type=float, default=1e-3, help="relative (default 1e-3)")
+    add("--maxiter", type=int, metavar="N", help="products at most")
+    add("--select", action="append", metavar="PATTERN", help="only parameters of such names")
+    add("--trace", type=int, metavar="N", help="also the trace, from N products")
+    add(
+        "--density", type=int, metavar="N", help="also the spectral density, N Lanczos steps a draw"
+    )
+    add("--seed", type=int, default=0, help="default 0")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
+    add("--out", type=Path, metavar="DIR", help="for eigs.json and eigs.png")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_eigs)
+
+
+def _eigs(arguments: argparse.Namespace) -> int:
+    from lyapcuda.experiment import eigs, problem
+
+    _set_threads(arguments.threads)
+    device = str(usable_device(arguments.device))
+    if arguments.samples is not None and arguments.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {arguments.samples}")
+    if arguments.checkpoint is not None:
+        found = problem.from_checkpoint(
+            arguments.checkpoint, samples=arguments.samples, device=device
+        )
+    else:
+        found = problem.from_names(
+            arguments.model,
+            arguments.data,
+            arguments.loss,
+            classes=arguments.classes,
+            samples=arguments.samples,
+            weights=arguments.weights,
+            weight_decay=arguments.weight_decay,
+            seed=arguments.seed,
+            device=device,
+        )
+    report = eigs.measure(
+        found,
+        k=arguments.k,
+        which=arguments.which,
+        tol=arguments.tol,
+        method=arguments.method,
+        maxiter=arguments.maxiter,
+        select=arguments.select,
+        seed=arguments.seed,
+        progress=not arguments.no_progress,
+        trace_samples=arguments.trace,
+        density_steps=arguments.density,
+    )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), allow_nan=False))
+    else:
+        print(report.table())
+    if arguments.out is not None:
+        for path in report.write(arguments.out):
+            print(path, file=sys.stderr if arguments.json else sys.stdout)
+    return 0 if bool(report.result.converged.all()) else EXIT_NOT_CONVERGED
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
 
 
 def _info(arguments: argparse.Namespace) -> int:

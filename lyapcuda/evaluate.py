@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Closure", "Gradients", "at_a_copy", "gradients", "modules_of", "plain_gradient"]
+__all__ = [
+    "Closure",
+    "Gradients",
+    "RandomStates",
+    "at_a_copy",
+    "gradients",
+    "modules_of",
+    "plain_gradient",
+]
 
-#: Takes nothing, returns the loss; may have called backward() itself or leave that to us.
-Closure = Callable[[], Tensor | float]
+#: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
+#: itself or leave that to us.
+Closure = Callable[..., Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,45 @@ def _value_of(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.detach().clone()
 
 
-class _Surroundings:
+class RandomStates:
+    """The global random states of Python, NumPy and torch, as they are now.
+
+    Args:
+        devices: whose states are kept besides the CPU's.
+        generators: of the user's own, kept as well.
+    """
+
+    def __init__(
+        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()
+    ) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._devices = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in set(devices)
+            if device.type not in ("cpu", "meta")
+        }
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+class Surroundings:
     """What an evaluation may change besides its result: random states, buffers, other gradients."""
 
-    def __init__(self, parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        generators: Iterable[torch.Generator] = (),
+    ) -> None:
         tracked = {id(p) for p in parameters}
         self._gradients = [(p, p.grad) for p in parameters]
         others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
@@ -79,21 +124,11 @@ class _Surroundings:
             (module, {name: (b, _value_of(b)) for name, b in module._buffers.items()})
             for module in modules
         ]
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._devices = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in {p.device for p in parameters}
-            if device.type not in ("cpu", "meta")
-        }
+        self._random = RandomStates((p.device for p in parameters), generators)
 
     def restore(self) -> None:
         """Everything but the tracked parameters' own gradients, bitwise."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+        self._random.restore()
         for module, buffers in self._buffers:
             for buffer, value in buffers.values():
                 if buffer is None:
@@ -127,7 +162,7 @@ def at_a_copy() -> bool:
 
 
 @contextmanager
-def _pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
+def pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
     originals = [p.data for p in parameters]
     token = _displaced.set(True)
     try:
@@ -140,7 +175,18 @@ def _pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iter
             parameter.data = original
 
 
-def _evaluate(
+def check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor | float | int):
+        raise TypeError(
+            f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
+        )
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise ValueError(f"closure: expected a real loss, got {loss.dtype}")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
+
+
+def evaluate(
     closure: Closure, parameters: Sequence[Tensor], names: Sequence[str]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """One evaluation with cleared gradients: the detached loss and the gradients that appeared."""
@@ -150,16 +196,7 @@ def _evaluate(
     torch.clear_autocast_cache()
     with torch.enable_grad():
         loss = closure()
-        if not isinstance(loss, Tensor | float | int):
-            raise TypeError(
-                f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
-            )
-        if isinstance(loss, Tensor) and loss.is_complex():
-            raise ValueError(f"closure: expected a real loss, got {loss.dtype}")
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(
-                f"closure: expected a loss of one element, got shape {tuple(loss.shape)}"
-            )
+        check_loss(loss)
         if all(p.grad is None for p in parameters):
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
@@ -211,13 +248,13 @@ def gradients(
         TypeError, ValueError: the closure returned no loss, or a gradient is sparse. After these,
             as after any exception of the closure's own, everything is as it was.
     """
-    before = _Surroundings(parameters, modules)
+    before = Surroundings(parameters, modules)
     found, losses = [], []
     try:
         # θ last: that evaluation leaves what training expects.
         for copy in copies:
-            with _pointing_to(parameters, copy):
-                loss, there = _evaluate(closure, parameters, names)
+            with pointing_to(parameters, copy):
+                loss, there = evaluate(closure, parameters, names)
             # θ + q is no longer needed, so its gradient takes its place. By reference it wouldn't
             # be safe: storage may be used again (DDP's buckets, a closure that writes .grad), and
             # memory would hold one gradient more for every copy.
@@ -227,7 +264,7 @@ def gradients(
             del there
             losses.append(loss)
             before.restore()
-        loss0, g0 = _evaluate(closure, parameters, names)
+        loss0, g0 = evaluate(closure, parameters, names)
     except BaseException:
         before.restore()
         before.restore_gradients()
@@ -244,7 +281,7 @@ def plain_gradient(
     """One evaluation at θ, its gradient left in ``.grad``; returns the detached loss."""
     gradients = [(p, p.grad) for p in parameters]
     try:
-        return _evaluate(closure, parameters, names)[0]
+        return evaluate(closure, parameters, names)[0]
     except BaseException:
         for parameter, gradient in gradients:
             parameter.grad = gradient

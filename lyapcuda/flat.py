@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from lyapcuda import _C
 
-__all__ = ["ALIGNMENT", "BACKENDS", "FlatGroup", "FlatLayout", "Parameters", "TrackedParameter"]
+__all__ = [
+    "ALIGNMENT",
+    "BACKENDS",
+    "FlatGroup",
+    "FlatLayout",
+    "Parameters",
+    "TrackedParameter",
+    "select_by_name",
+]
 
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
 #: aligned.
@@ -80,6 +89,45 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
     if not found:
         raise ValueError(f"params: none of the {seen} parameters requires a gradient")
     return list(found.values())
+
+
+def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]:
+    """Those of `params` whose names match: the same (name, tensor) pairs or groups, fewer of them.
+
+    Args:
+        params: (name, tensor) pairs, or groups of those.
+        select: a shell pattern ("layer4.*"), or several.
+
+    Raises:
+        TypeError: parameters without names.
+        ValueError: a pattern that matches none.
+    """
+    patterns = [select] if isinstance(select, str) else list(select)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"select={select!r}: expected a pattern or a list of patterns")
+    matched: set[str] = set()
+
+    def chosen(member: Any) -> bool:
+        if not isinstance(member, tuple):
+            raise TypeError(
+                f"select={select!r}: needs names; pass model.named_parameters() as params"
+            )
+        hits = {pattern for pattern in patterns if fnmatchcase(member[0], pattern)}
+        matched.update(hits)
+        return bool(hits)
+
+    kept: list[Any] = []
+    for entry in params:
+        if not isinstance(entry, Mapping):
+            kept += [entry] if chosen(entry) else []
+            continue
+        members = entry["params"]
+        members = [m for m in ([members] if isinstance(members, Tensor) else members) if chosen(m)]
+        kept += [{**entry, "params": members}] if members else []
+    for pattern in patterns:
+        if pattern not in matched:
+            raise ValueError(f"select: no parameter's name matches {pattern!r}")
+    return kept
 
 
 def _non_negative(name: str, value: Any) -> float:
@@ -240,6 +288,32 @@ class FlatLayout:
     def device(self) -> torch.device:
         """Where the scalars live: the device of the first group."""
         return self.groups[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a vector over all parameters: float64 where any of them is, else float32."""
+        return max((g.buffer_dtype for g in self.groups), key=lambda dtype: dtype.itemsize)
+
+    def scatter(self, vector: Tensor, buffers: Sequence[Tensor]) -> None:
+        """Writes a vector of ``numel`` elements in the user's order to one flat buffer a group."""
+        parts = vector.split([p.tensor.numel() for p in self.parameters])
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            for position, view in zip(group.positions, group.views(buffer), strict=True):
+                view.copy_(parts[position].view(view.shape))
+
+    def gather(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The inverse of `scatter`: a new vector of `dtype` on `device`."""
+        vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        parts = vector.split([p.tensor.numel() for p in self.parameters])
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            for position, view in zip(group.positions, group.views(buffer), strict=True):
+                parts[position].view(view.shape).copy_(view)
+        return vector
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector in the user's order, shaped like the parameters."""
+        parts = vector.split([p.tensor.numel() for p in self.parameters])
+        return [v.view(p.tensor.shape) for v, p in zip(parts, self.parameters, strict=True)]
 
     def norm(self) -> float:
         """‖θ‖ in float64. Reads back to the host: for the start of a run only."""

@@ -36,6 +36,19 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'lyapcuda[experiment]'") from error
 
 
+def new_figure(width: float = 7.6, height: float = 4.6) -> Any:
+    """An empty figure, in inches.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require_matplotlib()
+    # Figure, not pyplot: no window system, no state shared with the caller's own plots.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150)
+
+
 def title_of(model: str, loss: str, schedule: str) -> str:
     """The title of a run's figure."""
     return f"{MODEL_TITLES[model]}, {LOSS_NAMES[loss]}, {SCHEDULE_TITLES[schedule]}"
@@ -83,11 +96,7 @@ def plot_run(csv_path: str | Path, png_path: str | Path | None = None, title: st
     csv_path = Path(csv_path)
     png_path = csv_path.with_suffix(".png") if png_path is None else Path(png_path)
     columns = read_columns(csv_path)
-    require_matplotlib()
-    # Figure, not pyplot: no window system, no state shared with the caller's own plots.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 4.6), dpi=150)
+    figure = new_figure()
     _draw(figure, columns, title)
     replace_file(png_path, lambda file: figure.savefig(file, format="png"))
     return png_path

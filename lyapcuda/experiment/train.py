@@ -110,7 +110,7 @@ def train(
     out = Path(out)
     resume = None if resume is None else Path(resume)
     _check_out(out, resume, overwrite)
-    device = _device(config.device)
+    device = usable_device(config.device)
     saved = None if resume is None else checkpoint.load(resume)
     dataset = load(config.data, config.default_classes())
     config = config.resolved(dataset)
@@ -288,7 +288,7 @@ def _check_same_run(
         )
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

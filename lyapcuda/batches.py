@@ -1,0 +1,73 @@
+"""A data set streamed in minibatches, as often as gradients are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """A data set streamed in minibatches, again for every evaluation.
+
+    Args:
+        data: an iterable that starts anew each time: a DataLoader, a list of batches.
+
+    Raises:
+        TypeError: it can't be iterated.
+        ValueError: it can be iterated only once.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data={data!r}: expected an iterable of batches")
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"data: a {type(data).__name__} can be consumed only once, but every gradient "
+                "needs a pass over all batches; pass a DataLoader or a list"
+            )
+        self.data = data
+        sources = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+        found = [getattr(source, "generator", None) for source in sources]
+        #: Generators of the loader's own: rewound, so that every pass has the same batches.
+        self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        self._samples: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Every batch and its size. Raises ValueError where the passes aren't of equal length."""
+        samples = 0
+        for batch in self.data:
+            size = _batch_size(batch)
+            samples += size
+            yield batch, size
+        if samples == 0:
+            raise ValueError("data: it gave no batch" + (" any more" if self._samples else ""))
+        if samples != (self._samples or samples):
+            raise ValueError(
+                f"data: {samples} samples in this pass, {self._samples} in the first; every pass "
+                "has to see the same"
+            )
+        self._samples = samples
+
+
+def _batch_size(batch: Any) -> int:
+    first = _first_tensor(batch)
+    if first is None or first.dim() == 0:
+        raise ValueError(
+            f"data: found no tensor with a batch dimension in a {type(batch).__name__}, so its "
+            "size, which weights it, is unknown"
+        )
+    return len(first)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    members = batch.values() if isinstance(batch, Mapping) else batch
+    if isinstance(members, str | bytes) or not isinstance(members, Iterable):
+        return None
+    return next((t for t in map(_first_tensor, members) if t is not None), None)

@@ -1,0 +1,419 @@
+"""Eigenvalues of a loss's Hessian at one θ: the standalone solver."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lyapcuda.arguments import choice, positive
+from lyapcuda.evaluate import Closure
+from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.krylov import MAX_ROWS, Basis, Solution, lanczos, lobpcg
+from lyapcuda.operator import DIFFERENCES, HessianOperator
+from lyapcuda.ritz import WHICH, Goal, Verdict
+
+__all__ = ["ConvergenceWarning", "EigenResult", "FiniteScale", "eigsh", "finite_scale"]
+
+METHODS = ("lanczos", "lobpcg", "lyapunov")
+
+# Relative error of an eigenvalue that differences have on smooth losses, in ε^power of the
+# parameters' dtype (bench/differences.py): at most so much there.
+_ACCURACY = {"forward": (1.5, 1 / 2), "central": (5.0, 2 / 3)}
+# Forward differences do for tolerances of at least so many times their accuracy.
+_MARGIN = 1.9
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """Some of the returned eigenvalues aren't known to the tolerance."""
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    """Eigenpairs of the Hessian, in the order of ``which``: LA and BE descend, SA ascends, LM goes
+    by magnitude.
+
+    Attributes:
+        eigenvalues: (k,) float64.
+        eigenvectors: (k, n), a vector a row, of norm 1, in the order of the parameters.
+        residuals: (k,) float64, ‖Hu − ρu‖ of the map that was measured: were that symmetric, an
+            eigenvalue of it would lie within so much. Rigorous.
+        difference_errors: (k,) float64, an estimate of how far the differences' map and the Hessian
+            are apart along u: from the asymmetry of the projected matrix, and at least what
+            differences of this kind and precision have on smooth losses.
+        converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
+            between values (R²/gap), and that of the differences are within the tolerance; or the
+            value is zero within the differences' error.
+        iterations: of the method.
+        gradient_evaluations: of the whole data (an exact product counts as two).
+        history: per iteration ``{"eigenvalues": [...], "residuals": [...]}``.
+        method, which, difference, perturbation, tol: how it was measured ("exact": no difference).
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    residuals: Tensor
+    difference_errors: Tensor
+    converged: Tensor
+    iterations: int
+    gradient_evaluations: int
+    history: list[dict[str, list[float]]] = field(repr=False)
+    method: str
+    which: str
+    difference: str
+    perturbation: float | None
+    tol: float
+    _layout: FlatLayout = field(repr=False, compare=False)
+
+    @property
+    def interval(self) -> Tensor:
+        """(k, 2) float64: eigenvalue ± (residual + difference error). Each holds an eigenvalue of
+        the Hessian, as far as that estimate of the differences' error is right.
+        """
+        width = self.residuals + self.difference_errors
+        return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
+
+    def unflatten(self, i: int) -> list[Tensor]:
+        """Eigenvector i as views shaped like the parameters, in their order."""
+        if not isinstance(i, Integral) or not -len(self.eigenvectors) <= i < len(self.eigenvectors):
+            raise IndexError(f"i={i!r}: there are {len(self.eigenvectors)} eigenvectors")
+        return self._layout.split(self.eigenvectors[i])
+
+
+def eigsh(
+    closure: Closure,
+    params: Parameters,
+    k: int = 1,
+    which: str = "LA",
+    *,
+    tol: float = 1e-3,
+    maxiter: int | None = None,
+    v0: Tensor | None = None,
+    method: str = "lanczos",
+    ncv: int | None = None,
+    seed: int = 0,
+    verify: bool = False,
+    progress: bool = False,
+    data: Iterable[Any] | None = None,
+    select: str | Sequence[str] | None = None,
+    mode: str = "difference",
+    difference: str | None = None,
+    perturbation: float | None = None,
+    weight_decay: float = 0.0,
+    model: nn.Module | Iterable[nn.Module] | None = None,
+) -> EigenResult:
+    """Eigenvalues and eigenvectors of the Hessian of a loss, from gradients alone.
+
+    Args:
+        closure, params, data, select, mode, perturbation, weight_decay, model: as for
+            `HessianOperator`. A fixed ``perturbation`` measures the curvature at that scale.
+        k: how many.
+        which: "LA" largest (algebraic), "SA" smallest, "LM" largest magnitude, "BE" half from each
+            end (one more from the high end where k is odd).
+        tol: relative error of each eigenvalue.
+        maxiter: iterations at most. Default 300.
+        v0: (n,) start vector. Default: a random one, mixed half and half with g(θ), which is known
+            anyway and lies in the leading eigenspace for a good part.
+        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors.
+            "lyapunov": k copies that climb side by side (Benettin), about 3k vectors; the mode of
+            the trackers, at a frozen θ.
+        ncv: vectors that Lanczos keeps before it restarts. Default max(2k + 1, 20), or n up to 64.
+        seed: of the random vectors; the global random states are not touched.
+        verify: before believing, put in a random vector orthogonal to everything found. Lanczos
+            sees one copy of a multiple eigenvalue, and can miss one that the start vector has no
+            part in; this costs as many gradients again.
+        progress: show a progress bar (needs tqdm).
+        difference: "forward", "central", or None: forward where the tolerance, the parameters'
+            precision and the loss allow it (central for 16-bit parameters, for losses with kinks
+            such as ReLU, and for a tolerance below 7e-4 in float32, 3e-8 in float64).
+
+    Warns:
+        ConvergenceWarning: where ``converged`` is not all True.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+        FloatingPointError: a gradient that isn't finite.
+    """
+    _check(k, which, tol, maxiter, method, ncv, seed)
+    if difference is not None:
+        choice("difference", difference, DIFFERENCES)
+    operator = HessianOperator(
+        closure,
+        params,
+        data=data,
+        mode=mode,
+        difference=difference or "forward",
+        perturbation=perturbation,
+        select=select,
+        weight_decay=weight_decay,
+        model=model,
+    )
+    layout = operator.layout
+    n = layout.numel
+    if k > n:
+        raise ValueError(f"k={k}: there are only {n} parameters")
+    rows = _rows(k, ncv, n, method)
+    start = None if v0 is None else _start_vector(v0, operator)
+    if difference is None and mode == "difference":
+        operator.choose_difference(coarse=tol < _MARGIN * _accuracy(layout, "forward"))
+    kind = "exact" if mode == "exact" else operator.difference
+    rounding = torch.finfo(layout.dtype).eps
+    accuracy = rounding if kind == "exact" else _accuracy(layout, kind)
+    goal = Goal(k, which, tol, accuracy, rounding, n)
+    generators = [
+        torch.Generator(group.device).manual_seed(seed + i) for i, group in enumerate(layout.groups)
+    ]
+    basis = Basis.empty(layout, rows)
+    _fill_start(basis[: 1 if method == "lanczos" else k], start, operator, generators)
+    limit = 300 if maxiter is None else maxiter
+    with _reporter(progress, limit, operator, goal) as report:
+        options = dict(maxiter=limit, generators=generators, report=report)
+        if method == "lanczos":
+            solution = lanczos(operator.product, basis, goal, verify=verify, **options)
+        else:
+            solution = lobpcg(operator.product, basis, goal, **options)
+    result = _result(solution, operator, goal, method, kind)
+    _warn(result)
+    return result
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _accuracy(layout: FlatLayout, difference: str) -> float:
+    factor, power = _ACCURACY[difference]
+    return factor * layout.epsilon() ** power
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
+def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, seed: Any) -> None:
+    _whole("k", k, 1)
+    choice("which", which, WHICH)
+    choice("method", method, METHODS)
+    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < tol < 1:
+        raise ValueError(f"tol={tol!r}: expected a number in (0, 1)")
+    if maxiter is not None:
+        _whole("maxiter", maxiter, 1)
+    if ncv is not None:
+        _whole("ncv", ncv, 2)
+        if method != "lanczos":
+            raise ValueError(f"ncv={ncv}: only for method='lanczos'")
+    _whole("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
+
+
+def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
+    """Rows of the basis."""
+    if method == "lobpcg":
+        if 3 * k > MAX_ROWS:
+            raise ValueError(f"k={k}: method='lobpcg' takes at most {MAX_ROWS // 3}")
+        return min(3 * k, n)
+    kept = min(n, MAX_ROWS, max(2 * k + 1, 20 if n > 64 else n)) if ncv is None else min(ncv, n)
+    if kept > MAX_ROWS:
+        raise ValueError(f"ncv={ncv}: at most {MAX_ROWS}")
+    if not (k < kept or kept == n):
+        advice = f"k={k}: at most {MAX_ROWS - 1}" if ncv is None else f"ncv={ncv}: more than k={k}"
+        raise ValueError(f"{advice} is possible")
+    return kept + 1
+
+
+def _start_vector(v0: Any, operator: HessianOperator) -> Tensor:
+    if not isinstance(v0, Tensor) or v0.shape != operator.shape[:1] or v0.is_complex():
+        described = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
+        raise ValueError(
+            f"v0: expected a real tensor of shape {operator.shape[:1]}, got {described}"
+        )
+    norm = float(v0.detach().double().norm())
+    if not 0 < norm < math.inf:
+        raise ValueError(f"v0: its norm is {norm}, expected a finite vector other than 0")
+    return v0.detach().double() / norm
+
+
+def _fill_start(
+    basis: Basis,
+    start: Tensor | None,
+    operator: HessianOperator,
+    generators: Sequence[torch.Generator],
+) -> None:
+    """Random vectors in every row, the start vector in the first."""
+    for i in range(len(basis)):
+        basis.randomise_(i, generators)
+    first = basis[:1]
+    if start is not None:
+        operator.layout.scatter(start, basis.row(0))
+    elif operator.mode == "difference":
+        # Half of it is known to matter, half makes sure that nothing is left out.
+        basis.orthogonalise_(0)
+        gradient = operator.gradient()
+        square = sum(
+            torch.linalg.vector_norm(part, dtype=torch.float64).square().to(operator.device)
+            for part in gradient
+        )
+        scale = torch.where(square > 0, square.rsqrt(), 0.0)
+        for row, part in zip(basis.row(0), gradient, strict=True):
+            row.add_(part.to(row.dtype) * scale.to(row.device, row.dtype))
+    first.orthogonalise_(0)
+
+
+# --- running, result -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _reporter(progress: bool, limit: int, operator: HessianOperator, goal: Goal) -> Iterator[Any]:
+    if not progress:
+        yield lambda verdict: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+
+    with tqdm(total=limit, unit="iteration", dynamic_ncols=True) as bar:
+
+        def report(verdict: Verdict) -> None:
+            bar.set_postfix(
+                gradients=operator.gradient_evaluations,
+                converged=f"{int(verdict.converged.sum())}/{goal.k}",
+                first=f"{verdict.values[0]:.6g}",
+                refresh=False,
+            )
+            bar.update()
+
+        yield report
+
+
+def _result(
+    solution: Solution, operator: HessianOperator, goal: Goal, method: str, kind: str
+) -> EigenResult:
+    layout, verdict = operator.layout, solution.verdict
+    vectors = [layout.gather(solution.vectors.row(i)) for i in range(len(verdict.values))]
+
+    def tensor(values: Any) -> Tensor:
+        return torch.as_tensor(values.copy(), device=layout.device)
+
+    return EigenResult(
+        eigenvalues=tensor(verdict.values),
+        eigenvectors=torch.stack(vectors),
+        residuals=tensor(verdict.residuals),
+        difference_errors=tensor(verdict.errors),
+        converged=tensor(verdict.converged),
+        iterations=solution.iterations,
+        gradient_evaluations=operator.gradient_evaluations,
+        history=[
+            {"eigenvalues": values.tolist(), "residuals": residuals.tolist()}
+            for values, residuals in solution.history
+        ],
+        method=method,
+        which=goal.which,
+        difference=kind,
+        perturbation=None if kind == "exact" else operator.perturbation,
+        tol=goal.tol,
+        _layout=layout,
+    )
+
+
+def _warn(result: EigenResult) -> None:
+    missing = result.eigenvalues.numel() - int(result.converged.sum())
+    if not missing:
+        return
+    size = result.eigenvalues.abs()
+    limited = (result.difference_errors > result.tol * size) & ~result.converged
+    limited = limited.any() and result.difference != "exact"
+    advice = (
+        f"the differences themselves ({result.difference}, perturbation="
+        f"{result.perturbation:.2g}) aren't good for more: difference='central' or a larger tol; "
+        "on a loss with kinks (ReLU) the curvature belongs to its scale, see finite_scale"
+        if limited
+        else "more maxiter, a larger ncv or tol"
+    )
+    warnings.warn(
+        f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
+        f"after {result.iterations} iterations (see .interval); {advice}",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
+
+
+# --- finite scale --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FiniteScale:
+    """Curvature along given vectors at separations of several sizes.
+
+    Attributes:
+        perturbations: (s,) Δq.
+        curvatures: (s, k) u·(g(θ + Δq·u) − g(θ − Δq·u))/(2Δq): the mean of the second derivative
+            over [−Δq, Δq] along u, kinks included.
+        gradient_evaluations: 2·s·k, and one.
+    """
+
+    perturbations: Tensor
+    curvatures: Tensor
+    gradient_evaluations: int
+
+
+def finite_scale(
+    closure: Closure,
+    params: Parameters,
+    vectors: EigenResult | Tensor,
+    perturbations: Sequence[float] | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    select: str | Sequence[str] | None = None,
+    weight_decay: float = 0.0,
+    model: nn.Module | Iterable[nn.Module] | None = None,
+) -> FiniteScale:
+    """How the curvature along the found vectors depends on the scale it is measured at.
+
+    On a smooth loss it doesn't, for small ones; kinks (ReLU) put a curvature into differences that
+    the Hessian doesn't have.
+
+    Args:
+        vectors: a result of `eigsh`, or (k, n) vectors of any norm, in the parameters' order.
+        perturbations: two or more separations. Default: that of the result (for vectors: the one
+            advised) and a tenth and ten times of it.
+        closure, params, data, select, weight_decay, model: as for `eigsh`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+    options = dict(data=data, select=select, weight_decay=weight_decay, model=model)
+    operator = HessianOperator(closure, params, difference="central", **options)
+    rows = vectors.eigenvectors if isinstance(vectors, EigenResult) else vectors
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != operator.shape[0]:
+        described = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"vectors: expected an EigenResult or (k, {operator.shape[0]}), got {described}"
+        )
+    if perturbations is None:
+        operator.gradient()
+        middle = getattr(vectors, "perturbation", None) or operator.perturbation
+        perturbations = (middle / 10.0, middle, middle * 10.0)
+    sizes = list(perturbations)
+    if len(sizes) < 2:
+        raise ValueError(f"perturbations={perturbations!r}: expected two or more")
+    for size in sizes:
+        positive("perturbations", size)
+    table = []
+    for size in sizes:
+        operator.perturbation = float(size)
+        products = [(u.double(), operator.matvec(u).double()) for u in rows]
+        table.append(torch.stack([(u @ y) / (u @ u) for u, y in products]))
+    return FiniteScale(
+        torch.tensor(sizes, dtype=torch.float64),
+        torch.stack(table),
+        operator.gradient_evaluations,
+    )

@@ -1,0 +1,367 @@
+"""The Hessian of a loss as a symmetric linear operator, from gradient differences."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lyapcuda import ops, panel_ops
+from lyapcuda.arguments import choice, positive
+from lyapcuda.batches import Batches
+from lyapcuda.evaluate import Closure, RandomStates, modules_of
+from lyapcuda.fixed_loss import gradients_at, second_derivative
+from lyapcuda.flat import FlatGroup, FlatLayout, Parameters, select_by_name
+
+__all__ = ["DIFFERENCES", "MODES", "HessianOperator", "separation_size"]
+
+MODES = ("difference", "exact")
+#: Gradients that one product needs (the forward one besides g(θ), which is computed once).
+DIFFERENCES = {"forward": 1, "central": 2}
+
+# Rounding errors of a difference fall as 1/Δq, its own error grows as Δq (forward) or Δq²
+# (central): Δq = c·ε^p·size balances them. The size that sets the scale of the third derivatives is
+# not ‖θ‖, which grows with every layer and unit, but about the norm of one layer as a matrix:
+# ‖θ‖/N^(1/4).
+_SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
+# Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
+_KINKED = 0.2
+_KINKS = (
+    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
+    *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
+)
+# Types with a larger ε than this are 16-bit.
+_COARSE = 1e-4
+# Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
+_LEAST = 0.3
+
+
+def separation_size(layout: FlatLayout, difference: str, kinked: bool = False) -> float:
+    """Δq for a difference of gradients in the parameters' precision (bench/differences.py)."""
+    factor, power = _SIZES[difference]
+    norm, epsilon = layout.norm(), layout.epsilon()
+    # The second scale stands in for parameters that start at zero.
+    size = max(norm, 1e-2 * math.sqrt(layout.numel)) / layout.numel**0.25
+    least = _KINKED * size if kinked else 0.0
+    return max(factor * epsilon**power * size, _LEAST * epsilon * norm, least)
+
+
+def has_kinks(loss: Any) -> bool:
+    """Whether the loss was computed with functions whose derivative jumps, as far as one can see:
+    autograd's graph doesn't show the inside of compiled or checkpointed parts.
+    """
+    start = getattr(loss, "grad_fn", None)
+    nodes, seen = [start] if start is not None else [], set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith(_KINKS):
+            return True
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
+class _GroupBuffers:
+    """What one group needs beside v and Hv: where to evaluate, and the gradient to subtract."""
+
+    def __init__(self, group: FlatGroup, central: bool, streams: bool) -> None:
+        self.group = group
+        # A gradient that is added up over batches can't lie where its θ + q does.
+        apart = streams or group.rounds
+        self.copies = group.new_buffer(group.dtype) if apart else None
+        self.minus = group.new_buffer(None if streams else group.dtype)
+        self.minus_copies = self.minus
+        if central and streams:
+            self.minus_copies = group.new_buffer(group.dtype)
+
+
+class HessianOperator:
+    """H, the Hessian of the loss at θ (plus weight decay), without ever forming it.
+
+    Products are differences of gradients, (g(θ + Δq·v) − g(θ))/Δq, divided by the displacement that
+    the parameters' precision realised. H is one fixed matrix: every product sees the random states
+    of this operator's making (so one dropout mask), the same module buffers and the same batches.
+    After every call, and after an exception of the closure, parameters, their ``.grad``, buffers
+    and random states are bitwise what they were.
+
+    Vectors are flat, in the order of ``params``, of `dtype` and on `device`.
+
+    Args:
+        closure: takes nothing and returns the loss (or has called ``backward()`` itself). With
+            ``data`` it takes a batch.
+        params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
+            "weight_decay" counts as part of the loss (½·wd·‖θ‖²).
+        data: an iterable of batches, a DataLoader for instance. The loss is the mean over all of
+            them, weighted by their sizes (the length of the first tensor in a batch).
+        mode: "difference", or "exact" for double backward, to check against; that takes more memory
+            and fails, or is silently wrong, beside functions without a second derivative.
+        difference: "forward": one gradient a product; "central": two, more accurate; and once g(θ).
+        perturbation: Δq, the norm of the separation. None chooses it from the parameters' size and
+            precision, from ``difference``, and from whether the loss has kinks (ReLU), which take a
+            larger one: it is known from the first product on.
+        select: pattern or patterns of the names of the parameters that take part ("layer4.*").
+        weight_decay: for parameters whose group names none.
+        model: the modules whose buffers are put back. Without it: every module that holds one of
+            the parameters, with its children.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Parameters,
+        *,
+        data: Iterable[Any] | None = None,
+        mode: str = "difference",
+        difference: str = "forward",
+        perturbation: float | None = None,
+        select: str | Sequence[str] | None = None,
+        weight_decay: float = 0.0,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+    ) -> None:
+        if not callable(closure):
+            raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
+        choice("mode", mode, MODES)
+        choice("difference", difference, DIFFERENCES)
+        positive("perturbation", perturbation)
+        models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+        for module in models:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
+        self.layout = FlatLayout(
+            params if select is None else select_by_name(params, select), weight_decay
+        )
+        self.mode, self.difference = mode, difference
+        #: Evaluations of the gradient so far (an exact product counts as two).
+        self.gradient_evaluations = 0
+        self.perturbation = perturbation
+        self._fixed = perturbation is not None
+        #: Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
+        self.kinked: bool | None = None
+        self._warn_if_small(perturbation)
+        self._closure = closure
+        self._parameters = [p.tensor for p in self.layout.parameters]
+        self._batches = None if data is None else Batches(data)
+        self._context = {
+            "names": [p.name for p in self.layout.parameters],
+            "modules": [m for model in models for m in model.modules()]
+            or modules_of(self._parameters),
+            "states": RandomStates(
+                (p.device for p in self._parameters),
+                self._batches.generators if self._batches else (),
+            ),
+            "batches": self._batches,
+        }
+        self._buffers: list[_GroupBuffers] = []
+        self._versions: list[int] | None = None  # of the parameters that g(θ) belongs to
+        self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
+
+    def _warn_if_small(self, perturbation: float | None) -> None:
+        if perturbation is None or self.mode == "exact":
+            return
+        advised = separation_size(self.layout, self.difference)
+        if perturbation < advised / 30.0:
+            warnings.warn(
+                f"perturbation={perturbation:g} is small for the parameters' precision: the "
+                f"difference of gradients will be rounding for a good part; {advised:.1g} is "
+                "advised",
+                stacklevel=3,
+            )
+
+    # --- as a matrix -----------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.numel, self.layout.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Hv.
+
+        Args:
+            v: (n,), in the order of the parameters.
+
+        Raises:
+            ValueError: another shape, or not real.
+        """
+        if not isinstance(v, Tensor) or v.shape != (self.layout.numel,) or v.is_complex():
+            described = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(
+                f"v: expected a real tensor of shape {self.shape[:1]}, got {described}"
+            )
+        vectors = [group.new_buffer() for group in self.layout.groups]
+        self.layout.scatter(v.detach(), vectors)
+        out = [group.new_buffer() for group in self.layout.groups]
+        square = sum(
+            panel_ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
+        )
+        self.product(vectors, out, norm=square.sqrt())
+        return self.layout.gather(out)
+
+    def matmat(self, matrix: Tensor) -> Tensor:
+        """H times the columns of an (n, m) matrix."""
+        if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+            raise ValueError("matrix: expected a tensor of shape (n, m)")
+        columns = [self.matvec(column) for column in matrix.T]
+        return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if isinstance(other, Tensor) and other.dim() == 2:
+            return self.matmat(other)
+        return self.matvec(other)
+
+    def to_scipy(self) -> Any:
+        """The same as a ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("to_scipy() needs scipy: pip install scipy") from error
+
+        def product(vector: Any) -> Any:
+            tensor = torch.as_tensor(vector, dtype=self.dtype, device=self.device)
+            return self.matvec(tensor.reshape(-1)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, dtype=dtype)
+
+    # --- over flat buffers -----------------------------------------------------------------------
+
+    def product(
+        self, vectors: Sequence[Tensor], out: Sequence[Tensor], norm: Tensor | None = None
+    ) -> Tensor:
+        """Writes H times a vector; both as one flat buffer a group. Nothing is synchronised.
+
+        Args:
+            vectors: v; not the same memory as ``out``.
+            out: takes Hv; NaN where a gradient wasn't finite, or where the displacement was too
+                small for the parameters to show it.
+            norm: ‖v‖ (one float64 element on `device`), 1 where None.
+
+        Returns:
+            The loss at the last evaluation, 0-dim.
+        """
+        for group in self.layout.groups:
+            group.check()
+        if self.mode == "exact":
+            return self._exact(vectors, out)
+        self.gradient()
+        step = self.perturbation / (self._unit if norm is None else norm)
+        copies = [
+            buffer if part.copies is None else part.copies
+            for part, buffer in zip(self._buffers, out, strict=True)
+        ]
+        gradient = copies if self._batches is None else list(out)
+        sums = self._displace(copies, vectors, step)
+        moved = sums[0]
+        points = [(self._ordered(copies), self._ordered(gradient))]
+        if self.difference == "central":
+            others = [part.minus_copies for part in self._buffers]
+            moved = moved - self._displace(others, vectors, -step)[0]
+            minus = [part.minus for part in self._buffers]
+            points.append((self._ordered(others), self._ordered(minus)))
+        losses = gradients_at(self._closure, self._parameters, points, **self._context)
+        self.gradient_evaluations += len(points)
+        # Divided by what was realised along v; 0 for v = 0.
+        scale = torch.where(sums[1] > 0, sums[1] / moved, 0.0)
+        for part, v, plus, y in zip(self._buffers, vectors, gradient, out, strict=True):
+            group = part.group
+            ops.difference_(
+                y,
+                group.segments(group.views(plus)),
+                group.segments(group.views(part.minus)),
+                group.offsets,
+                scale.to(y.device),
+                weight_decay=group.weight_decay,
+                v=v if group.weight_decay else None,
+            )
+        return losses[-1]
+
+    def gradient(self) -> list[Tensor]:
+        """g(θ), one flat buffer a group (live: a central product writes there).
+
+        Evaluated once; again where the parameters have been written to since.
+        """
+        if not self._buffers:
+            central, streams = self.difference == "central", self._batches is not None
+            self._buffers = [_GroupBuffers(g, central, streams) for g in self.layout.groups]
+        buffers = [part.minus for part in self._buffers]
+        versions = [p._version for p in self._parameters]
+        if versions == self._versions:
+            return buffers
+
+        def watched(*batch: Any) -> Tensor | float:
+            loss = self._closure(*batch)
+            if self.kinked is None:
+                self.kinked = has_kinks(loss)
+            return loss
+
+        gradients_at(watched, self._parameters, [(None, self._ordered(buffers))], **self._context)
+        self._versions = versions
+        self.gradient_evaluations += 1
+        if self.perturbation is None:
+            self.perturbation = separation_size(self.layout, self.difference, self.kinked)
+        return buffers
+
+    def choose_difference(self, coarse: bool) -> None:
+        """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters,
+        and for losses with kinks, they always are.
+        """
+        self.gradient()
+        if not (coarse or self.kinked or self.layout.epsilon() > _COARSE):
+            return
+        self.difference = "central"
+        if not self._fixed:
+            self.perturbation = separation_size(self.layout, "central", self.kinked)
+        if self._batches is not None:
+            for part in self._buffers:
+                part.minus_copies = part.group.new_buffer(part.group.dtype)
+
+    def _displace(
+        self, copies: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor
+    ) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for group, copy, v in zip(self.layout.groups, copies, vectors, strict=True):
+            sums = ops.displace_(
+                group.segments(group.views(copy)),
+                v,
+                group.segments(group.tensors),
+                group.offsets,
+                step.to(v.device),
+            )
+            total += sums.to(total.device)
+        return total
+
+    def _ordered(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Views of one flat buffer a group, in the order of the parameters."""
+        views: dict[int, Tensor] = {}  # by position
+        for group, buffer in zip(self.layout.groups, buffers, strict=True):
+            views.update(zip(group.positions, group.views(buffer), strict=True))
+        return [views[i] for i in range(len(views))]
+
+    def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor]) -> Tensor:
+        pieces = [
+            v.to(p.dtype) for v, p in zip(self._ordered(vectors), self._parameters, strict=True)
+        ]
+        loss = second_derivative(
+            self._closure, self._parameters, pieces, self._ordered(out), **self._context
+        )
+        self.gradient_evaluations += 2
+        for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
+            if group.weight_decay:
+                y.add_(v, alpha=group.weight_decay)
+        return loss

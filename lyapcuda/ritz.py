@@ -1,0 +1,177 @@
+"""Small eigenproblems of a projected Hessian: which values are wanted, and how far off they are.
+
+Everything here is NumPy in float64 on the host, of the size of a basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["WHICH", "Goal", "Ritz", "Verdict", "error_bounds", "order"]
+
+#: Which eigenvalues: largest, smallest (algebraic), largest magnitude, both ends.
+WHICH = ("LA", "SA", "LM", "BE")
+
+# Of the tolerance, what the solver's own error may take; the differences' error has the rest.
+_SHARE = 0.5
+# Values of at most this many times the differences' error count as zero.
+_ZERO = 3.0
+_CLUSTER = 8
+
+
+@dataclass
+class Ritz:
+    """Approximate eigenpairs out of a basis, all of them.
+
+    Attributes:
+        values: (m,) ascending.
+        vectors: (m, m), columns in the basis.
+        outside: (m,) the part of Hu − ρu that is outside of the basis.
+        asymmetry: (m,) the part that lies in it. A symmetric H has none: errors of the differences.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    outside: np.ndarray
+    asymmetry: np.ndarray
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """(m,) ‖Hu − ρu‖ of the map that was measured."""
+        return np.hypot(self.outside, self.asymmetry)
+
+
+def order(values: np.ndarray, which: str, k: int) -> np.ndarray:
+    """Indices of ``values``, the wanted k first and in the order they are returned.
+
+    LA and BE descend, SA ascends, LM goes by magnitude. BE takes one more of the high end where k
+    is odd.
+    """
+    up = np.argsort(values, kind="stable")
+    if which == "SA":
+        return up
+    if which == "LM":
+        return np.argsort(-np.abs(values), kind="stable")
+    down = up[::-1]
+    if which == "LA":
+        return down
+    k = min(k, len(values))
+    wanted = np.concatenate([down[: k - k // 2], up[: k // 2][::-1]])
+    alternately = np.stack([down, up], 1).ravel()
+    rest = [i for i in dict.fromkeys(alternately.tolist()) if i not in set(wanted.tolist())]
+    return np.concatenate([wanted, np.array(rest, dtype=int)])
+
+
+def error_bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """How far each Ritz value is off: the smaller of r and R²/gap.
+
+    The quadratic bound (Kato–Temple) of a cluster of neighbours: R² is the sum of their squared
+    residuals, the gap that to the next value outside. With true eigenvalues outside it would be
+    rigorous. Here they are Ritz values, so it is an estimate, while r is rigorous.
+
+    Args:
+        values: (m,) ascending.
+        residuals: (m,).
+    """
+    bounds, squares, m = residuals.copy(), residuals**2, len(values)
+    for i in range(m):
+        low = high = i
+        while high - low < _CLUSTER:
+            below = values[low] - values[low - 1] if low > 0 else np.inf
+            above = values[high + 1] - values[high] if high < m - 1 else np.inf
+            gap = min(below, above)
+            if not np.isfinite(gap):
+                break
+            if gap > 0:
+                bounds[i] = min(bounds[i], squares[low : high + 1].sum() / gap)
+            # The nearer neighbour joins the cluster.
+            low, high = (low - 1, high) if below <= above else (low, high + 1)
+    return bounds
+
+
+@dataclass
+class Verdict:
+    """The wanted values, (k,) arrays in the order they are returned, and what they are worth.
+
+    Attributes:
+        indices: where they stand among the Ritz values.
+        values, residuals: of them.
+        errors: estimated error of the differences.
+        done: the solver has nothing more to do for it.
+        converged: done, and the differences are good for the tolerance.
+    """
+
+    indices: np.ndarray
+    values: np.ndarray
+    residuals: np.ndarray
+    errors: np.ndarray
+    done: np.ndarray
+    converged: np.ndarray
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for.
+
+    Attributes:
+        k, which: how many, and which.
+        tol: relative error of each eigenvalue.
+        accuracy: relative error that differences of this kind have on a smooth loss.
+        rounding: of the buffers.
+        size: of H.
+    """
+
+    k: int
+    which: str
+    tol: float
+    accuracy: float
+    rounding: float
+    size: int
+
+    def judge(self, ritz: Ritz, fresh: np.ndarray | None = None, block: bool = False) -> Verdict:
+        """The wanted pairs of a basis (fewer than k while it is smaller).
+
+        Args:
+            fresh: (m,) which of them grew from a random vector put in of late.
+            block: the basis was built for the wanted ones alone, the others mean nothing.
+        """
+        m, size = len(ritz.values), np.abs(ritz.values)
+        # The asymmetry has m components, of which the eigenvalue sees one.
+        errors = np.maximum(ritz.asymmetry * min(1.0, np.sqrt(8.0 / m)), self.accuracy * size)
+        floor = max(4 * self.rounding, 0.1 * self.accuracy)
+        errors = np.maximum(errors, floor * size.max())
+        bounds = error_bounds(ritz.values, ritz.outside)
+        done = bounds <= np.maximum(_SHARE * self.tol * size, 0.2 * errors)
+        # How far the others may still move. What a random vector shows at first says little: it
+        # holds each eigenvector with a weight of 1/n only.
+        reach = 2.0 * bounds
+        if fresh is not None and m < self.size:
+            new = fresh & ~done
+            reach[new] = np.sqrt(self.size) * ritz.outside[new]
+        wanted = order(ritz.values, self.which, self.k)[: self.k]
+        if not block:
+            done[wanted] &= ~self._passed(ritz.values, wanted, reach)
+        converged = done & ((errors <= self.tol * size) | (size <= _ZERO * errors))
+        parts = (ritz.values, ritz.residuals, errors, done, converged)
+        return Verdict(wanted, *(part[wanted] for part in parts))
+
+    def _passed(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:
+        """For each wanted value whether another one may still turn out to come before it."""
+        others = np.setdiff1d(np.arange(len(values)), wanted)
+        chosen = values[wanted]
+        slack = self.tol * np.abs(chosen)
+        if not len(others):
+            return np.zeros(len(wanted), dtype=bool)
+        highest = (values[others] + reach[others]).max()
+        lowest = (values[others] - reach[others]).min()
+        above, below = highest > chosen + slack, lowest < chosen - slack
+        if self.which == "LA":
+            return above
+        if self.which == "SA":
+            return below
+        if self.which == "LM":
+            return max(highest, -lowest) > np.abs(chosen) + slack
+        high = np.arange(len(wanted)) < self.k - self.k // 2
+        return np.where(high, above, below)
