@@ -24,6 +24,9 @@ ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000"
 # No contraction: every instruction set must round alike. psabi: the notes are about GCC 4.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+# The kernels say themselves which products may be contracted (csrc/kernels/vec.cuh).
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def sources(section: str) -> list[str]:
@@ -72,13 +75,13 @@ def extension() -> cpp_extension.CppExtension:
             define_macros=defines,
             extra_compile_args={"cxx": CXX_FLAGS},
         )
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     return cpp_extension.CUDAExtension(
         "lyapcuda._C",
         sources("cpu") + sources("cuda"),
         depends=headers(),
         define_macros=[*defines, ("LYAPCUDA_WITH_CUDA", None)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++17", "-O3"]},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
 
 

@@ -82,8 +82,8 @@ LYAPCUDA_HOST_DEVICE inline bool on_unwanted_end(double rayleigh, double residua
   return rayleigh * sign < 0.0 && residual < std::fabs(rayleigh);
 }
 
-// What one quotient says of ‖H‖. A descent meets its largest eigenvalue only as a part of a mixture,
-// and stays slow where it takes it for less than it is: |ρ| + r is up to √2 secants.
+// What one quotient says of ‖H‖. A descent meets its largest eigenvalue only as a part of a
+// mixture, and stays slow where it takes it for less than it is: |ρ| + r is up to √2 secants.
 LYAPCUDA_HOST_DEVICE inline double norm_seen(const Quotient& found, double sign) {
   return sign > 0.0 ? found.secant : std::fabs(found.rayleigh) + found.residual;
 }

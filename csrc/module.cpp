@@ -1,4 +1,10 @@
 // The Python module lyapcuda._C: importing it registers the ops; it tells how it was built.
+#define LYAPCUDA_TEXT_(x) #x
+#define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
+constexpr char kTargetVersion[] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
+// The pybind11 among torch 2.11's headers is an error beside it, and nothing here is of its ABI.
+#undef TORCH_TARGET_VERSION
+
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
@@ -7,9 +13,6 @@
 #include "cpu/targets.h"
 #include "exponent.h"
 #include "panel_state.h"
-
-#define LYAPCUDA_TEXT_(x) #x
-#define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
 
 namespace py = pybind11;
 
@@ -29,7 +32,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["compiler"] = "gcc " __VERSION__;
 #endif
     info["built_against_torch"] = TORCH_VERSION;
-    info["torch_target_version"] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
+    info["torch_target_version"] = kTargetVersion;
     info["simd"] = lyapcuda::cpu::target_name();
     return info;
   });

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,10 +19,14 @@ from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.krylov import MAX_ROWS, Basis, Solution, lanczos, lobpcg
 from lyapcuda.operator import DIFFERENCES, HessianOperator
 from lyapcuda.ritz import WHICH, Goal, Verdict
+from lyapcuda.subspace import MAX_COPIES, merged, subspace
 
 __all__ = ["ConvergenceWarning", "EigenResult", "FiniteScale", "eigsh", "finite_scale"]
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")
+
+# Copies that climb beside the wanted ones.
+_MORE = 2
 
 # Relative error of an eigenvalue that differences have on smooth losses, in ε^power of the
 # parameters' dtype (bench/differences.py): at most so much there.
@@ -74,10 +78,10 @@ class EigenResult:
 
     @property
     def interval(self) -> Tensor:
-        """(k, 2) float64: eigenvalue ± (residual + difference error). Each holds an eigenvalue of
-        the Hessian, as far as that estimate of the differences' error is right.
+        """(k, 2) float64: eigenvalue ± (residual + three times the differences' error). Each holds
+        an eigenvalue of the Hessian, as far as the estimate of that error is right.
         """
-        width = self.residuals + self.difference_errors
+        width = self.residuals + 3.0 * self.difference_errors
         return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
 
     def unflatten(self, i: int) -> list[Tensor]:
@@ -123,7 +127,7 @@ def eigsh(
             anyway and lies in the leading eigenspace for a good part.
         method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors.
             "lyapunov": k copies that climb side by side (Benettin), about 3k vectors; the mode of
-            the trackers, at a frozen θ.
+            the trackers, at a frozen θ. "LM" and "BE" climb twice, up and down.
         ncv: vectors that Lanczos keeps before it restarts. Default max(2k + 1, 20), or n up to 64.
         seed: of the random vectors; the global random states are not touched.
         verify: before believing, put in a random vector orthogonal to everything found. Lanczos
@@ -171,14 +175,17 @@ def eigsh(
         torch.Generator(group.device).manual_seed(seed + i) for i, group in enumerate(layout.groups)
     ]
     basis = Basis.empty(layout, rows)
-    _fill_start(basis[: 1 if method == "lanczos" else k], start, operator, generators)
+    starts = {"lanczos": 1, "lobpcg": k, "lyapunov": rows}[method]
+    _fill_start(basis[:starts], start, operator, generators)
     limit = 300 if maxiter is None else maxiter
     with _reporter(progress, limit, operator, goal) as report:
         options = dict(maxiter=limit, generators=generators, report=report)
         if method == "lanczos":
             solution = lanczos(operator.product, basis, goal, verify=verify, **options)
-        else:
+        elif method == "lobpcg":
             solution = lobpcg(operator.product, basis, goal, **options)
+        else:
+            solution = _climb(operator, basis, goal, limit, report)
     result = _result(solution, operator, goal, method, kind)
     _warn(result)
     return result
@@ -220,6 +227,10 @@ def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
         if 3 * k > MAX_ROWS:
             raise ValueError(f"k={k}: method='lobpcg' takes at most {MAX_ROWS // 3}")
         return min(3 * k, n)
+    if method == "lyapunov":
+        if k > MAX_COPIES:
+            raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_COPIES}")
+        return min(k + _MORE, n, MAX_COPIES)
     kept = min(n, MAX_ROWS, max(2 * k + 1, 20 if n > 64 else n)) if ncv is None else min(ncv, n)
     if kept > MAX_ROWS:
         raise ValueError(f"ncv={ncv}: at most {MAX_ROWS}")
@@ -265,6 +276,26 @@ def _fill_start(
         for row, part in zip(basis.row(0), gradient, strict=True):
             row.add_(part.to(row.dtype) * scale.to(row.device, row.dtype))
     first.orthogonalise_(0)
+
+
+def _climb(
+    operator: HessianOperator, basis: Basis, goal: Goal, limit: int, report: Any
+) -> Solution:
+    """Copies that ascend, copies that descend, or some of both."""
+    high, low = {
+        "LA": (goal.k, 0),
+        "SA": (0, goal.k),
+        "LM": (goal.k, goal.k),
+        "BE": (goal.k - goal.k // 2, goal.k // 2),
+    }[goal.which]
+    parts = []
+    for which, k in (("LA", high), ("SA", low)):
+        if k:
+            rows = min(k + _MORE, len(basis))
+            start = Basis(basis.layout, [panel[:rows].clone() for panel in basis.panels])
+            part = replace(goal, which=which, k=k)
+            parts.append(subspace(operator.product, start, part, maxiter=limit, report=report))
+    return parts[0] if len(parts) == 1 else merged(parts, goal)
 
 
 # --- running, result -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lyapcuda import panel_ops
 from lyapcuda.flat import FlatLayout
 from lyapcuda.ritz import Goal, Ritz, Verdict, order
 
-__all__ = ["MAX_ROWS", "Basis", "Solution", "lanczos", "lobpcg"]
+__all__ = ["MAX_ROWS", "Basis", "Solution", "lanczos", "lobpcg", "on_host", "rayleigh_ritz"]
 
 #: Rows of a panel that the ops take.
 MAX_ROWS = 128
@@ -27,6 +27,9 @@ MAX_ROWS = 128
 # Less than this, relative to H, is what is left of a product when the basis spans an invariant
 # subspace: rounding, amplified by each product since.
 _NOISE = 1e-3
+
+# From so many products on, what has grown from a random vector shows its extreme values.
+_GROWN = 6
 
 #: Writes H times the first (norm 1) to the second; returns a loss.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -123,7 +126,8 @@ class Solution:
     history: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
-def _host(tensor: Tensor) -> np.ndarray:
+def on_host(tensor: Tensor) -> np.ndarray:
+    """Dot products of an iteration; FloatingPointError where one isn't finite."""
     values = tensor.cpu().numpy()
     if not np.isfinite(values).all():
         raise FloatingPointError(
@@ -160,7 +164,7 @@ class _Lanczos:
         """
         m = self.size
         product(self.basis.row(m), self.basis.row(m + 1))
-        host = _host(self.basis.orthogonalise_(m + 1))
+        host = on_host(self.basis.orthogonalise_(m + 1))
         self.matrix[: m + 1, m] = host[: m + 1]
         self.coupling[m] = np.sqrt(host[-1])
         # What was lost of a column turns up again in its row.
@@ -236,7 +240,7 @@ class _Lanczos:
         """A random vector orthogonal to the rows before it; False where there is none."""
         for _ in range(3):
             self.basis.randomise_(row, self.generators)
-            squares = _host(self.basis.orthogonalise_(row))[-3:]
+            squares = on_host(self.basis.orthogonalise_(row))[-3:]
             if squares[-1] > 0.25 * squares[-2]:
                 return True
         return False
@@ -279,7 +283,8 @@ def lanczos(
     for iteration in range(1, maxiter + 1):
         left = state.extend(product)
         ritz = state.ritz()
-        fresh = (ritz.vectors[state.fresh[: state.size]] ** 2).sum(0) > 0.5
+        grown = state.fresh[: state.size]
+        fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < _GROWN else None
         verdict = goal.judge(ritz, fresh)
         history.append((verdict.values, verdict.residuals))
         report(verdict)
@@ -338,10 +343,10 @@ def lobpcg(
         for i in range(done_to, size):
             product(basis.row(i), products.row(i))
         rows = slice(0, size)
-        host = _host(
+        host = on_host(
             torch.cat([basis[rows].gram(products[rows]), products[rows].gram(products[rows])])
         )
-        ritz = _rayleigh_ritz(host[:size], host[size:])
+        ritz = rayleigh_ritz(host[:size], host[size:])
         verdict = goal.judge(ritz, block=True)
         history.append((verdict.values, verdict.residuals))
         report(verdict)
@@ -380,7 +385,7 @@ def lobpcg(
     return Solution(verdict, vectors, iteration, history)
 
 
-def _rayleigh_ritz(whole: np.ndarray, square: np.ndarray) -> Ritz:
+def rayleigh_ritz(whole: np.ndarray, square: np.ndarray) -> Ritz:
     """From S·(HS)ᵀ and HS·(HS)ᵀ, S orthonormal."""
     symmetric = (whole + whole.T) / 2
     values, vectors = np.linalg.eigh(symmetric)

@@ -134,15 +134,19 @@ class Goal:
         """The wanted pairs of a basis (fewer than k while it is smaller).
 
         Args:
-            fresh: (m,) which of them grew from a random vector put in of late.
-            block: the basis was built for the wanted ones alone, the others mean nothing.
+            fresh: (m,) which of them grew from a random vector put in just now.
+            block: the basis was built for the wanted ones alone: where the others will end is
+                unknown, but for the residuals.
         """
         m, size = len(ritz.values), np.abs(ritz.values)
         # The asymmetry has m components, of which the eigenvalue sees one.
         errors = np.maximum(ritz.asymmetry * min(1.0, np.sqrt(8.0 / m)), self.accuracy * size)
         floor = max(4 * self.rounding, 0.1 * self.accuracy)
         errors = np.maximum(errors, floor * size.max())
-        bounds = error_bounds(ritz.values, ritz.outside)
+        wanted = order(ritz.values, self.which, self.k)[: self.k]
+        bounds = self._block_bounds(ritz, wanted) if block else None
+        if bounds is None:
+            bounds = error_bounds(ritz.values, ritz.outside)
         done = bounds <= np.maximum(_SHARE * self.tol * size, 0.2 * errors)
         # How far the others may still move. What a random vector shows at first says little: it
         # holds each eigenvector with a weight of 1/n only.
@@ -150,12 +154,29 @@ class Goal:
         if fresh is not None and m < self.size:
             new = fresh & ~done
             reach[new] = np.sqrt(self.size) * ritz.outside[new]
-        wanted = order(ritz.values, self.which, self.k)[: self.k]
         if not block:
             done[wanted] &= ~self._passed(ritz.values, wanted, reach)
         converged = done & ((errors <= self.tol * size) | (size <= _ZERO * errors))
         parts = (ritz.values, ritz.residuals, errors, done, converged)
         return Verdict(wanted, *(part[wanted] for part in parts))
+
+    def _block_bounds(self, ritz: Ritz, wanted: np.ndarray) -> np.ndarray | None:
+        """Error bounds with the unwanted values as near as their residuals let them be."""
+        if self.which not in ("LA", "SA") or len(ritz.values) == self.size:
+            return None
+        others = np.setdiff1d(np.arange(len(ritz.values)), wanted)
+        if not len(others):
+            return ritz.outside
+        values = ritz.values.copy()
+        nearest = values[wanted].min() if self.which == "LA" else values[wanted].max()
+        towards = 1.0 if self.which == "LA" else -1.0
+        values[others] += towards * ritz.outside[others]
+        # Past the nearest wanted value a gap can't be told from a crossing: r alone is left.
+        values[others] = (np.minimum if towards > 0 else np.maximum)(values[others], nearest)
+        up = np.argsort(values, kind="stable")
+        bounds = np.empty_like(values)
+        bounds[up] = error_bounds(values[up], ritz.outside[up])
+        return bounds
 
     def _passed(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:
         """For each wanted value whether another one may still turn out to come before it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lyapcuda import _C, ops
+from lyapcuda import _C, flat, ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,8 +59,9 @@ def test_every_source_is_listed_once():
     listed = [line for line in lines if line and not line.startswith("[")]
     found = {
         str(path.relative_to(ROOT / "csrc"))
-        for path in (ROOT / "csrc").rglob("*.cpp")
-        if not {"tests", "simt"} & set(path.parts)  # simt: the emulator, for tests alone
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".cu")
+        and not {"tests", "simt"} & set(path.parts)  # simt: the emulator, for tests alone
     }
     assert sorted(listed) == sorted(found)
 
@@ -85,5 +86,13 @@ def test_only_torchs_own_openmp_is_loaded():
 
 def test_build_info_says_what_runs():
     info = ops.build_info()
-    assert info["backend"] and info["compiler"] and info["simd"] in ("baseline", "avx2")
+    assert info["backend"] in ("cpu", "cpu, cuda") and info["compiler"]
+    assert info["simd"] in ("baseline", "avx2")
     assert info["threads"] == torch.get_num_threads()
+
+
+def test_build_info_and_flat_name_the_backends_that_have_ops():
+    table = torch._C._dispatch_dump("lyapcuda::ascent_")
+    registered = {key for key in ("CPU", "CUDA") if re.search(rf"^{key}: ", table, re.MULTILINE)}
+    assert {name.upper() for name in flat.BACKENDS} == registered
+    assert ops.build_info()["backend"] == ", ".join(flat.BACKENDS)

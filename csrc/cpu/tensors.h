@@ -1,233 +1,41 @@
-// Argument checks shared by the CPU ops. Each error names the argument and what it was.
+// The checks of csrc/tensors.h for the CPU, and the types its ops work on.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "../panel_state.h"
-#include "../state.h"
+#include "../tensors.h"
 
 namespace lyapcuda::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-inline const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-
-inline bool is_buffer_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double;
-}
-
-// What may be stored beside a buffer of dtype `buffer`: its own type, and 16-bit floats beside
-// fp32.
-inline bool is_storage_dtype(ScalarType dtype, ScalarType buffer) {
-  return dtype == buffer || (buffer == ScalarType::Float &&
-                             (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half));
-}
-
-inline void check_buffer(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(is_buffer_dtype(tensor.scalar_type()), name,
-                  ": expected float32 or float64, got ", dtype_name(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name,
-                  ": expected a contiguous 1-D tensor, got ", tensor.dim(), " dimensions");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-}
-
-inline void check_same_buffer(const Tensor& tensor, const char* name, const Tensor& like,
-                              const char* like_name) {
-  check_buffer(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": dtype ",
-                  dtype_name(tensor.scalar_type()), " differs from ", like_name, "'s ",
-                  dtype_name(like.scalar_type()));
-  STD_TORCH_CHECK(tensor.numel() == like.numel(), name, ": ", tensor.numel(), " elements, but ",
-                  like_name, " has ", like.numel());
-}
-
-// k vectors, one a row.
-inline void check_panel(const Tensor& tensor, const char* name, int64_t most) {
-  STD_TORCH_CHECK(is_buffer_dtype(tensor.scalar_type()), name,
-                  ": expected float32 or float64, got ", dtype_name(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name,
-                  ": expected a contiguous 2-D tensor, got ", tensor.dim(), " dimensions");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= most, name, ": ", tensor.size(0),
-                  " rows, expected 1 to ", most);
-}
-
-inline void check_row_length(const Tensor& tensor, const char* name, const Tensor& like,
-                             const char* like_name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": dtype ",
-                  dtype_name(tensor.scalar_type()), " differs from ", like_name, "'s ",
-                  dtype_name(like.scalar_type()));
-  STD_TORCH_CHECK(tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1), name, ": rows of ",
-                  tensor.size(tensor.dim() - 1), " elements, but ", like_name, " has rows of ",
-                  like.size(like.dim() - 1));
-}
-
-inline void check_same_panel(const Tensor& tensor, const char* name, const Tensor& like,
-                             const char* like_name) {
-  check_panel(tensor, name, kMaxPanelRows);
-  STD_TORCH_CHECK(tensor.size(0) == like.size(0), name, ": ", tensor.size(0), " rows, but ",
-                  like_name, " has ", like.size(0));
-  check_row_length(tensor, name, like, like_name);
-}
-
-// The panel of what is stored beside `like`: the same shape, in the storage type.
-inline void check_storage_panel(const Tensor& tensor, const char* name, const Tensor& like,
-                                const char* like_name, const std::vector<Tensor>& list,
-                                const char* list_name) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(is_storage_dtype(dtype, like.scalar_type()), name, ": dtype ", dtype_name(dtype),
-                  " can't go with a ", dtype_name(like.scalar_type()), " buffer");
-  STD_TORCH_CHECK(list.empty() || dtype == list[0].scalar_type(), name, ": dtype ",
-                  dtype_name(dtype), " differs from ", list_name, "'s ",
-                  list.empty() ? "" : dtype_name(list[0].scalar_type()));
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.is_contiguous(), name,
-                  ": expected a contiguous 2-D CPU tensor, got ", tensor.dim(), " dimensions");
-  STD_TORCH_CHECK(tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1), name, ": ",
-                  tensor.size(0), " rows of ", tensor.size(1), ", but ", like_name, " has ",
-                  like.size(0), " of ", like.size(1));
-}
-
-inline void check_vector(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.is_cpu(), name,
-      ": expected a contiguous float64 CPU tensor, got ", dtype_name(tensor.scalar_type()));
-}
-
-inline void check_vector(const Tensor& tensor, const char* name, int64_t size) {
-  check_vector(tensor, name);
-  STD_TORCH_CHECK(tensor.numel() == size, name, ": expected ", size, " elements, got ",
-                  tensor.numel());
-}
-
-inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  check_vector(tensor, name);
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
-                  ": expected ", rows, " x ", columns, " elements, got ", tensor.numel(), " in ",
-                  tensor.dim(), " dimensions");
-}
-
-inline void check_sign(int64_t sign) {
-  STD_TORCH_CHECK(sign == 1 || sign == -1, "sign: expected 1 (ascent) or -1 (descent), got ", sign);
-}
-
-// What the steps of one separation and of several have in common.
-inline void check_step_options(int64_t sign, int64_t estimate, double momentum, double ema) {
-  check_sign(sign);
-  STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
-  STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
-  STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
-}
-
-// A list of tensors that lie at `offsets` of a flat buffer, or of every row of a panel.
-inline void check_segments(const std::vector<Tensor>& list, const char* name,
-                           const std::vector<int64_t>& offsets, const Tensor& flat) {
-  const int64_t length = flat.size(flat.dim() - 1);
-  STD_TORCH_CHECK(list.size() == offsets.size(), name, ": ", list.size(),
-                  " tensors, but offsets has ", offsets.size(), " entries");
-  for (size_t i = 0; i < list.size(); ++i) {
-    const ScalarType dtype = list[i].scalar_type();
-    STD_TORCH_CHECK(list[i].is_cpu() && list[i].is_contiguous(), name, "[", i,
-                    "]: expected a contiguous CPU tensor");
-    STD_TORCH_CHECK(is_storage_dtype(dtype, flat.scalar_type()), name, "[", i, "]: dtype ",
-                    dtype_name(dtype), " can't go with a ", dtype_name(flat.scalar_type()),
-                    " buffer");
-    STD_TORCH_CHECK(dtype == list[0].scalar_type(), name, "[", i, "]: dtype ", dtype_name(dtype),
-                    " differs from ", name, "[0]'s ", dtype_name(list[0].scalar_type()));
-    const int64_t numel = list[i].numel();
-    // In order and apart: two threads would write what two segments share.
-    STD_TORCH_CHECK(i == 0 || offsets[i] >= offsets[i - 1] + list[i - 1].numel(), "offsets[", i,
-                    "]: ", offsets[i], " lies inside or before the segment of ", name, "[", i - 1,
-                    "]");
-    STD_TORCH_CHECK(offsets[i] >= 0 && numel <= length && offsets[i] <= length - numel, "offsets[",
-                    i, "]: ", offsets[i], " + ", numel, " elements of ", name,
-                    " don't fit a buffer of ", length);
+// The same arguments, without the device.
+#define LYAPCUDA_ON_THE_CPU(check)                          \
+  template <class... A>                                     \
+  void check(const A&... arguments) {                       \
+    lyapcuda::check(arguments..., Device(DeviceType::CPU)); \
   }
-}
-
-inline void check_like(const std::vector<Tensor>& list, const char* name,
-                       const std::vector<Tensor>& like, const char* like_name) {
-  STD_TORCH_CHECK(list.size() == like.size(), name, ": ", list.size(), " tensors, but ", like_name,
-                  " has ", like.size());
-  for (size_t i = 0; i < list.size(); ++i) {
-    STD_TORCH_CHECK(list[i].numel() == like[i].numel(), name, "[", i, "]: ", list[i].numel(),
-                    " elements, but ", like_name, "[", i, "] has ", like[i].numel());
-    STD_TORCH_CHECK(list[i].scalar_type() == like[i].scalar_type(), name, "[", i, "]: dtype ",
-                    dtype_name(list[i].scalar_type()), " differs from ", like_name, "'s ",
-                    dtype_name(like[i].scalar_type()));
-  }
-}
-
-// The data of a list, asked for before threads start: a copy-on-write tensor copies itself then.
-template <class T>
-std::vector<T*> data_of(const std::vector<Tensor>& list) {
-  std::vector<T*> pointers;
-  for (const Tensor& tensor : list) {
-    if constexpr (std::is_const_v<T>) {
-      pointers.push_back(static_cast<T*>(tensor.const_data_ptr()));
-    } else {
-      pointers.push_back(static_cast<T*>(tensor.mutable_data_ptr()));
-    }
-  }
-  return pointers;
-}
-
-// Whether two tensors share a byte.
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto end = [](const Tensor& t) {
-    return static_cast<const char*>(t.const_data_ptr()) +
-           t.numel() * static_cast<int64_t>(t.element_size());
-  };
-  return static_cast<const char*>(a.const_data_ptr()) < end(b) &&
-         static_cast<const char*>(b.const_data_ptr()) < end(a);
-}
+LYAPCUDA_ON_THE_CPU(check_buffer)
+LYAPCUDA_ON_THE_CPU(check_same_buffer)
+LYAPCUDA_ON_THE_CPU(check_vector)
+LYAPCUDA_ON_THE_CPU(check_matrix)
+LYAPCUDA_ON_THE_CPU(check_panel)
+LYAPCUDA_ON_THE_CPU(check_same_panel)
+LYAPCUDA_ON_THE_CPU(check_storage_panel)
+LYAPCUDA_ON_THE_CPU(check_segments)
+LYAPCUDA_ON_THE_CPU(check_gate)
+#undef LYAPCUDA_ON_THE_CPU
 
 // A gate on the device: where it is 0 there is nothing to do.
-inline void check_gate(const std::optional<Tensor>& gate) {
-  if (gate) check_vector(*gate, "gate", 1);
-}
 inline bool is_open(const std::optional<Tensor>& gate) {
   return !gate || *static_cast<const double*>(gate->const_data_ptr()) != 0.0;
 }
 
-inline std::vector<int64_t> sizes_of(const std::vector<Tensor>& list) {
-  std::vector<int64_t> sizes;
-  for (const Tensor& tensor : list) sizes.push_back(tensor.numel());
-  return sizes;
-}
-
-// Calls f with a null pointer of the storage type that `storage` names beside buffers of type T.
-template <class T, class F>
-void with_storage(ScalarType storage, F&& f) {
-  if constexpr (std::is_same_v<T, double>) {
-    f(static_cast<double*>(nullptr));
-  } else if (storage == ScalarType::BFloat16) {
-    f(static_cast<BFloat16*>(nullptr));
-  } else if (storage == ScalarType::Half) {
-    f(static_cast<Half*>(nullptr));
-  } else {
-    f(static_cast<float*>(nullptr));
-  }
-}
-
 template <class F>
 void with_buffer_and_storage(ScalarType buffer, ScalarType storage, F&& f) {
-  if (buffer == ScalarType::Double) {
-    with_storage<double>(storage, [&](auto* s) { f(static_cast<double*>(nullptr), s); });
-  } else {
-    with_storage<float>(storage, [&](auto* s) { f(static_cast<float*>(nullptr), s); });
-  }
+  with_types<BFloat16, Half>(buffer, storage, f);
 }
 
 }  // namespace lyapcuda::cpu

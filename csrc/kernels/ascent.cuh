@@ -87,19 +87,36 @@ struct Ascent {
 template <class P, bool kRealised, bool kMomentum>
 constexpr int kAscentBlocks = kRealised && kMomentum && sizeof(P) == 2 ? 3 : 4;
 
+// A block's row of sums, from those of its threads; once a kernel.
+template <class Op>
+__device__ __forceinline__ void write_sums(Op& op, double* rows) {
+  constexpr bool kRealised = Op::kSums == kSumSize;
+  block_sum(op.sums);
+  if (threadIdx.x != 0) return;
+  double* const row = rows + int64_t{blockIdx.x} * kSumSize;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < kSumCarriedQ; ++k) row[k] = op.sums[k];
+  row[kSumCarriedQ] = op.sums[kRealised ? int{kSumCarriedQ} : int{kSumQQ}];
+  row[kSumCarriedY] = op.sums[kRealised ? int{kSumCarriedY} : int{kSumQY}];
+}
+
+// The sums of all rows, in thread 0.
+template <class T>
+__device__ __forceinline__ void add_sums(double (&sums)[kSumSize], const double* rows,
+                                         int64_t count) {
+  sum_rows(sums, rows, count);
+  // An element of d may not fit T: it is not to be taken for a separation.
+  constexpr double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
+  if (!(sqrt(sums[kSumDD]) < largest)) sums[kSumDD] = INFINITY;
+}
+
 template <class T, class P, bool kRealised, bool kMomentum>
 __global__ void __launch_bounds__(kThreads, (kAscentBlocks<P, kRealised, kMomentum>))
     ascent(const __grid_constant__ AscentSegments<P> table,
            const __grid_constant__ AscentArguments<T> arguments) {
   Ascent<T, P, kRealised, kMomentum> op(arguments);
   for_each_group(table, op);
-  block_sum(op.sums);
-  if (threadIdx.x != 0) return;
-  double* const row = arguments.rows + int64_t{blockIdx.x} * kSumSize;
-  LYAPCUDA_UNROLL
-  for (int k = 0; k < kSumCarriedQ; ++k) row[k] = op.sums[k];
-  row[kSumCarriedQ] = op.sums[kRealised ? int{kSumCarriedQ} : int{kSumQQ}];
-  row[kSumCarriedY] = op.sums[kRealised ? int{kSumCarriedY} : int{kSumQY}];
+  write_sums(op, arguments.rows);
 }
 
 // The rows of every launch of ascent, in one block, to the sums of the pass.
@@ -107,11 +124,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     ascent_finish(const double* rows, int64_t count, double* out) {
   double sums[kSumSize];
-  sum_rows(sums, rows, count);
+  add_sums<T>(sums, rows, count);
   if (threadIdx.x != 0) return;
-  // An element of d may not fit T: it is not to be taken for a separation.
-  constexpr double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
-  if (!(sqrt(sums[kSumDD]) < largest)) sums[kSumDD] = INFINITY;
   LYAPCUDA_UNROLL
   for (int k = 0; k < kSumSize; ++k) out[k] = sums[k];
 }

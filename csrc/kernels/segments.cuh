@@ -25,11 +25,12 @@ struct Segments {
 };
 
 // Calls launch(table) for every kMaxSegments tensors that have elements; once if there are none.
+// Kernels that cut work otherwise than for_each_group say into which chunks.
 template <class P, int kLists, class F>
 void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, const int64_t* offsets,
-                    int64_t count, const F& launch) {
+                    int64_t count, const F& launch, int64_t chunk = kChunk<P>) {
   Segments<P, kLists> table{};
-  static_assert(sizeof(table) < 3500);
+  static_assert(sizeof(table) < 3700);
   bool launched = false;
   for (int64_t i = 0; i < count; ++i) {
     if (sizes[i] == 0) continue;
@@ -37,7 +38,7 @@ void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, cons
     for (int list = 0; list < kLists; ++list) table.data[list][s] = lists[list][i];
     table.size[s] = sizes[i];
     table.offset[s] = offsets == nullptr ? 0 : offsets[i];
-    table.first_chunk[s + 1] = table.first_chunk[s] + (sizes[i] + kChunk<P> - 1) / kChunk<P>;
+    table.first_chunk[s + 1] = table.first_chunk[s] + (sizes[i] + chunk - 1) / chunk;
     if (table.count == kMaxSegments) {
       launch(table);
       launched = true;

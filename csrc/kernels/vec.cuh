@@ -58,6 +58,12 @@ union Sixteen {
   P parts[kGroup<P>];
 };
 
+template <class P>
+union Eight {
+  uint2 whole;
+  P parts[8 / sizeof(P)];
+};
+
 // N = 1, or N elements from an address divisible by 16.
 template <int N, class T, class P>
 __device__ __forceinline__ void load(T (&to)[N], const P* from) {
@@ -89,6 +95,33 @@ __device__ __forceinline__ void store(P* to, const T (&from)[N]) {
       // A plain assignment comes out as a store for every part.
       __stwb(reinterpret_cast<typename Wide<P>::type*>(to + k), block.whole);
     }
+  }
+}
+
+// N = 1, or N elements from an address divisible by 16, or by 8 where they are 8 bytes.
+template <int N, class T, class P>
+__device__ __forceinline__ void load_part(T (&to)[N], const P* from) {
+  if constexpr (N == 1 || N % kGroup<P> == 0) {
+    load(to, from);
+  } else {
+    static_assert(N * sizeof(P) == sizeof(Eight<P>));
+    Eight<P> block;
+    block.whole = *reinterpret_cast<const uint2*>(from);
+    LYAPCUDA_UNROLL
+    for (int i = 0; i < N; ++i) to[i] = widen(block.parts[i]);
+  }
+}
+
+template <int N, class T, class P>
+__device__ __forceinline__ void store_part(P* to, const T (&from)[N]) {
+  if constexpr (N == 1 || N % kGroup<P> == 0) {
+    store(to, from);
+  } else {
+    static_assert(N * sizeof(P) == sizeof(Eight<P>));
+    Eight<P> block;
+    LYAPCUDA_UNROLL
+    for (int i = 0; i < N; ++i) narrow(from[i], block.parts[i]);
+    __stwb(reinterpret_cast<uint2*>(to), block.whole);
   }
 }
 

@@ -1,10 +1,11 @@
 // The scheduler: one fiber a thread. A fiber that has to wait switches straight to the next one
-// that can run, within its warp if there is one.
+// that can run, within its warp if there is one, then within its block.
 #include "simt.h"
 
 #include <ucontext.h>
 
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,34 +21,53 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 << 10;
 
-enum class Waits { kNot, kShuffle, kBarrier, kEnded };
+enum class Waits { kNot, kCollective, kBarrier, kGrid, kEnded };
 
 struct Fiber {
   ucontext_t context;
   const void* stack = nullptr;
   size_t stack_size = 0;
-  unsigned thread = 0;
+  unsigned thread = 0, block = 0;
+  int barriers = 0;  // so far
   Waits waits = Waits::kNot;
 };
 
 struct Warp {
-  // Two rounds: a lane may start the next shuffle before its neighbour has read this one's values.
-  uint64_t values[2][kWarp];
+  // Two rounds: a lane may start the next collective before its neighbour has read this one's
+  // values.
+  Lanes values[2][kMostWords];
   unsigned round = 0, arrived = 0;
   uint64_t call = 0;
 };
 
-// Fibers in the order in which they are scheduled.
+struct AlignedDelete {
+  size_t alignment;
+  void operator()(unsigned char* memory) const {
+    ::operator delete(memory, std::align_val_t{alignment});
+  }
+};
+
+// What LYAPCUDA_SHARED gave a block; on the heap, where ASan sees what goes beyond it.
+struct Shared {
+  const void* site;
+  size_t bytes;
+  std::unique_ptr<unsigned char, AlignedDelete> memory;
+};
+
+// Fibers in the order in which they are scheduled: those of one block, or of all blocks of a
+// cooperative launch, block after block. Warps likewise.
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
+std::vector<std::vector<Shared>> shared_of;  // by block, where it stands among the fibers
 Fiber launcher;
 std::unique_ptr<unsigned char[]> stacks;
 size_t stack_count = 0;
-size_t current = 0;
+size_t current = 0, block_size = 0;
+bool is_cooperative = false;
+int missing = -1;  // the barrier that this launch is to do without
 // Set by the fiber that gives up. Fibers then never unwind, so theirs is nothing to free.
 const char* fault = nullptr;
-unsigned fault_thread = 0;
-std::vector<const void*> poisoned;
+unsigned fault_thread = 0, fault_block = 0;
 Thread body;
 void* body_context;
 
@@ -78,12 +98,14 @@ void resume(Fiber& from, size_t next) {
   if (&from == &fibers[next]) return;
   current = next;
   threadIdx.x = fibers[next].thread;
+  blockIdx.x = fibers[next].block;
   switch_to(from, fibers[next]);
 }
 
 [[noreturn]] void fail(Fiber& from, const char* message) {
   fault = message;
   fault_thread = from.thread;
+  fault_block = from.block;
   switch_to(from, launcher);
   __builtin_unreachable();
 }
@@ -94,8 +116,13 @@ unsigned count(size_t begin, size_t end, Waits waits) {
   return n;
 }
 
-// The calling fiber can't go on: to the rest of its warp, then to the next warps. Warps run as far
-// as they can before others start, which is what makes a missing barrier visible.
+void release(size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i) fibers[i].waits = Waits::kNot;
+}
+
+// The calling fiber can't go on: to the rest of its warp, then of its block, then to the next
+// blocks. Warps and blocks run as far as they can before others start, which is what makes a
+// missing barrier visible.
 void yield() {
   Fiber& self = fibers[current];
   const size_t first = current / kWarp * kWarp, n = fibers.size();
@@ -103,16 +130,28 @@ void yield() {
     const size_t lane = first + (current - first + i) % kWarp;
     if (fibers[lane].waits == Waits::kNot) return resume(self, lane);
   }
-  if (count(first, first + kWarp, Waits::kShuffle) != 0) {
+  if (count(first, first + kWarp, Waits::kCollective) != 0) {
     fail(self, "a shuffle that not all lanes of the warp reach");
+  }
+  const size_t begin = current / block_size * block_size, end = begin + block_size;
+  for (size_t i = begin; i < end; ++i) {
+    if (fibers[i].waits == Waits::kNot) return resume(self, i);
+  }
+  const unsigned waiting = count(begin, end, Waits::kBarrier);
+  if (waiting != 0) {
+    if (waiting != block_size) {
+      fail(self, "a __syncthreads that not all threads of the block reach");
+    }
+    release(begin, end);
+    return resume(self, begin);
   }
   for (size_t i = 0; i < n; ++i) {
     if (fibers[i].waits == Waits::kNot) return resume(self, i);
   }
-  const unsigned waiting = count(0, n, Waits::kBarrier);
-  if (waiting == 0) return switch_to(self, launcher);
-  if (waiting != n) fail(self, "a __syncthreads that not all threads of the block reach");
-  for (Fiber& fiber : fibers) fiber.waits = Waits::kNot;
+  const unsigned at_grid = count(0, n, Waits::kGrid);
+  if (at_grid == 0) return switch_to(self, launcher);
+  if (at_grid != n) fail(self, "a grid barrier that not all threads of the grid reach");
+  release(0, n);
   resume(self, 0);
 }
 
@@ -124,7 +163,7 @@ void fiber_main() {
   __builtin_unreachable();
 }
 
-void prepare(size_t position, unsigned thread) {
+void prepare(size_t position, unsigned block, unsigned thread) {
   Fiber& fiber = fibers[position];
   unsigned char* const stack = stacks.get() + position * kStack;
 #if defined(__SANITIZE_ADDRESS__)
@@ -133,6 +172,8 @@ void prepare(size_t position, unsigned thread) {
   fiber.stack = stack;
   fiber.stack_size = kStack;
   fiber.thread = thread;
+  fiber.block = block;
+  fiber.barriers = 0;
   fiber.waits = Waits::kNot;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = stack;
@@ -143,72 +184,101 @@ void prepare(size_t position, unsigned thread) {
   fiber.context.uc_stack.ss_size = 0;
 }
 
+// Runs blocks [first, first + blocks) together.
+void run_blocks(unsigned first, unsigned blocks, Order order) {
+  const unsigned size = static_cast<unsigned>(block_size);
+  shared_of.clear();
+  shared_of.resize(blocks);
+  warps.assign(blocks * size / kWarp, Warp{});
+  for (unsigned b = 0; b < blocks; ++b) {
+    const unsigned block = first + (order == Order::kForward ? b : blocks - 1 - b);
+    for (unsigned i = 0; i < size; ++i) {
+      prepare(size_t{b} * size + i, block, order == Order::kForward ? i : size - 1 - i);
+    }
+  }
+  resume(launcher, 0);
+  if (fault != nullptr) {
+    throw std::runtime_error(std::string("simt: ") + fault + " (block " +
+                             std::to_string(fault_block) + ", thread " +
+                             std::to_string(fault_thread) + ")");
+  }
+}
+
 }  // namespace
 
 void barrier() {
+  if (fibers[current].barriers++ == missing) return;
   fibers[current].waits = Waits::kBarrier;
   yield();
 }
 
-const uint64_t* exchange(unsigned mask, Shuffle call, unsigned argument, uint64_t value,
-                         unsigned& lane) {
+void grid_barrier() {
+  if (!is_cooperative) fail(fibers[current], "a grid barrier in a launch that is not cooperative");
+  if (fibers[current].barriers++ == missing) return;
+  fibers[current].waits = Waits::kGrid;
+  yield();
+}
+
+const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const uint64_t* words,
+                      unsigned count, unsigned& lane) {
   Fiber& self = fibers[current];
-  Warp& warp = warps[self.thread / kWarp];
+  Warp& warp = warps[current / kWarp];
   lane = self.thread % kWarp;
   if (mask != 0xffffffffu) fail(self, "a shuffle of part of a warp");
-  const uint64_t id = static_cast<uint64_t>(call) << 32 | argument;
+  const uint64_t id = static_cast<uint64_t>(call) << 40 | uint64_t{count} << 32 | argument;
   if (warp.arrived == 0) warp.call = id;
   if (warp.call != id) fail(self, "two different shuffles at once in a warp");
-  const uint64_t* const values = warp.values[warp.round];
-  warp.values[warp.round][lane] = value;
+  Lanes* const values = warp.values[warp.round];
+  for (unsigned word = 0; word < count; ++word) values[word][lane] = words[word];
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     warp.round ^= 1;
     const size_t first = current / kWarp * kWarp;
-    for (size_t i = first; i < first + kWarp; ++i) fibers[i].waits = Waits::kNot;
+    release(first, first + kWarp);
   } else {
-    self.waits = Waits::kShuffle;
+    self.waits = Waits::kCollective;
     yield();
   }
   return values;
 }
 
-void poison_once(void* memory, size_t bytes) {
-  for (const void* known : poisoned) {
-    if (known == memory) return;
+void* shared(const void* site, size_t bytes, size_t alignment) {
+  std::vector<Shared>& pieces = shared_of[current / block_size];
+  size_t total = bytes;
+  for (const Shared& known : pieces) {
+    if (known.site == site) return known.memory.get();
+    total += known.bytes;
   }
-  poisoned.push_back(memory);
+  if (total > kMostShared) fail(fibers[current], "more than 48 KB of static shared memory");
+  void* const memory = ::operator new(bytes, std::align_val_t{alignment});
   std::memset(memory, 0xff, bytes);  // a NaN in every floating type
+  pieces.push_back({site, bytes, {static_cast<unsigned char*>(memory), {alignment}}});
+  return memory;
 }
 
-void run(unsigned grid, unsigned block, Order order, Thread thread, void* context) {
+void run(unsigned grid, unsigned block, Order order, bool cooperative, Thread thread,
+         void* context) {
   if (grid == 0 || block == 0 || block > 1024) throw std::runtime_error("simt: no such launch");
   if (block % kWarp != 0) throw std::runtime_error("simt: blocks of whole warps only");
-  if (stack_count < block) {
-    stacks.reset(new unsigned char[block * kStack]);
-    stack_count = block;
+  const unsigned together = cooperative ? grid : 1;
+  const size_t count = size_t{together} * block;
+  if (stack_count < count) {
+    stacks.reset(new unsigned char[count * kStack]);
+    stack_count = count;
   }
   body = thread;
   body_context = context;
   gridDim.x = grid;
   blockDim.x = block;
+  block_size = block;
+  is_cooperative = cooperative;
+  missing = missing_barrier.launch == 0 ? missing_barrier.barrier : -1;
+  if (missing_barrier.launch >= 0) --missing_barrier.launch;
   launcher.stack = nullptr;
   launcher.waits = Waits::kNot;
   fault = nullptr;
-  fibers.resize(block);
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-    poisoned.clear();
-    warps.assign(block / kWarp, Warp{});
-    for (unsigned i = 0; i < block; ++i) {
-      prepare(i, order == Order::kForward ? i : block - 1 - i);
-    }
-    resume(launcher, 0);
-    if (fault != nullptr) {
-      throw std::runtime_error(std::string("simt: ") + fault + " (block " +
-                               std::to_string(blockIdx.x) + ", thread " +
-                               std::to_string(fault_thread) + ")");
-    }
-  }
+  fibers.resize(count);
+  for (unsigned first = 0; first < grid; first += together) run_blocks(first, together, order);
 }
 
 }  // namespace simt

@@ -4,8 +4,8 @@
 //
 // One dimension, full warps. It sees wrong results, overruns (with ASan or guard bytes), barriers
 // that not all threads reach and shuffles that not all lanes reach; a race shows up in one of the
-// two orders of warps, so run both. UBSan sees misaligned accesses. It is blind to the memory model
-// within a warp, and to speed.
+// two orders of warps (of blocks too, in a cooperative launch), so run both. UBSan sees misaligned
+// accesses. It is blind to the memory model within a warp and between blocks, and to speed.
 #pragma once
 
 namespace simt {
@@ -18,8 +18,11 @@ using Same = T;
 
 // __shared__ with one difference: the emulator fills it with NaN at the start of a block.
 #define LYAPCUDA_SHARED(type, name) __shared__ simt::Same<type> name
+#define LYAPCUDA_GRID_SYNC() cooperative_groups::this_grid().sync()
 #define LYAPCUDA_UNROLL _Pragma("unroll")
 #define LYAPCUDA_ROLLED _Pragma("unroll 1")
+#define LYAPCUDA_PRAGMA(text) _Pragma(#text)
+#define LYAPCUDA_UNROLL_BY(times) LYAPCUDA_PRAGMA(unroll times)
 
 #else
 
@@ -37,6 +40,7 @@ using Same = T;
 #define __grid_constant__
 #define LYAPCUDA_UNROLL
 #define LYAPCUDA_ROLLED
+#define LYAPCUDA_UNROLL_BY(times)
 
 struct Simt1 {
   unsigned x;
@@ -46,6 +50,9 @@ inline Simt1 threadIdx, blockIdx, blockDim, gridDim;
 // As under nvcc, 16 bytes of any type may be read as one of these.
 struct __attribute__((may_alias, aligned(16))) uint4 {
   unsigned x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(8))) uint2 {
+  unsigned x, y;
 };
 struct __attribute__((may_alias, aligned(16))) float4 {
   float x, y, z, w;
@@ -58,36 +65,54 @@ namespace simt {
 
 enum class Order { kForward, kReverse };
 
+// Of the static kind, what a block may have.
+constexpr size_t kMostShared = 48 << 10;
+
+// A fault to seed: in the launch of this number from now (0: the next one) every thread runs
+// through its barrier of that number (from 0, those of the grid counted too) as if it were not
+// there.
+struct MissingBarrier {
+  int launch = -1, barrier = 0;
+};
+inline MissingBarrier missing_barrier;
+
 // --- what the words below call ------------------------------------------------------------------
-enum class Shuffle : uint64_t { kDown, kXor };
+enum class Collective : uint64_t { kShuffleDown, kShuffleXor, kMultiply };
+
+// What a lane brings to a collective of its warp, at most kMostWords of 64 bits.
+constexpr unsigned kMostWords = 8;
+using Lanes = uint64_t[32];
 
 void barrier();
-// Waits for every lane of the warp with the same call; the 32 values, this lane's number in `lane`.
-const uint64_t* exchange(unsigned mask, Shuffle call, unsigned argument, uint64_t value,
-                         unsigned& lane);
-// Fills shared memory with NaN when the first thread of a block gets there.
-void poison_once(void* memory, size_t bytes);
+void grid_barrier();
+// Waits for every lane of the warp with the same call; the words of all 32, as [word][lane], this
+// lane's number in `lane`.
+const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const uint64_t* words,
+                      unsigned count, unsigned& lane);
+// The calling block's own memory for a LYAPCUDA_SHARED, filled with NaN when its first thread gets
+// there.
+void* shared(const void* site, size_t bytes, size_t alignment);
 
 template <class T>
-T shuffle(unsigned mask, T value, Shuffle call, unsigned argument) {
+T shuffle(unsigned mask, T value, Collective call, unsigned argument) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   unsigned lane = 0;
-  const uint64_t* const lanes = exchange(mask, call, argument, bits, lane);
-  const unsigned from = call == Shuffle::kDown ? lane + argument : lane ^ argument;
+  const Lanes& lanes = *exchange(mask, call, argument, &bits, 1, lane);
+  const unsigned from = call == Collective::kShuffleDown ? lane + argument : lane ^ argument;
   std::memcpy(&value, &lanes[from < 32 ? from : lane], sizeof(T));
   return value;
 }
 
 // --- launch -------------------------------------------------------------------------------------
 using Thread = void (*)(void*);
-void run(unsigned grid, unsigned block, Order order, Thread thread, void* context);
+void run(unsigned grid, unsigned block, Order order, bool cooperative, Thread thread,
+         void* context);
 
-// kernel<<<grid, block>>>(arguments...): blocks one after another, each to its end. Throws
-// std::runtime_error where CUDA would hang or leave the result undefined.
 template <class... P, class... A>
-void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&&... arguments) {
+void launch_as(bool cooperative, unsigned grid, unsigned block, Order order, void (*kernel)(P...),
+               A&&... arguments) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<std::decay_t<P>...> arguments;
@@ -96,14 +121,31 @@ void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&
     const Call& c = *static_cast<const Call*>(context);
     std::apply(c.kernel, c.arguments);
   };
-  run(grid, block, order, thread, &call);
+  run(grid, block, order, cooperative, thread, &call);
+}
+
+// kernel<<<grid, block>>>(arguments...): blocks one after another, each to its end. Throws
+// std::runtime_error where CUDA would hang or leave the result undefined.
+template <class... P, class... A>
+void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&&... arguments) {
+  launch_as(false, grid, block, order, kernel, std::forward<A>(arguments)...);
+}
+
+// cudaLaunchCooperativeKernel: all blocks at once, each as far as it gets before the next one; in
+// reverse the last block starts. LYAPCUDA_GRID_SYNC waits for all of them.
+template <class... P, class... A>
+void launch_cooperative(unsigned grid, unsigned block, Order order, void (*kernel)(P...),
+                        A&&... arguments) {
+  launch_as(true, grid, block, order, kernel, std::forward<A>(arguments)...);
 }
 
 }  // namespace simt
 
-#define LYAPCUDA_SHARED(type, name) \
-  static simt::Same<type> name;     \
-  ::simt::poison_once(&name, sizeof(name))
+#define LYAPCUDA_SHARED(type, name)                         \
+  static char name##_site;                                  \
+  simt::Same<type>& name = *static_cast<simt::Same<type>*>( \
+      ::simt::shared(&name##_site, sizeof(simt::Same<type>), alignof(simt::Same<type>)))
+#define LYAPCUDA_GRID_SYNC() ::simt::grid_barrier()
 
 inline void __syncthreads() { simt::barrier(); }
 
@@ -114,11 +156,11 @@ void __stwb(V* to, V value) {
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  return simt::shuffle(mask, value, simt::Shuffle::kDown, delta);
+  return simt::shuffle(mask, value, simt::Collective::kShuffleDown, delta);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
-  return simt::shuffle(mask, value, simt::Shuffle::kXor, lanes);
+  return simt::shuffle(mask, value, simt::Collective::kShuffleXor, lanes);
 }
 
 #endif

@@ -1,8 +1,9 @@
 """What nvcc makes of the kernels, held against what they were designed for; no GPU is needed.
 
-Compiles kernels.cu for sm_80 and sm_90 with warnings as errors, and fails on spills and stack
-frames, on registers and shared memory past the occupancy a kernel was designed for, and where a
-kernel's PTX has fewer 16-byte loads and stores than it has streams.
+Compiles every .cu beside this file for sm_80 and sm_90 with warnings as errors, and fails on spills
+and stack frames, on registers and shared memory past the occupancy a kernel was designed for, and
+where a kernel's PTX has fewer 16-byte loads and stores than it has streams, or fewer products on
+the tensor cores than its sums are unrolled to.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from pathlib import Path
 ARCHS = ("80", "90")
 THREADS = 256  # kThreads
 REGISTERS_PER_SM = 65536  # on both architectures
+SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
+#: The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on sm_90
+#: 13 of one triangle up to 32 rows, 6 + 8 of larger stacks.
+PRODUCTS = 13
+#: Of enum GramSide: rows of the tile, threads and blocks.
+SIDES = {"0": (32, 256, 3), "1": (128, 512, 1), "2": (64, 256, 2), "3": (256, 512, 1)}
 #: Bytes of an element.
 SIZE = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
@@ -31,15 +38,64 @@ class Design:
     shared: int
     loads: int = 0  # 16-byte accesses that the vectorised path needs
     stores: int = 0
+    threads: int = THREADS
+    products: int = 0
 
     @property
     def registers(self) -> int:
         # Registers are given out in units of 8 a thread; 255 is the most one can have.
-        return min(REGISTERS_PER_SM // (self.blocks * THREADS) // 8 * 8, 255)
+        return min(REGISTERS_PER_SM // (self.blocks * self.threads) // 8 * 8, 255)
+
+
+def tile(buffer: str, rows: int) -> int:
+    """Bytes of a tile of csrc/kernels/panel.cuh."""
+    row = 512 if rows <= 64 else 256 if rows <= 129 else 128
+    return rows * (row + 4 * SIZE[buffer])
+
+
+def design_of_panels(name: str, arguments: list[str]) -> Design | None:
+    """Those that stage tiles in shared memory."""
+    buffer = arguments[0] if arguments else ""
+    if name == "gram":
+        rows, threads, blocks = SIDES[arguments[1]]
+        loads = 4 if arguments[1] in "01" else 8
+        return Design(blocks, tile(buffer, rows), loads, 0, threads, PRODUCTS)
+    if name == "panel_ascent":
+        _, storage, realised, momentum, rows = arguments
+        loads = 1 + (momentum == "true")  # q, p
+        if storage == buffer:
+            loads += 2 + (realised == "true")  # g1, g0, θ; 8 bytes of 16-bit storage
+        large = int(rows) > 64
+        shared = tile(buffer, int(rows))
+        stores = 1 + (momentum == "true")
+        return Design(1 if large else 2, shared, loads, stores, 512 if large else 256, PRODUCTS)
+    if name == "combine":
+        rows = int(arguments[1])
+        matrix = 32 * 32 * SIZE[buffer] if rows == 32 else 12288
+        return Design(4, tile(buffer, rows) + matrix, 4, 4)
+    if name == "panel_recenter":
+        same = arguments[1] == buffer  # else copies and θ go by 8 bytes
+        shared = tile(buffer, 32) + 32 * 32 * SIZE[buffer]
+        return Design(4 if same else 3, shared, 8 if same else 4, 8 if same else 4)
+    if name == "project":
+        rows = int(arguments[1])
+        return Design(5 if rows == 32 else 3, tile(buffer, rows) + (rows + 1) // 2 * 2 * 8, 4)
+    if name == "lyapunov_step":
+        buffer, storage, realised = arguments
+        flat = SIZE[buffer] // SIZE[storage]
+        chunk = THREADS * 16 * flat  # bytes of d
+        sums = THREADS // 32 * (6 + (0 if realised == "true" else 4)) * 8
+        shared = 45056 // chunk * chunk + 16 * 8 + sums
+        # q twice (it may have to stay), g0, g1, θ; then θ.
+        return Design(4, shared, 2 * flat + 3 + (realised == "true"), flat + 1)
+    return None
 
 
 def design(name: str, arguments: list[str]) -> Design:
     """By a kernel's name and template arguments; KeyError for one that nobody designed."""
+    panels = design_of_panels(name, arguments)
+    if panels:
+        return panels
     if name == "ascent":
         buffer, storage, realised, momentum = arguments
         flat = SIZE[buffer] // SIZE[storage]  # accesses of a flat buffer for one of a tensor
@@ -51,7 +107,19 @@ def design(name: str, arguments: list[str]) -> Design:
     if name == "recenter":
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
         return Design(5, 0, flat + 1, flat + 1)
+    if name in ("displace", "difference"):
+        flat = SIZE[arguments[0]] // SIZE[arguments[1]]
+        if name == "displace":
+            return Design(5, THREADS // 32 * 2 * 8, flat + 1, 1)
+        return Design(4, 0, 2 * flat + 2, flat)
+    scratch = 36032  # benettin_scratch(32)
     return {
+        "gram_finish": Design(4, THREADS * 8),
+        "project_finish": Design(4, THREADS * 8),
+        "displace_finish": Design(5, THREADS // 32 * 2 * 8),
+        "panel_ascent_check": Design(1, 0),  # one thread
+        "benettin": Design(1, scratch),
+        "benettin_refine": Design(1, scratch),
         "ascent_finish": Design(4, THREADS // 32 * 6 * 8),
         "descend": Design(5, 0, 2, 1),
         "stream_copy": Design(8, 0, 5, 5),  # four in flight, and what is left
@@ -69,19 +137,19 @@ def demangled(symbol: str) -> tuple[str, list[str]]:
     name, rest = rest[: int(found[1])], rest[int(found[1]) :]
     arguments = []
     if rest.startswith("I"):
-        for part in re.finditer(r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E|(E)", rest[1:]):
-            if part[4]:
+        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E|L(?:i|NS0_\d+GramSideE)(\d+)E|(E)"
+        for part in re.finditer(pattern, rest[1:]):
+            if part[5]:
                 break
             builtin = {"f": "float", "d": "double"}.get(part[1] or "")
             flag = {"0": "false", "1": "true"}.get(part[2] or "")
-            arguments.append(builtin or flag or part[3])
+            arguments.append(builtin or flag or part[3] or part[4])
     return name, arguments
 
 
-def compile_kernels(nvcc: str, host: str | None, folder: Path) -> tuple[str, dict[str, str]]:
+def compile_kernels(source: Path, nvcc: str, host: str | None, folder: Path) -> tuple[str, dict]:
     """The compiler's report and the PTX of each architecture."""
-    source = Path(__file__).parent / "kernels.cu"
-    command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(folder / "kernels.o")]
+    command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
     for arch in ARCHS:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["--threads", "2", "--keep", "--keep-dir", str(folder)]
@@ -92,7 +160,7 @@ def compile_kernels(nvcc: str, host: str | None, folder: Path) -> tuple[str, dic
     report = done.stdout + done.stderr
     if done.returncode != 0:
         sys.exit(f"{report}\nnvcc failed: {' '.join(command)}")
-    ptx = {arch: (folder / f"kernels.compute_{arch}.ptx").read_text() for arch in ARCHS}
+    ptx = {arch: (folder / f"{source.stem}.compute_{arch}.ptx").read_text() for arch in ARCHS}
     return report, ptx
 
 
@@ -135,9 +203,13 @@ def faults_of(use: dict[str, int], wide: dict[str, int], planned: Design) -> lis
         faults.append(f"registers past {planned.registers}, for {planned.blocks} blocks")
     if use["shared"] > planned.shared:
         faults.append(f"shared memory past {planned.shared} bytes")
+    if planned.shared > SHARED_PER_BLOCK:
+        faults.append(f"designed for more shared memory than {SHARED_PER_BLOCK} bytes")
     for word in ("loads", "stores"):
         if wide[word] < getattr(planned, word):
             faults.append(f"{wide[word]} 16-byte {word} instead of {getattr(planned, word)}")
+    if wide["products"] < planned.products:
+        faults.append(f"{wide['products']} mma.sync instead of {planned.products}")
     return faults
 
 
@@ -145,7 +217,6 @@ def check(report: str, ptx: dict[str, str]) -> int:
     """Prints a line a kernel; the number of faults."""
     used = usages(report)
     failed = 0
-    print(f"{'kernel':42} sm  regs  most  blocks  shared  spills  16-byte ld/st")
     for arch in ARCHS:
         texts = entries(ptx[arch])
         if not texts or {symbol for symbol, at in used if at == arch} != set(texts):
@@ -157,6 +228,7 @@ def check(report: str, ptx: dict[str, str]) -> int:
             title = f"{name}<{', '.join(arguments)}>" if arguments else name
             use = used[symbol, arch]
             wide = {"loads": count_wide(text, "ld"), "stores": count_wide(text, "st")}
+            wide["products"] = text.count("mma.sync")
             try:
                 planned = design(name, arguments)
             except (KeyError, ValueError):
@@ -164,7 +236,7 @@ def check(report: str, ptx: dict[str, str]) -> int:
                 failed += 1
                 continue
             print(
-                f"{title:42} {arch} {use['registers']:5} {planned.registers:5} "
+                f"{title:48} {arch} {use['registers']:5} {planned.registers:5} "
                 f"{planned.blocks:7} {use['shared']:7} {use['spilled']:7}  "
                 f"{wide['loads']}/{wide['stores']}"
             )
@@ -182,9 +254,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.nvcc:
         sys.exit("no nvcc on PATH: name one with --nvcc")
-    with tempfile.TemporaryDirectory() as folder:
-        report, ptx = compile_kernels(options.nvcc, options.host_compiler, Path(folder))
-    failed = check(report, ptx)
+    failed = 0
+    print(f"{'kernel':48} sm  regs  most  blocks  shared  spills  16-byte ld/st")
+    for source in sorted(Path(__file__).parent.glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            report, ptx = compile_kernels(source, options.nvcc, options.host_compiler, Path(folder))
+        failed += check(report, ptx)
     print(f"{failed} faults")
     sys.exit(1 if failed else 0)
 

@@ -1,11 +1,38 @@
 // Tests of csrc/kernels under the emulator csrc/simt.
+#include <chrono>
+
 #include "check.h"
+
+namespace lyapcuda::test {
+void simt_grid_tests();
+void simt_probe_tests();
+void simt_gram_tests();
+void simt_transform_tests();
+void simt_panel_ascent_tests();
+void simt_benettin_tests();
+void simt_step_tests();
+void simt_huge_tests();
+}  // namespace lyapcuda::test
 
 int main() {
   using namespace lyapcuda::test;
-  simt_emulator_tests();
-  simt_ascent_tests();
-  simt_kernel_tests();
+  const struct {
+    const char* name;
+    void (*tests)();
+  } families[] = {
+      {"emulator", simt_emulator_tests},   {"grid", simt_grid_tests},
+      {"ascent", simt_ascent_tests},       {"kernels", simt_kernel_tests},
+      {"probe", simt_probe_tests},         {"gram", simt_gram_tests},
+      {"transform", simt_transform_tests}, {"panel_ascent", simt_panel_ascent_tests},
+      {"benettin", simt_benettin_tests},   {"step", simt_step_tests},
+      {"huge", simt_huge_tests},
+  };
+  for (const auto& family : families) {
+    const auto start = std::chrono::steady_clock::now();
+    family.tests();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    std::printf("%-14s %6.1f s\n", family.name, took.count());
+  }
   std::printf("%ld passed, %ld failed\n", counts.passed, counts.failed);
   return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
 }

@@ -1,0 +1,213 @@
+// What the CUDA ops share: where they run, and how kernels are launched. No op waits for the
+// device, and scratch memory is torch's, so that all of them can be captured in a CUDA graph.
+//
+// g++ compiles the same files against the emulator (csrc/simt) into a library for the tests,
+// torch.ops.lyapcuda_simt, whose "device" is the CPU.
+#pragma once
+
+#ifdef __CUDACC__
+#define USE_CUDA  // torch's C interface then declares aoti_torch_get_current_cuda_stream
+#include <cuda_runtime.h>
+#define LYAPCUDA_LIBRARY lyapcuda
+#define LYAPCUDA_KEY CUDA
+#else
+#define LYAPCUDA_LIBRARY lyapcuda_simt
+#define LYAPCUDA_KEY CPU
+#endif
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../kernels/segments.cuh"
+#include "../simt/simt.h"
+#include "../tensors.h"
+
+namespace lyapcuda::cuda {
+
+// Where an op runs, by one of its tensors.
+inline Device device_of(const Tensor& tensor, const char* name) {
+#ifdef __CUDACC__
+  STD_TORCH_CHECK(tensor.is_cuda(), name, ": expected a CUDA tensor, got one on ",
+                  device_name(tensor.device()));
+  return tensor.device();
+#else
+  check_device(tensor, name, Device(DeviceType::CPU));
+  return Device(DeviceType::CPU);
+#endif
+}
+
+// As with_types, with the kernels' types.
+template <class F>
+void with_buffer_and_storage(ScalarType buffer, ScalarType storage, F&& f) {
+  with_types<kernels::BFloat16, kernels::Half>(buffer, storage, f);
+}
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call of anyone would report it again
+  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+}
+
+// Asked of the driver once a device.
+inline int processor_count(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  const bool kept = device < kDevices;
+  int count = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+               "the number of multiprocessors");
+    if (kept) known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+// Makes a device current while it lives, and launches on the stream that torch has current there.
+class Launcher {
+ public:
+  explicit Launcher(const Device& device)
+      : guard_(device.index()), processors_(processor_count(device.index())) {
+    void* stream = nullptr;
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch has no current stream on ",
+                    device_name(device));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int processors() const { return processors_; }
+
+  template <class... P, class... A>
+  void run(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
+           A&&... arguments) const {
+    cudaLaunchConfig_t config = configuration(blocks, threads);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
+  }
+
+  // All blocks at once: no more than together().
+  template <class... P, class... A>
+  void run_together(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
+                    A&&... arguments) const {
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t config = configuration(blocks, threads);
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
+  }
+
+  // Blocks that the device holds at once; 0 where it can't launch them together.
+  template <class... P>
+  int64_t together(void (*kernel)(P...), int threads) const {
+    int device = 0, able = 0, blocks = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device),
+               "cooperative launches");
+    if (!able) return 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
+               "the blocks of a multiprocessor");
+    return int64_t{blocks} * processors_;
+  }
+
+ private:
+  cudaLaunchConfig_t configuration(int64_t blocks, int threads) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    return config;
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  int processors_;
+  cudaStream_t stream_ = nullptr;
+};
+
+#else
+
+// What the tests set: the order in which warps run, and how many processors there seem to be.
+inline simt::Order simt_order = simt::Order::kForward;
+inline int simt_processors = 2;
+
+class Launcher {
+ public:
+  explicit Launcher(const Device&) {}
+  int processors() const { return simt_processors; }
+
+  template <class... P, class... A>
+  void run(const char*, void (*kernel)(P...), int64_t blocks, int threads, A&&... arguments) const {
+    simt::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), simt_order, kernel,
+                 std::forward<A>(arguments)...);
+  }
+
+  template <class... P, class... A>
+  void run_together(const char*, void (*kernel)(P...), int64_t blocks, int threads,
+                    A&&... arguments) const {
+    simt::launch_cooperative(static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                             simt_order, kernel, std::forward<A>(arguments)...);
+  }
+
+  template <class... P>
+  int64_t together(void (*)(P...), int) const {
+    return int64_t{simt_processors} * 4;
+  }
+};
+
+#endif
+
+// Blocks for so many chunks of work: one each, until `held` of them fill every processor.
+inline int64_t blocks_for(const Launcher& launcher, int64_t chunks, int held) {
+  return std::max<int64_t>(std::min<int64_t>(chunks, int64_t{launcher.processors()} * held), 1);
+}
+
+template <class Table>
+int64_t chunks_of(const Table& table) {
+  return table.first_chunk[table.count];
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As many blocks as all launches over tables of so many tensors have at most: what leaves rows of
+// sums behind asks for memory for that many.
+inline int64_t most_blocks(const Launcher& launcher, size_t tensors, int held) {
+  const int64_t tables = ceil_div(static_cast<int64_t>(tensors), kernels::kMaxSegments);
+  return std::max<int64_t>(tables, 1) * launcher.processors() * held;
+}
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* written(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// For a table that has lists to write beside it, and so one type for all: kernels only read these.
+template <class P>
+std::vector<P*> beside_written(const std::vector<Tensor>& list) {
+  std::vector<P*> pointers;
+  for (const Tensor& tensor : list) pointers.push_back(const_cast<P*>(read<P>(tensor)));
+  return pointers;
+}
+
+// Calls f with two std::bool_constants.
+template <class F>
+void with_flags(bool a, bool b, const F& f) {
+  if (a) {
+    b ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
+  } else {
+    b ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
+  }
+}
+
+}  // namespace lyapcuda::cuda

@@ -1,0 +1,200 @@
+"""What only a GPU can show of the CUDA backend: streams, graphs, devices, models living there."""
+
+import pytest
+import torch
+
+import lyapcuda
+import nets
+import simt_library
+from lyapcuda import ops
+from ops_support import BF16, F32, F64, Case, assert_same_bits, make_case
+
+MISSING = simt_library.missing("cuda")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+SIZES = [100003, 0, (33, 7), 4097, 1] + [k % 40 for k in range(80)]
+
+
+def on(device, case):
+    """A case with its tensors on that device (aligned: the views' storages stay behind)."""
+
+    def to(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return [to(x) if isinstance(x, torch.Tensor) else x for x in value]
+
+    return Case(*(to(value) for value in vars(case).values()))
+
+
+def gpu_case(device="cuda", buffer=F32, storage=F32):
+    return on(device, make_case(SIZES, buffer, storage, gap=16))
+
+
+def two_steps(case, losses):
+    """As a tracker takes them: q and d change places, so that a graph of two can be replayed."""
+    for q, d in ((case.q, case.d), (case.d, case.q)):
+        sums = ops.ascent_(d, q, case.g0, case.g1, case.offsets, case.state, theta=case.theta)
+        ops.exponent_(case.state, sums, losses, ema=0.9)
+        ops.recenter_(case.theta1, d, q, case.theta, case.offsets, case.state)
+    ops.descend_(case.theta, case.g0, case.state, max_lr=1e-3)
+    ops.stream_copy_(case.p, case.d)
+
+
+def assert_same_case(a, b):
+    torch.cuda.synchronize()
+    for x, y in zip(a.tensors(), b.tensors(), strict=True):
+        assert_same_bits(x.cpu(), y.cpu())
+
+
+@pytest.mark.parametrize(("buffer", "storage"), [(F32, F32), (F32, BF16), (F64, F64)])
+def test_a_graph_replayed_is_the_steps_taken_one_by_one(buffer, storage):
+    eager, captured = gpu_case(buffer=buffer, storage=storage), gpu_case("cuda", buffer, storage)
+    losses = torch.ones(2, dtype=F64, device="cuda")
+    for _ in range(6):
+        two_steps(eager, losses)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        two_steps(captured, losses)  # what is loaded at a first call mustn't be within the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        two_steps(captured, losses)
+    for _ in range(5):
+        graph.replay()
+    assert_same_case(captured, eager)
+    assert float(eager.state[ops.STATE_FIELDS.index("steps")]) == 12
+
+
+def test_no_op_waits_for_the_device():
+    case, losses = gpu_case(), torch.ones(2, dtype=F64, device="cuda")
+    two_steps(case, losses)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 31)  # a second or more of work before ours
+    end = torch.cuda.Event()
+    two_steps(case, losses)
+    end.record()
+    assert not end.query()
+    torch.cuda.synchronize()
+
+
+def test_ops_run_on_the_current_stream():
+    reference, case = gpu_case(), gpu_case()
+    losses = torch.ones(2, dtype=F64, device="cuda")
+    two_steps(reference, losses)
+    torch.cuda.synchronize()
+    g1 = [torch.full_like(g, float("nan")) for g in case.g1]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(1 << 28)  # on another stream, the ops would read NaN meanwhile
+        for to, g in zip(g1, case.g1, strict=True):
+            to.copy_(g)
+        case.g1 = g1
+        two_steps(case, losses)
+    side.synchronize()
+    assert_same_case(case, reference)
+
+
+@pytest.mark.skipif(MISSING is not None or torch.cuda.device_count() < 2, reason="one GPU here")
+def test_ops_run_where_their_tensors_are():
+    first, second = gpu_case("cuda:0"), gpu_case("cuda:1")
+    with torch.cuda.device(0):
+        two_steps(first, torch.ones(2, dtype=F64, device="cuda:0"))
+        two_steps(second, torch.ones(2, dtype=F64, device="cuda:1"))
+        assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(1)
+    assert_same_case(first, second)
+    mixed = gpu_case("cuda:0")
+    mixed.state = mixed.state.to("cuda:1")
+    with pytest.raises(RuntimeError, match="state: expected a tensor on cuda:0, got one on cuda:1"):
+        two_steps(mixed, torch.ones(2, dtype=F64, device="cuda:0"))
+
+
+def net_on(device, name, dtype=F64):
+    """(closure, parameters) of a net of tests/nets.py."""
+    model = nets.case(name, 1, dtype).model.to(device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (32, 1, 8, 8) if name == "conv" else (32, 10)
+    x = torch.randn(shape, generator=generator, dtype=F64).to(device, dtype)
+    labels = torch.randint(0, 4, (32,), generator=generator).to(device)
+
+    def closure():
+        return torch.nn.functional.cross_entropy(model(x).double(), labels)
+
+    return closure, list(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"which": "SA"}, {"estimate": "growth", "momentum": 0.5}], ids=str
+)
+@pytest.mark.parametrize("name", ["gelu_mlp", "conv"])
+def test_a_model_on_the_gpu_measures_what_it_does_on_the_cpu(name, options):
+    values, saved = [], None
+    for device in ("cpu", "cuda"):
+        closure, parameters = net_on(device, name)
+        tracker = lyapcuda.CurvatureTracker(parameters, **options)
+        if saved is None:  # each device draws another first q: both go on from the CPU's
+            tracker.step(closure)
+            saved = tracker.state_dict()
+        else:
+            tracker.load_state_dict(saved)
+        for _ in range(15):
+            tracker.step(closure)
+        assert tracker.h.device.type == device and all(p.grad is None for p in parameters)
+        assert float(tracker.steps) == 16
+        values.append([float(tracker.h), float(tracker.beta), *tracker.interval.tolist()])
+    torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_tracker_of_less_precision_runs_on_the_gpu(dtype):
+    closure, parameters = net_on("cuda", "gelu_mlp", dtype)
+    before = [p.detach().clone() for p in parameters]
+    tracker = lyapcuda.CurvatureTracker(parameters)
+    for _ in range(30):
+        tracker.step(closure)
+    assert tracker.h.isfinite() and float(tracker.skipped) == 0
+    for now, then in zip(parameters, before, strict=True):
+        assert_same_bits(now.detach().cpu(), then.cpu())
+
+
+def test_the_optimizer_trains_a_model_on_the_gpu():
+    closure, parameters = net_on("cuda", "gelu_mlp", F32)
+    optimizer = lyapcuda.LyapunovSGD(parameters, max_lr=1.0)
+    losses = [float(optimizer.step(closure)) for _ in range(20)]
+    assert losses[-1] < losses[0] and optimizer.lr.is_cuda and 0 < float(optimizer.lr) <= 1
+
+
+def test_a_saved_tracker_goes_on_to_the_bit():
+    closure, parameters = net_on("cuda", "gelu_mlp", F32)
+    first = lyapcuda.CurvatureTracker(parameters)
+    for _ in range(5):
+        first.step(closure)
+    second = lyapcuda.CurvatureTracker(parameters)
+    second.load_state_dict(first.state_dict())
+    for tracker in (first, second):
+        tracker.step(closure)
+    assert_same_bits(first.state.cpu(), second.state.cpu())
+
+
+def calls():
+    case = gpu_case()
+    step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+    sums = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64, device="cuda")
+    moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
+    return {
+        "ascent_": (step, moved),
+        "exponent_": ((case.state, sums, torch.ones(2, dtype=F64, device="cuda")), {}),
+        "secant_": ((case.state, sums), {}),
+        "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "descend_": ((case.theta, case.g0, case.state), {}),
+        "stream_copy_": ((case.d, case.q), {}),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["ascent_", "exponent_", "secant_", "recenter_", "descend_", "stream_copy_"]
+)
+def test_opcheck(name):
+    args, kwargs = calls()[name]
+    torch.library.opcheck(getattr(torch.ops.lyapcuda, name).default, args, kwargs)
