@@ -260,7 +260,8 @@ class HessianOperator:
         if self.mode == "exact":
             return self._exact(vectors, out)
         self.gradient()
-        step = self.perturbation / (self._unit if norm is None else norm)
+        norm = self._unit if norm is None else norm
+        step = torch.where(norm > 0, self.perturbation / norm, 0.0)
         copies = [
             buffer if part.copies is None else part.copies
             for part, buffer in zip(self._buffers, out, strict=True)

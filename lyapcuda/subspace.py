@@ -1,11 +1,12 @@
 """Subspace iteration: k copies that climb side by side at a frozen θ (Benettin, paper App. C).
 
-The same ops and the same control of the rate as while training, over products instead of gradients:
-separations of norm 1, whose copies part as D = Q + βHQ.
+The ops of the trackers, over products instead of gradients: separations of norm 1, whose copies
+part as D = Q + βHQ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,14 +39,18 @@ def subspace(
     origin = [panel.new_zeros(panel.shape[1]) for panel in basis.panels]
     device = layout.device
     state = panel_ops.new_panel_state(device, k, perturbation=1.0, beta=0.0)
-    transform, again, pending = (
-        panel_ops.panel_field(state, k, name) for name in ("transform", "again", "pending")
+    beta, transform, again, pending = (
+        panel_ops.panel_field(state, k, name) for name in ("beta", "transform", "again", "pending")
     )
+    norm = 0.0  # a lower bound of ‖H‖
     finite = torch.zeros(1, dtype=torch.float64, device=device)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration in range(1, maxiter + 1):
         for i in range(k):
             product(basis.row(i), moved.row(i))
+        if iteration == 1:
+            norm = _largest(on_host(moved.gram(moved)))
+            beta.fill_(1.0 / norm if norm > 0 else 0.0)
         gram = torch.zeros(2 * k, 2 * k, dtype=torch.float64, device=device)
         for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
             part = panel_ops.panel_ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
@@ -57,7 +62,7 @@ def subspace(
         report(verdict)
         if bool(verdict.done.all()) or iteration == maxiter:
             break
-        panel_ops.benettin_(state, gram, finite, k, sign=sign, alternate=False)
+        panel_ops.benettin_(state, gram, finite, k, sign=sign, control=False, alternate=False)
         for d in moved.panels:
             panel_ops.combine_(d, d, transform.to(d.device), gate=again.to(d.device))
         second = [panel_ops.gram(d, d, gate=again.to(d.device)).to(device) for d in moved.panels]
@@ -65,10 +70,19 @@ def subspace(
         for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
             panel_ops.panel_recenter_(q, d, d, [zero], [0], state.to(q.device))
         pending.zero_()
+        # 1/‖H‖ makes the unwanted end the slowest. As fast as Algorithm 1, (e − 1)/‖H‖, is safe
+        # where what is wanted grows.
+        norm = max(norm, _largest(host[k:, k:]))
+        grows = bool((sign * verdict.values > 0).all())
+        beta.fill_(0.0 if norm == 0 else (math.e - 1.0 if grows else 1.0) / norm)
     vectors = Basis.empty(layout, goal.k)
     chosen = torch.as_tensor(ritz.vectors[:, verdict.indices].copy(), device=device)
     vectors.combine_(basis, chosen)
     return Solution(verdict, vectors, iteration, history)
+
+
+def _largest(square: np.ndarray) -> float:
+    return math.sqrt(max(float(np.linalg.eigvalsh(square)[-1]), 0.0))
 
 
 def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
@@ -79,7 +93,10 @@ def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
 
     values = joined("values")
     if goal.which == "LM":
-        wanted = order(values, "LM", goal.k)[: goal.k]
+        # In a small space both ends may have found the same vector.
+        high, low = (part.vectors for part in parts)
+        twice = np.concatenate([np.zeros(len(high)), (on_host(high.gram(low)) ** 2).sum(0)]) > 0.5
+        wanted = [i for i in order(values, "LM", goal.k).tolist() if not twice[i]][: goal.k]
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
     names = ("values", "residuals", "errors", "done", "converged")
