@@ -1,13 +1,16 @@
 """What only a GPU can show of the CUDA backend: streams, graphs, devices, models living there."""
 
+import functools
+
 import pytest
 import torch
 
 import lyapcuda
 import nets
 import simt_library
-from lyapcuda import ops
-from ops_support import BF16, F32, F64, Case, assert_same_bits, make_case
+from lyapcuda import ops, panel_ops
+from ops_support import BF16, F32, F64, assert_same_bits, make_case
+from panel_support import make_panel_case
 
 MISSING = simt_library.missing("cuda")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -23,11 +26,15 @@ def on(device, case):
             return value.to(device)
         return [to(x) if isinstance(x, torch.Tensor) else x for x in value]
 
-    return Case(*(to(value) for value in vars(case).values()))
+    return type(case)(*(to(value) for value in vars(case).values()))
 
 
 def gpu_case(device="cuda", buffer=F32, storage=F32):
     return on(device, make_case(SIZES, buffer, storage, gap=16))
+
+
+def gpu_panel_case(k, buffer=F32, storage=F32):
+    return on("cuda", make_panel_case(k, SIZES, buffer, storage, gap=16, beta=0.01))
 
 
 def two_steps(case, losses):
@@ -46,33 +53,72 @@ def assert_same_case(a, b):
         assert_same_bits(x.cpu(), y.cpu())
 
 
+def panel_step(case, losses):
+    """As a tracker of k separations takes it; then a Krylov step, on the rows of the panel."""
+    panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+    step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+    gram = panel_ops.panel_ascent_(*step, theta=case.theta)
+    panel_ops.benettin_(case.state, gram, losses, case.k, realised=True)
+    again = panel_ops.panel_field(case.state, case.k, "again")
+    transform = panel_ops.panel_field(case.state, case.k, "transform")
+    panel_ops.combine_(case.d, case.d, transform, gate=again)
+    panel_ops.benettin_refine_(case.state, panel_ops.gram(case.d, case.d, gate=again), case.k)
+    panel_ops.project_(case.p[0], case.q, transform[0])
+    views = [case.copies[0, o : o + g.numel()] for o, g in zip(case.offsets, case.g0, strict=True)]
+    ops.displace_(views, case.q[0], case.theta, case.offsets, losses[:1])
+    ops.difference_(case.p_next[0], views, case.g0, case.offsets, losses[:1], keep=0.5)
+
+
+def frozen_step(case, losses):
+    lists = (case.g0, case.g1, case.theta, case.offsets, case.state, losses)
+    ops.lyapunov_step_(case.theta1, case.q, *lists, realised=True)
+
+
+def small_frozen_case(buffer, storage):  # one table of tensors: the kernel that does all at once
+    return on("cuda", make_case([100003, 33, 4097], buffer, storage, gap=16))
+
+
+STEPS = {
+    "one separation": (gpu_case, two_steps),
+    "panel": (lambda *dtypes: gpu_panel_case(14, *dtypes), panel_step),
+    "frozen, many tensors": (gpu_case, frozen_step),
+    "frozen, at once": (small_frozen_case, frozen_step),
+}
+
+
 @pytest.mark.parametrize(("buffer", "storage"), [(F32, F32), (F32, BF16), (F64, F64)])
-def test_a_graph_replayed_is_the_steps_taken_one_by_one(buffer, storage):
-    eager, captured = gpu_case(buffer=buffer, storage=storage), gpu_case("cuda", buffer, storage)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_graph_replayed_is_the_steps_taken_one_by_one(name, buffer, storage):
+    make, step = STEPS[name]
+    make = functools.partial(make, "cuda") if make is gpu_case else make
+    eager, captured = make(buffer, storage), make(buffer, storage)
     losses = torch.ones(2, dtype=F64, device="cuda")
     for _ in range(6):
-        two_steps(eager, losses)
+        step(eager, losses)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        two_steps(captured, losses)  # what is loaded at a first call mustn't be within the capture
+        step(captured, losses)  # what is loaded at a first call mustn't be within the capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        two_steps(captured, losses)
+        step(captured, losses)
     for _ in range(5):
         graph.replay()
     assert_same_case(captured, eager)
-    assert float(eager.state[ops.STATE_FIELDS.index("steps")]) == 12
 
 
 def test_no_op_waits_for_the_device():
-    case, losses = gpu_case(), torch.ones(2, dtype=F64, device="cuda")
-    two_steps(case, losses)
+    losses = torch.ones(2, dtype=F64, device="cuda")
+    cases = [gpu_case(), gpu_panel_case(5), gpu_case()]
+    steps = list(zip((two_steps, panel_step, frozen_step), cases, strict=True))
+    for step, case in steps:
+        step(case, losses)
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 31)  # a second or more of work before ours
     end = torch.cuda.Event()
-    two_steps(case, losses)
+    for step, case in steps:
+        step(case, losses)
     end.record()
     assert not end.query()
     torch.cuda.synchronize()
@@ -178,23 +224,47 @@ def test_a_saved_tracker_goes_on_to_the_bit():
 
 
 def calls():
-    case = gpu_case()
+    case, panel = gpu_case(), gpu_panel_case(3)
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     sums = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64, device="cuda")
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
+    losses = torch.ones(2, dtype=F64, device="cuda")
+    frozen = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state, losses)
+    square = torch.eye(6, dtype=F64, device="cuda")
+    small = square[:3, :3].contiguous()
+    panels = (panel.d, panel.q, panel.g0, panel.g1, panel.offsets, panel.state)
+    kept = {"keep": 0.5}
     return {
         "ascent_": (step, moved),
-        "exponent_": ((case.state, sums, torch.ones(2, dtype=F64, device="cuda")), {}),
+        "exponent_": ((case.state, sums, losses), {}),
         "secant_": ((case.state, sums), {}),
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
         "descend_": ((case.theta, case.g0, case.state), {}),
         "stream_copy_": ((case.d, case.q), {}),
+        "lyapunov_step_": (frozen, {}),
+        "displace_": ((case.theta1, case.q, case.theta, case.offsets, losses[:1]), {}),
+        "difference_": ((case.d, case.g0, case.g1, case.offsets, losses[:1]), kept),
+        "panel_ascent_": (panels, {"theta": panel.theta}),
+        "panel_recenter_": (
+            (panel.q, panel.copies, panel.d, panel.theta, panel.offsets, panel.state),
+            {},
+        ),
+        "benettin_": ((panel.state, square, losses, 3), {}),
+        "benettin_refine_": ((panel.state, small, 3), {}),
+        "gram": ((panel.q, panel.d), {"gate": losses[:1]}),
+        "combine_": ((panel.q, panel.d, small), {}),
+        "project_": ((panel.p[0].clone(), panel.q, small[0].contiguous()), {}),
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["ascent_", "exponent_", "secant_", "recenter_", "descend_", "stream_copy_"]
+NAMES = sorted(
+    name.split("::")[1]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("lyapcuda::")
 )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
     args, kwargs = calls()[name]
     torch.library.opcheck(getattr(torch.ops.lyapcuda, name).default, args, kwargs)
