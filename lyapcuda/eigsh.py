@@ -29,7 +29,7 @@ METHODS = ("lanczos", "lobpcg", "lyapunov")
 _MORE = 2
 
 # Relative error of an eigenvalue that differences have on smooth losses, in ε^power of the
-# parameters' dtype (bench/differences.py): at most so much there.
+# parameters' dtype: at most so much on the nets of the tests.
 _ACCURACY = {"forward": (1.5, 1 / 2), "central": (5.0, 2 / 3)}
 # Forward differences do for tolerances of at least so many times their accuracy.
 _MARGIN = 1.9
@@ -52,9 +52,11 @@ class EigenResult:
         difference_errors: (k,) float64, an estimate of how far the differences' map and the Hessian
             are apart along u: from the asymmetry of the projected matrix, and at least what
             differences of this kind and precision have on smooth losses.
-        converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
-            between values (R²/gap), and that of the differences are within the tolerance; or the
-            value is zero within the differences' error.
+        converged: (k,) bool. Three things hold: the error of the eigenvalue, estimated from the
+            residuals and the gaps between values (R²/gap), and that of the differences are within
+            the tolerance; and the residual, which bounds the error rigorously where a gap can
+            mislead (a close pair not yet told apart), is within five times of it. Or the value is
+            zero within the differences' error.
         iterations: of the method.
         gradient_evaluations: of the whole data (an exact product counts as two).
         history: per iteration ``{"eigenvalues": [...], "residuals": [...]}``.

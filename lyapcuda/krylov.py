@@ -291,7 +291,8 @@ def lanczos(
         enough = len(verdict.indices) == goal.k and bool(verdict.done.all())
         # An invariant subspace holds one copy of a multiple eigenvalue: before values out of one
         # are believed, a random vector has to leave them as they are.
-        doubtful = verify or left <= noise or state.injected > 0
+        # So where two of them are equal, rounding has brought one in, and there may be more.
+        doubtful = verify or left <= noise or state.injected > 0 or goal.repeats(verdict)
         if enough and doubtful:
             known, believed = believed, verdict.values
             slack = goal.tol * np.abs(believed) + verdict.errors

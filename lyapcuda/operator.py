@@ -41,7 +41,7 @@ _LEAST = 0.3
 
 
 def separation_size(layout: FlatLayout, difference: str, kinked: bool = False) -> float:
-    """Δq for a difference of gradients in the parameters' precision (bench/differences.py)."""
+    """Δq for a difference of gradients in the parameters' precision."""
     factor, power = _SIZES[difference]
     norm, epsilon = layout.norm(), layout.epsilon()
     # The second scale stands in for parameters that start at zero.

@@ -16,6 +16,8 @@ WHICH = ("LA", "SA", "LM", "BE")
 
 # Of the tolerance, what the solver's own error may take; the differences' error has the rest.
 _SHARE = 0.5
+# The rigorous bound, the residual, has to be within so many times the tolerance as well.
+_RIGOROUS = 5.0
 # Values of at most this many times the differences' error count as zero.
 _ZERO = 3.0
 _CLUSTER = 8
@@ -148,6 +150,8 @@ class Goal:
         if bounds is None:
             bounds = error_bounds(ritz.values, ritz.outside)
         done = bounds <= np.maximum(_SHARE * self.tol * size, 0.2 * errors)
+        # An estimate is fooled by a close pair that hasn't parted yet; the residual isn't.
+        done &= ritz.outside <= np.maximum(_RIGOROUS * self.tol * size, errors)
         # How far the others may still move. What a random vector shows at first says little: it
         # holds each eigenvector with a weight of 1/n only.
         reach = 2.0 * bounds
@@ -159,6 +163,12 @@ class Goal:
         converged = done & ((errors <= self.tol * size) | (size <= _ZERO * errors))
         parts = (ritz.values, ritz.residuals, errors, done, converged)
         return Verdict(wanted, *(part[wanted] for part in parts))
+
+    def repeats(self, verdict: Verdict) -> bool:
+        """Whether two of the wanted values are the same within the tolerance."""
+        values = np.sort(verdict.values)
+        slack = self.tol * np.abs(values) + 2.0 * verdict.errors.max(initial=0.0)
+        return bool((np.diff(values) <= slack[1:]).any())
 
     def _block_bounds(self, ritz: Ritz, wanted: np.ndarray) -> np.ndarray | None:
         """Error bounds with the unwanted values as near as their residuals let them be."""
