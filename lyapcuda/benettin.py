@@ -16,7 +16,8 @@ from torch import Tensor
 from lyapcuda import ops, panel_ops
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
-from lyapcuda.lyapunov import check_shapes, chosen_perturbation
+from lyapcuda.lyapunov import chosen_perturbation
+from lyapcuda.saved import check_shapes, require_entries
 
 __all__ = ["MAX_SEPARATIONS", "Benettin"]
 
@@ -225,9 +226,7 @@ class Benettin:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
-        missing = {"state", "q", "p"} - set(saved)
-        if missing:
-            raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
+        require_entries(saved, "state", "q", "p")
         check_shapes("state", [self.state], [saved["state"]])
         check_shapes("q", [part.q for part in self._groups], saved["q"])
         check_shapes("p", [part.p for part in self._groups], saved["p"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from lyapcuda import _C, ops
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
+from lyapcuda.saved import check_shapes, require_entries
 
 __all__ = [
     "Separation",
@@ -295,9 +295,7 @@ class Separation:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
-        missing = {"state", "needs_secant", "q", "p"} - set(saved)
-        if missing:
-            raise ValueError(f"state_dict: incomplete, it lacks {sorted(missing)}")
+        require_entries(saved, "state", "needs_secant", "q", "p")
         check_shapes("state", [self.state], [saved["state"]])
         check_shapes("q", [part.q for part in self._groups], saved["q"])
         check_shapes("p", [part.p for part in self._groups], saved["p"])
@@ -307,14 +305,3 @@ class Separation:
             part.q.copy_(q)
             if part.p is not None:
                 part.p.copy_(p)
-
-
-def check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-    def describe(tensors: Sequence[Tensor | None]) -> list[str]:
-        return ["-" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in tensors]
-
-    if describe(have) != describe(saved):
-        raise ValueError(
-            f"state_dict: {name} is {describe(saved)}, but these parameters need {describe(have)}: "
-            "it belongs to another model"
-        )

@@ -16,6 +16,7 @@ from lyapcuda import ops
 from lyapcuda.arguments import positive
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.saved import require_entries
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["LyapunovSGD"]
@@ -212,9 +213,7 @@ class LyapunovSGD(Optimizer):
         """Goes on where the saved optimizer was; a mismatch is a ValueError, and changes
         nothing.
         """
-        missing = {"tracker", "warm", "lr"} - set(state_dict)
-        if missing:
-            raise ValueError(f"state_dict: not a LyapunovSGD's, it lacks {sorted(missing)}")
+        require_entries(state_dict, "tracker", "warm", "lr", of="a LyapunovSGD")
         before = super().state_dict()
         own = {name: state_dict[name] for name in ("state", "param_groups")}
         super().load_state_dict(own)

@@ -1,0 +1,123 @@
+"""What a tracker's separations tell, as device tensors: no synchronisation until they are read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lyapcuda.benettin import Benettin
+from lyapcuda.flat import FlatLayout
+from lyapcuda.lyapunov import Separation
+
+__all__ = ["Readings"]
+
+
+class Readings:
+    """The values of one or two separations (the ends of the spectrum), in one order.
+
+    Everything here is a copy: later steps don't change it.
+    """
+
+    _layout: FlatLayout
+    _perturbation: float | None
+    #: An end of the spectrum each; none before the first step.
+    _separations: list[Separation | Benettin]
+    k: int
+    which: str
+
+    def _values(self, name: str) -> Tensor:
+        """A value for every eigenvalue: 0-dim for k = 1, else (k,)."""
+        shape = () if self.k == 1 else (self.k,)
+        if not self._separations:
+            return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
+        found = [s.value(name).reshape(-1).to(self._layout.device) for s in self._separations]
+        if self.which == "BE":  # the lower end comes from its outer end inwards as well
+            found[1] = found[1].flip(0)
+        return torch.cat(found).reshape(shape)
+
+    def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
+        """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""
+        shape = (2,) if self.which == "BE" else ()
+        if not self._separations:
+            return torch.full(shape, unmeasured, dtype=torch.float64, device=self._layout.device)
+        return torch.stack([s.value(name) for s in self._separations]).reshape(shape)
+
+    @property
+    def h(self) -> Tensor:
+        """The eigenvalues, by the chosen estimate: float64 on the device, 0-dim for k = 1, else
+        (k,); NaN at first.
+        """
+        return self._values("h")
+
+    @property
+    def h_ema(self) -> Tensor:
+        """Exponential moving average of `h`."""
+        return self._values("h_ema")
+
+    @property
+    def rayleigh(self) -> Tensor:
+        """ρ = q·y/‖q‖² (for k > 1 the Ritz values) of the last step, whatever the estimate."""
+        return self._values("rayleigh")
+
+    @property
+    def residual(self) -> Tensor:
+        """r = ‖y − ρq‖/‖q‖: some eigenvalue of the symmetric map q → y lies in [ρ − r, ρ + r]."""
+        return self._values("residual")
+
+    @property
+    def interval(self) -> Tensor:
+        """(2,), for k > 1 (k, 2), float64: some eigenvalue lies within, up to second order in Δq.
+
+        Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
+        last), which look from opposite sides of θ; half its length is the mean of their residuals
+        plus half their difference. On a changing minibatch that holds the change as well.
+        """
+        center, width = self._values("center"), self._values("width")
+        return torch.stack([center - width, center + width], dim=-1)
+
+    @property
+    def exponent(self) -> Tensor:
+        """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
+        Gram–Schmidt, log(R_ii/Δq).
+        """
+        return self._values("exponent")
+
+    @property
+    def beta(self) -> Tensor:
+        """The ascent rate (for "SA" the descent rate) of the next step; for "BE" both, (2,)."""
+        return self._scalar("beta")
+
+    @property
+    def steps(self) -> Tensor:
+        """How many measurements were taken (0-dim float64; for "BE" (2,), as for `skipped`)."""
+        return self._scalar("steps", 0.0)
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many were left out because a loss or gradient wasn't finite."""
+        return self._scalar("skipped", 0.0)
+
+    @property
+    def perturbation(self) -> float | None:
+        """Δq: as given, or as chosen at the first step (None before)."""
+        if not self._separations:
+            return self._perturbation
+        return float(self._separations[0].value("perturbation"))
+
+    def vector(self, i: int = 0) -> list[Tensor]:
+        """q_i, the separation of value i: shaped like the parameters, in their order; norm Δq.
+
+        Raises:
+            RuntimeError: before the first step.
+            IndexError: i is not in 0..k-1.
+        """
+        if not self._separations:
+            raise RuntimeError("vector(): nothing was measured yet")
+        if not 0 <= i < self.k:
+            raise IndexError(f"i={i}: expected 0 to {self.k - 1}")
+        found = [separation.vectors() for separation in self._separations]
+        if self.which == "BE":
+            found[1].reverse()
+        return [vector for end in found for vector in end][i]
