@@ -4,15 +4,18 @@ import torch  # noqa: F401  (its libraries are what lyapcuda._C links to)
 
 from lyapcuda import lyapunov, ops
 from lyapcuda.eigsh import ConvergenceWarning, EigenResult, FiniteScale, eigsh, finite_scale
+from lyapcuda.history import CurvatureHistory
 from lyapcuda.operator import HessianOperator
 from lyapcuda.optim import LyapunovSGD
 from lyapcuda.spectrum import SpectralDensity, TraceResult, spectral_density, trace
+from lyapcuda.subbatch import split_batch
 from lyapcuda.tracker import CurvatureTracker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConvergenceWarning",
+    "CurvatureHistory",
     "CurvatureTracker",
     "EigenResult",
     "FiniteScale",
@@ -25,5 +28,6 @@ __all__ = [
     "lyapunov",
     "ops",
     "spectral_density",
+    "split_batch",
     "trace",
 ]

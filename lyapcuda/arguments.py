@@ -24,9 +24,14 @@ def fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")
 
 
-def whole(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+def proper_fraction(name: str, value: Any) -> None:
+    if not _is_real(value) or not (0 < value < 1):
+        raise ValueError(f"{name}={value!r}: expected a number in (0, 1)")
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> None:

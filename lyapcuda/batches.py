@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "batch_size"]
 
 
 class Batches:
@@ -41,7 +41,7 @@ class Batches:
         """Every batch and its size. Raises ValueError where the passes aren't of equal length."""
         samples = 0
         for batch in self.data:
-            size = _batch_size(batch)
+            size = batch_size(batch, "data")
             samples += size
             yield batch, size
         if samples == 0:
@@ -54,11 +54,12 @@ class Batches:
         self._samples = samples
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any, name: str) -> int:
+    """How many samples a batch holds; ``name`` is the argument that an error names."""
     first = _first_tensor(batch)
     if first is None or first.dim() == 0:
         raise ValueError(
-            f"data: found no tensor with a batch dimension in a {type(batch).__name__}, so its "
+            f"{name}: found no tensor with a batch dimension in a {type(batch).__name__}, so its "
             "size, which weights it, is unknown"
         )
     return len(first)

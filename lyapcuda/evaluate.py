@@ -28,6 +28,7 @@ __all__ = [
     "gradients",
     "modules_of",
     "plain_gradient",
+    "untracked",
 ]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
@@ -101,6 +102,13 @@ class RandomStates:
             generator.set_state(state)
 
 
+def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The modules' other parameters that a backward() may give a gradient."""
+    tracked = {id(p) for p in parameters}
+    others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
+    return [p for p in others.values() if id(p) not in tracked and p.requires_grad]
+
+
 class Surroundings:
     """What an evaluation may change besides its result: random states, buffers, other gradients."""
 
@@ -110,14 +118,11 @@ class Surroundings:
         modules: Sequence[nn.Module],
         generators: Iterable[torch.Generator] = (),
     ) -> None:
-        tracked = {id(p) for p in parameters}
         self._gradients = [(p, p.grad) for p in parameters]
-        others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
-            for p in others.values()
-            if id(p) not in tracked and p.requires_grad
+            for p in untracked(parameters, modules)
         ]
         # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
         self._buffers = [
@@ -276,13 +281,14 @@ def gradients(
 
 
 def plain_gradient(
-    closure: Closure, parameters: Sequence[Tensor], *, names: Sequence[str]
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    *,
+    names: Sequence[str],
+    modules: Sequence[nn.Module] = (),
 ) -> Tensor:
-    """One evaluation at θ, its gradient left in ``.grad``; returns the detached loss."""
-    gradients = [(p, p.grad) for p in parameters]
-    try:
-        return evaluate(closure, parameters, names)[0]
-    except BaseException:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        raise
+    """One evaluation at θ, its gradient left in ``.grad``; returns the detached loss.
+
+    After an exception everything is as it was, as for `gradients`.
+    """
+    return gradients(closure, parameters, (), names=names, modules=modules, leave=True).loss0

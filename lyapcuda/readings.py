@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,14 @@ from lyapcuda.benettin import Benettin
 from lyapcuda.flat import FlatLayout
 from lyapcuda.lyapunov import Separation
 
-__all__ = ["Readings"]
+__all__ = ["Readings", "joined"]
+
+
+def joined(ends: Sequence[Tensor]) -> Tensor:
+    """Values of both ends (..., k), or of one, in the tracker's order: the lower end comes from its
+    outer end inwards, and so is turned around.
+    """
+    return torch.cat([ends[0], *(end.flip(-1) for end in ends[1:])], dim=-1)
 
 
 class Readings:
@@ -33,9 +41,7 @@ class Readings:
         if not self._separations:
             return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
         found = [s.value(name).reshape(-1).to(self._layout.device) for s in self._separations]
-        if self.which == "BE":  # the lower end comes from its outer end inwards as well
-            found[1] = found[1].flip(0)
-        return torch.cat(found).reshape(shape)
+        return joined(found).reshape(shape)
 
     def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
         """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,15 +13,17 @@ from torch.utils.hooks import RemovableHandle
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS, Benettin
-from lyapcuda.evaluate import Closure, at_a_copy, gradients, modules_of, plain_gradient
+from lyapcuda.evaluate import Closure, at_a_copy, gradients, modules_of
 from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.lyapunov import SIGNS, Separation
 from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
+from lyapcuda.subbatch import Measured, accumulated, beside, shares
 
 __all__ = ["CurvatureTracker"]
 
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 
 #: The ends of the spectrum that `which` asks for, each by the sign of its map.
 _ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
@@ -58,6 +61,7 @@ class CurvatureTracker(Readings):
         momentum: m of the heavy-ball map (App. B), 0 for none; needs one more N-float buffer.
         weight_decay: for parameters whose group names none.
         ema: weight of the past in `h_ema`, in [0, 1).
+        history: how many measurements `history` can look back on, kept on the device; 0 for none.
         seed: of the random first q; the global random states are not touched.
         model: the module or modules whose buffers, and whose other parameters' gradients, are put
             back between evaluations. Without it: every module that holds a tracked parameter, with
@@ -80,6 +84,7 @@ class CurvatureTracker(Readings):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         ema: float = 0.9,
+        history: int = 1000,
         seed: int = 0,
         model: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
@@ -91,6 +96,7 @@ class CurvatureTracker(Readings):
         fraction("ema", ema)
         whole("every", every)
         whole("k", k)
+        whole("history", history, 0)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
         models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
@@ -102,10 +108,10 @@ class CurvatureTracker(Readings):
             raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
         if which == "BE" and k < 2:
             raise ValueError(f'k={k}: which="BE" needs at least 2, one eigenvalue from either end')
-        shares = [k] if which != "BE" else [(k + 1) // 2, k // 2]
-        if max(shares) > MAX_SEPARATIONS:
+        ks = [k] if which != "BE" else [(k + 1) // 2, k // 2]
+        if max(ks) > MAX_SEPARATIONS:
             raise ValueError(f"k={k}: at most {MAX_SEPARATIONS} from either end of the spectrum")
-        self._ends = list(zip(_ENDS[which], shares, strict=True))
+        self._ends = list(zip(_ENDS[which], ks, strict=True))
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
@@ -114,20 +120,37 @@ class CurvatureTracker(Readings):
         self._modules: list[nn.Module] | None = None
         self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
         self._calls = 0
+        self._history = Ring(history, self._layout.device, ks) if history else None
+        self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
 
     # --- measuring -------------------------------------------------------------------------------
 
-    def step(self, closure: Closure, *, leave_grad: bool = False) -> Tensor | None:
+    def step(
+        self,
+        closure: Callable[..., Tensor | float],
+        *,
+        measure: Closure | None = None,
+        batches: Iterable[Any] | None = None,
+        leave_grad: bool = False,
+    ) -> Tensor | None:
         """Measures once on the minibatch that the closure holds.
 
         Args:
-            closure: takes nothing and returns the loss; may have called ``backward()`` itself, or
-                leave that to us. Called k + 1 times: its random numbers are replayed.
+            closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
+                ``backward()`` itself, or leave that to us. Called k + 1 times: its random numbers
+                are replayed.
+            measure: another closure, of a part of the minibatch, to measure the curvature of; the
+                gradient that ``leave_grad`` leaves is that of ``closure``. Costs k + 1 gradients of
+                the part more than training alone.
+            batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each, and
+                the gradient left (and the loss returned) is the average, weighted by their numbers
+                of samples. The curvature is that of the last. Costs k gradients of the last more.
+                BatchNorm sees one micro-batch at a time, as in gradient accumulation.
             leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
                 states are bitwise what they were. True leaves what one plain evaluation at θ with
                 cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
                 has cost one gradient more, not two. A gradient that was there before is replaced,
-                not added to: accumulate inside the closure.
+                not added to: accumulate inside the closure, or over ``batches``.
 
         Returns:
             The loss at θ, detached. None when ``every`` skips this step (with ``leave_grad`` the
@@ -135,41 +158,76 @@ class CurvatureTracker(Readings):
 
         A loss or gradient that isn't finite leaves `h` and all of the state as they were and adds
         to `skipped`. After an exception of the closure everything is as it was.
+
+        Raises:
+            TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
+                ``leave_grad`` (pass the part's own closure), or both of them.
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
-        parameters = [p.tensor for p in self._layout.parameters]
-        names = [p.name for p in self._layout.parameters]
-        if self._calls % self.every:
-            loss = plain_gradient(closure, parameters, names=names) if leave_grad else None
-            self._calls += 1
-            return loss
-        separations = self._started()
+        if measure is not None and not callable(measure):
+            raise TypeError(f"measure={measure!r}: expected a callable that returns the loss")
+        if (measure is not None or batches is not None) and not leave_grad:
+            raise ValueError(
+                "leave_grad=False: measure and batches need leave_grad=True; to measure a part and "
+                "leave no gradient, pass its closure alone"
+            )
+        if measure is not None and batches is not None:
+            raise ValueError("measure and batches: expected one of them, got both")
+        micro = None if batches is None else shares(batches)
+        measuring = self._calls % self.every == 0
+        if not measuring and not leave_grad:
+            self._count()
+            return None
+        separations = self._started() if measuring else []
         copies = [copy for separation in separations for copy in separation.place()]
         try:
-            found = gradients(
-                closure,
-                parameters,
-                copies,
-                names=names,
-                modules=self._modules,
-                leave=leave_grad,
-            )
+            evaluated = self._evaluate(closure, measure, micro, copies, leave_grad)
         except BaseException:
             for separation in separations:
                 separation.withdraw()
             raise
         first = 0
         for separation in separations:
-            separation.advance(found.of(first, separation.k))
+            separation.advance(evaluated.found.of(first, separation.k))
             first += separation.k
-        self._calls += 1
-        return found.loss0
+        evaluated.leave()
+        self._count()
+        if measuring:
+            if self._history is not None:
+                self._history.record(evaluated.loss, separations)
+            for hook in tuple(self._hooks.values()):
+                hook(self)
+        return evaluated.loss
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def _evaluate(
+        self,
+        closure: Closure,
+        measure: Closure | None,
+        micro: list[tuple[Any, float]] | None,
+        copies: list[list[Tensor]],
+        leave: bool,
+    ) -> Measured:
+        parameters = [p.tensor for p in self._layout.parameters]
+        where = dict(names=[p.name for p in self._layout.parameters], modules=self._surrounding())
+        if micro is not None:
+            return accumulated(closure, micro, parameters, copies, **where)
+        if measure is not None and copies:
+            return beside(measure, closure, parameters, copies, **where)
+        found = gradients(closure, parameters, copies, leave=leave, **where)
+        return Measured(found, found.loss0)
+
+    def _count(self) -> None:
+        self._calls += 1
+        if self._history is not None:
+            self._history.tick()
+
+    def attach(self, optimizer: Optimizer, *, measure: Closure | None = None) -> RemovableHandle:
         """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
-        ``.grad`` is then that of the closure alone, as ``leave_grad`` leaves it.
+        ``measure`` is as in `step`, called at each of them: a closure of a part of the minibatch
+        that the optimizer's closure holds then. ``.grad`` is that of the optimizer's closure alone,
+        as ``leave_grad`` leaves it.
         Returns a handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises
         a ValueError: there is nothing to evaluate the second copy with.
         """
@@ -192,7 +250,7 @@ class CurvatureTracker(Readings):
                 if measured or at_a_copy():
                     return closure()
                 measured = True
-                return self.step(closure, leave_grad=True)
+                return self.step(closure, measure=measure, leave_grad=True)
 
             # Hooks see the optimizer as args[0].
             others = {name: value for name, value in kwargs.items() if name != "closure"}
@@ -200,13 +258,29 @@ class CurvatureTracker(Readings):
 
         return optimizer.register_step_pre_hook(measure_first)
 
-    def _started(self) -> list[Separation | Benettin]:
+    def register_step_hook(self, hook: Callable[[CurvatureTracker], None]) -> RemovableHandle:
+        """Calls ``hook(tracker)`` after every measurement: the step is complete by then, but an
+        exception of the hook's reaches the caller of `step`.
+
+        Returns a handle; ``handle.remove()`` ends it.
+        """
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": OrderedDict()}  # a copy isn't what they watch
+
+    def _surrounding(self) -> list[nn.Module]:
         if self._modules is None:
             self._modules = (
                 [m for model in self._models for m in model.modules()]
                 if self._models
                 else modules_of([*(p.tensor for p in self._layout.parameters), *self._beside])
             )
+        return self._modules
+
+    def _started(self) -> list[Separation | Benettin]:
         if not self._separations:
             found = []
             for end, k in self._ends:
@@ -243,6 +317,27 @@ class CurvatureTracker(Readings):
         for separation in self._started():
             separation.restart_average()
 
+    def history(self, after: int = 0) -> CurvatureHistory:
+        """The measurements so far, as many as the buffer holds, as columns on the host.
+
+        Args:
+            after: leaves out the first so many measurements (all ever taken count).
+
+        Raises:
+            RuntimeError: the tracker was made with ``history=0``.
+        """
+        return self._kept("history()").read(after)
+
+    @property
+    def recorded(self) -> int:
+        """How many measurements went into `history` since the start. Waits for the device."""
+        return self._kept("recorded").recorded
+
+    def _kept(self, what: str) -> Ring:
+        if self._history is None:
+            raise RuntimeError(f"{what}: this tracker was made with history=0")
+        return self._history
+
     # --- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,6 +352,7 @@ class CurvatureTracker(Readings):
             "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
             "calls": self._calls,
             "separations": [separation.state_dict() for separation in self._separations],
+            "history": None if self._history is None else self._history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,13 +371,16 @@ class CurvatureTracker(Readings):
                     f"state_dict: {name} is {state_dict.get(name)!r}, but this tracker's is "
                     f"{mine[name]!r}"
                 )
-        require_entries(state_dict, "calls", "separations")
+        require_entries(state_dict, "calls", "separations", "history")
         saved = state_dict["separations"]
         if len(saved) not in (0, len(self._ends)):
             raise ValueError(
                 f"state_dict: {len(saved)} separations, but which={self.which!r} has "
                 f"{len(self._ends)}"
             )
+        ring = state_dict["history"] if self._history is not None else None
+        if ring is not None:
+            self._history.check(ring)
         before = [separation.state_dict() for separation in self._separations]
         try:
             for separation, values in zip(self._started() if saved else [], saved, strict=True):
@@ -293,3 +392,5 @@ class CurvatureTracker(Readings):
         if not saved:
             self._separations = []
         self._calls = int(state_dict["calls"])
+        if ring is not None:
+            self._history.load_state_dict(ring)

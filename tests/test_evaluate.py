@@ -12,21 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
 from lyapcuda.evaluate import gradients, modules_of
-
-
-class Noisy(nn.Module):
-    """Dropout, BatchNorm and Python, NumPy and torch randomness in one forward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12, affine=False)
-        self.dropout, self.last = nn.Dropout(0.1), nn.Linear(12, 3)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x):
-        self.calls = self.calls + 1  # replaced, not written in place
-        x = x * (1 + 0.1 * random.random()) + 0.1 * np.random.rand()
-        return self.last(self.dropout(torch.tanh(self.norm(self.first(x)))))
+from noisy import Noisy, snapshot
 
 
 @pytest.fixture
@@ -35,21 +21,6 @@ def noisy():
     model = Noisy()
     x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
     return model, lambda: nn.functional.cross_entropy(model(x), y)
-
-
-def snapshot(model):
-    """Bytes of everything that must not change."""
-    tensors = [*model.parameters(), *model.buffers()]
-    grads = [None if p.grad is None else p.grad.numpy().tobytes() for p in model.parameters()]
-    return (
-        [t.detach().numpy().tobytes() for t in tensors],
-        [t.data_ptr() for t in model.parameters()],
-        grads,
-        torch.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        [np.asarray(part).tobytes() for part in np.random.get_state()[1:]],
-        model.training,
-    )
 
 
 def test_no_trace_is_left(noisy):

@@ -1,0 +1,197 @@
+"""What a tracker measured, step by step: a ring buffer on the device, columns on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyapcuda.benettin import Benettin
+from lyapcuda.lyapunov import Separation
+from lyapcuda.ops import STATE_FIELDS
+from lyapcuda.panel_ops import panel_fields
+from lyapcuda.readings import joined
+from lyapcuda.saved import check_shapes, require_entries
+
+__all__ = ["CurvatureHistory", "Ring"]
+
+#: Of each row, before the separations' scalars.
+_OWN = ("step", "loss")
+
+
+@dataclass(frozen=True)
+class CurvatureHistory:
+    """Measurements in their order, on the host; n rows, the oldest first.
+
+    Attributes:
+        step: int64 (n,), which call of ``step`` (or of an attached optimizer's) it was, from 1.
+        loss: float64 (n,), what that call returned.
+        h, h_ema, rayleigh, residual, exponent: float64 (n,), for k > 1 (n, k), as the tracker's
+            properties of those names were after it.
+        interval: float64 (n, 2), for k > 1 (n, k, 2).
+        beta: float64 (n,), for "BE" (n, 2).
+        accepted: bool (n,), False where a loss or gradient wasn't finite: the values are then the
+            ones of before. For "BE" both ends have to be.
+        overwritten: how many older measurements the buffer no longer holds.
+    """
+
+    step: Tensor
+    loss: Tensor
+    h: Tensor
+    h_ema: Tensor
+    interval: Tensor
+    rayleigh: Tensor
+    residual: Tensor
+    exponent: Tensor
+    beta: Tensor
+    accepted: Tensor
+    overwritten: int = 0
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def columns(self) -> dict[str, list[float | int | bool]]:
+        """A list of n numbers under every name; with k > 1 ``h_0``, ``h_1``, … and so on."""
+        out: dict[str, list[float | int | bool]] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "overwritten":
+                continue
+            if field.name == "interval":
+                out |= _spread("h_low", value[..., 0]) | _spread("h_high", value[..., 1])
+            else:
+                out |= _spread(field.name, value)
+        return out
+
+
+def _spread(name: str, values: Tensor) -> dict[str, list[Any]]:
+    if values.dim() == 1:
+        return {name: values.tolist()}
+    return {f"{name}_{i}": column.tolist() for i, column in enumerate(values.unbind(1))}
+
+
+def _scalar_fields(k: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Name → (offset, length) of the scalars at the head of a separation's state; how many."""
+    if k == 1:
+        return {name: (i, 1) for i, name in enumerate(STATE_FIELDS)}, len(STATE_FIELDS)
+    table = panel_fields(k)
+    width = table["r"][0]  # the matrices come last
+    return {n: (o, math.prod(s)) for n, (o, s) in table.items() if o < width}, width
+
+
+class Ring:
+    """The last measurements of a tracker, written without waiting for the device.
+
+    Positions and step numbers are counted on the device: a CUDA graph's replays count as well.
+
+    Args:
+        capacity: how many rows are kept.
+        device: the tracker's.
+        ks: how many eigenvalues each of its separations has.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, ks: Sequence[int]) -> None:
+        self.capacity, self._ks = capacity, list(ks)
+        layouts = [_scalar_fields(k) for k in ks]
+        self._width = len(_OWN) + sum(width for _, width in layouts)
+        self._layouts = layouts
+        self._oldest = 0  # number of the first measurement that a loaded state still held
+        self._clock = torch.zeros(1, dtype=torch.float64, device=device)
+        self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(capacity, self._width, dtype=torch.float64, device=device)
+
+    def tick(self) -> None:
+        """Counts a step, measured or not."""
+        self._clock.add_(1.0)
+
+    def record(self, loss: Tensor, separations: Sequence[Separation | Benettin]) -> None:
+        """Keeps what the separations' states hold now."""
+        scalars = [
+            s.state[:width].to(self._rows.device)
+            for s, (_, width) in zip(separations, self._layouts, strict=True)
+        ]
+        row = torch.cat([self._clock, loss.to(self._rows).reshape(1), *scalars])
+        self._rows.index_copy_(0, self._recorded.remainder(self.capacity), row[None])
+        self._recorded.add_(1)
+
+    @property
+    def recorded(self) -> int:
+        """How many measurements were ever recorded. Waits for the device."""
+        return int(self._recorded)
+
+    def _last(self, count: int) -> Tensor:
+        """The newest rows, in order, on the device."""
+        end = self.recorded
+        kept = min(end - self._oldest, self.capacity, max(count, 0))
+        return self._rows[torch.arange(end - kept, end, device=self._rows.device) % self.capacity]
+
+    def read(self, after: int = 0) -> CurvatureHistory:
+        """The measurements from number ``after`` (0: the first ever) on that are still held."""
+        end = self.recorded
+        rows = self._last(end - after).cpu()
+        overwritten = end - after - len(rows)
+        first, tables = len(_OWN), []
+        for fields_of, width in self._layouts:
+            tables.append((fields_of, rows[:, first : first + width]))
+            first += width
+
+        def parts(name: str) -> list[Tensor]:
+            return [table[:, of[name][0] : sum(of[name])] for of, table in tables]
+
+        def values(name: str) -> Tensor:
+            return joined(parts(name))
+
+        center, half = values("center"), values("width")
+        only = (slice(None), 0) if sum(self._ks) == 1 else slice(None)  # no dimension for k = 1
+        beta = torch.cat(parts("beta"), 1)
+        return CurvatureHistory(
+            step=rows[:, 0].long(),
+            loss=rows[:, 1].clone(),
+            interval=torch.stack([center - half, center + half], -1)[only],
+            beta=beta if len(tables) > 1 else beta[:, 0],
+            accepted=torch.cat(parts("accepted"), 1).bool().all(1),
+            overwritten=max(overwritten, 0),
+            **{
+                name: values(name)[only]
+                for name in ("h", "h_ema", "rayleigh", "residual", "exponent")
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, oldest first, and the counters; tensors are copies."""
+        return {
+            "ks": list(self._ks),
+            "rows": self._last(self.capacity),
+            "clock": self._clock.clone(),
+            "recorded": self._recorded.clone(),
+        }
+
+    def check(self, saved: Any) -> None:
+        """Raises a ValueError where `load_state_dict` would not fit."""
+        require_entries(saved, "ks", "rows", "clock", "recorded")
+        tensors = {name: saved[name] for name in ("rows", "clock", "recorded")}
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"state_dict: history's {name} is a {type(value).__name__}")
+        check_shapes("history's clock", [self._clock], [tensors["clock"]])
+        check_shapes("history's recorded", [self._recorded], [tensors["recorded"]])
+        shape, recorded = tuple(tensors["rows"].shape), int(tensors["recorded"])
+        if saved["ks"] != self._ks or len(shape) != 2 or shape[1] != self._width:
+            raise ValueError(f"state_dict: history of shape {shape}, expected (n, {self._width})")
+        if shape[0] > recorded:
+            raise ValueError(f"state_dict: history of {shape[0]} rows, but {recorded} recorded")
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over a `state_dict`, of another capacity as well: then what fits of it."""
+        self.check(saved)
+        end, rows = int(saved["recorded"]), saved["rows"][-self.capacity :].to(self._rows)
+        self._rows.zero_()
+        self._oldest = end - len(rows)
+        where = torch.arange(self._oldest, end, device=self._rows.device) % self.capacity
+        self._rows[where] = rows
+        self._clock.copy_(saved["clock"])
+        self._recorded.copy_(saved["recorded"])
