@@ -5,6 +5,7 @@ import torch  # noqa: F401  (its libraries are what lyapcuda._C links to)
 from lyapcuda import lyapunov, ops
 from lyapcuda.eigsh import ConvergenceWarning, EigenResult, FiniteScale, eigsh, finite_scale
 from lyapcuda.history import CurvatureHistory
+from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
 from lyapcuda.operator import HessianOperator
 from lyapcuda.optim import LyapunovSGD
 from lyapcuda.spectrum import SpectralDensity, TraceResult, spectral_density, trace
@@ -15,13 +16,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConvergenceWarning",
+    "CsvWriter",
     "CurvatureHistory",
+    "CurvatureLog",
     "CurvatureTracker",
     "EigenResult",
     "FiniteScale",
     "HessianOperator",
+    "JsonlWriter",
     "LyapunovSGD",
     "SpectralDensity",
+    "TensorBoardWriter",
     "TraceResult",
     "eigsh",
     "finite_scale",

@@ -333,6 +333,16 @@ class CurvatureTracker(Readings):
         """How many measurements went into `history` since the start. Waits for the device."""
         return self._kept("recorded").recorded
 
+    @property
+    def history_capacity(self) -> int:
+        """How many measurements `history` keeps; 0 for none."""
+        return 0 if self._history is None else self._history.capacity
+
+    @property
+    def calls(self) -> int:
+        """How many steps were taken, measured or not."""
+        return self._calls
+
     def _kept(self, what: str) -> Ring:
         if self._history is None:
             raise RuntimeError(f"{what}: this tracker was made with history=0")

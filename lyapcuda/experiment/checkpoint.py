@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lyapcuda.files import replace_file
 
 FORMAT = "lyapcuda-experiment"
 VERSION = 1
@@ -19,31 +20,6 @@ _ENTRIES = {
     "loader": dict,
     "rng": dict,
 }
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Write a file so that ``path`` always holds the old content or the new, even after a crash.
-
-    Args:
-        path: the file.
-        write: called with a binary file object.
-    """
-    # In the same folder: os.replace is atomic only within a file system.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the new name itself may be lost
-    finally:
-        os.close(folder)
 
 
 def save(path: Path, entries: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import replace_file
+from lyapcuda.files import replace_file
 
 LOSS_NAMES = {"ce": "cross-entropy", "mse": "mean squared error"}
 SCHEDULE_TITLES = {"constant": "constant rate", "cyclic": "cyclic rate", "qn": "quasi-Newton"}

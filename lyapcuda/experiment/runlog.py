@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import replace_file
+from lyapcuda.files import LineFile
+from lyapcuda.log import csv_line
 
 MEASURED = ("loss", "exponent", "beta", "h", "h_low", "h_high", "inverse_h", "lr")
 COLUMNS = ("step", "epoch", *MEASURED)
@@ -60,12 +59,8 @@ class RunLog:
     """
 
     def __init__(self, path: Path, rows: list[list[str]] | None = None) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(rows or [])])
-        replace_file(path, lambda file: file.write(text.getvalue().encode()))
         self.path = path
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._file = LineFile(path, map(csv_line, [COLUMNS, *(rows or [])]))
         self._waiting: list[tuple[int, float, Tensor]] = []
         self.last: dict[str, float] = {}
         if rows:
@@ -91,20 +86,19 @@ class RunLog:
             return None
         waiting, self._waiting = self._waiting, []
         table = torch.stack([values for *_, values in waiting]).tolist()
-        diverged = None
+        diverged, lines = None, []
         for (step, epoch, _), values in zip(waiting, table, strict=True):
-            self._writer.writerow([step, epoch, *values])
+            lines.append(csv_line([step, epoch, *values]))
             self.last = dict(zip(COLUMNS, (step, epoch, *values), strict=True))
             if not math.isfinite(self.last["loss"]):
                 diverged = step
                 break
-        self._file.flush()
+        self._file.add(lines)
         return diverged
 
     def sync(self) -> None:
         """Make what was written safe, so that a checkpoint is never ahead of its CSV."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file; what waits and was not flushed is lost."""
