@@ -1,4 +1,4 @@
-"""The command line: ``lyapcuda train``, ``lyapcuda eigs`` and ``lyapcuda info``."""
+"""The command line: ``lyapcuda train``, ``eigs``, ``paper`` and ``info``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lyapcuda.experiment import checkpoint
 from lyapcuda.experiment.config import ESTIMATES, LOSSES, SCHEDULE_NAMES, TrainConfig, require_same
 from lyapcuda.experiment.data import CLASSES, DIGITS
 from lyapcuda.experiment.models import MODELS
+from lyapcuda.experiment.paper import command as paper
 from lyapcuda.experiment.train import TrainResult, saved_config, train, usable_device
 
 EXIT_DIVERGED = EXIT_NOT_CONVERGED = 1
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="run one of the paper's experiments"))
     _add_eigs(commands.add_parser("eigs", help="eigenvalues of a model's Hessian"))
+    _add_paper(commands.add_parser("paper", help="run the figures of the paper"))
     info = commands.add_parser("info", help="say how this installation was built")
     info.set_defaults(run=_info)
     return parser
@@ -82,6 +84,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--schedule", choices=SCHEDULE_NAMES, help=f"default {default.schedule}")
     add("--lr", type=float, help=f"rate, or the cycle's peak (default {default.lr})")
     add("--gain", type=float, help=f"qn: lr = gain/h0 (default {default.gain})")
+    add("--cycle-epochs", type=float, help=f"of a cycle (default {default.cycle_epochs:g})")
+    add("--cycle-ratio", type=float, help=f"peak / lowest rate (default {default.cycle_ratio:g})")
+    add("--warmup", type=int, metavar="N", help=f"qn: at most (default {default.warmup})")
     add("--epochs", type=int, help=f"default {default.epochs}")
     add("--max-steps", type=int, metavar="N", help="stop after N steps if that is earlier")
     add("--batch-size", type=int, metavar="N", help="default 128 for digits, 512 for CIFAR-10")
@@ -251,6 +256,16 @@ def _eigs(arguments: argparse.Namespace) -> int:
         for path in report.write(arguments.out):
             print(path, file=sys.stderr if arguments.json else sys.stdout)
     return 0 if bool(report.result.converged.all()) else EXIT_NOT_CONVERGED
+
+
+def _add_paper(parser: argparse.ArgumentParser) -> None:
+    paper.add_arguments(parser)
+    parser.set_defaults(run=_paper)
+
+
+def _paper(arguments: argparse.Namespace) -> int:
+    _set_threads(arguments.threads)
+    return paper.run(arguments)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["LineFile", "replace_file"]
+__all__ = ["LineFile", "finite", "replace_file", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -33,6 +35,23 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)  # else the new name itself may be lost
     finally:
         os.close(folder)
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for every float that JSON can't hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as JSON, whole or not at all; what isn't finite becomes null."""
+    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 class LineFile:

@@ -40,6 +40,8 @@ class TrainConfig:
         schedule: ``constant``, ``cyclic`` or ``qn``.
         lr: the learning rate (constant) or its peak (cyclic).
         gain: ``lr = gain / h0`` under ``qn``.
+        cycle_epochs, cycle_ratio: length of a cycle, and its highest rate over its lowest (cyclic).
+        warmup: measurements before the first step at most, at the initial weights (``qn``).
         epochs: length of the run.
         max_steps: stop after this many steps if that comes first.
         batch_size: default 128 for digits, 512 for CIFAR-10.
@@ -64,6 +66,9 @@ class TrainConfig:
     schedule: str = "constant"
     lr: float = 0.1
     gain: float = 1.0
+    cycle_epochs: float = 4.0
+    cycle_ratio: float = 10.0
+    warmup: int = 100
     epochs: int = 30
     max_steps: int | None = None
     batch_size: int | None = None
@@ -86,12 +91,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in choices and not (name == "estimate" and value is None):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("lr", "gain", "perturbation"):
+        for name in ("lr", "gain", "perturbation", "cycle_epochs"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not (math.isfinite(self.cycle_ratio) and self.cycle_ratio >= 1):
+            raise ValueError(f"cycle_ratio must be at least 1, got {self.cycle_ratio}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
         for name in ("epochs", "max_steps", "batch_size", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch
 
 import lyapcuda
 from lyapcuda import EigenResult, SpectralDensity, TraceResult
+from lyapcuda.files import finite, replace_file, write_json
 from lyapcuda.spectrum import check_samples, check_steps
 
-from . import checkpoint
 from .plots import BLUE, GREEN, new_figure
 from .problem import Problem
 
@@ -84,15 +82,14 @@ class EigsReport:
                 name: getattr(self.density, name).tolist()
                 for name in ("grid", "density", "standard_error")
             }
-        return _finite(found)
+        return finite(found)
 
     def write(self, out: Path) -> tuple[Path, Path]:
         """Writes eigs.json and eigs.png to a folder; returns their paths."""
         figure = self._figure()
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        checkpoint.replace_file(out / JSON, lambda file: file.write(text.encode()))
-        checkpoint.replace_file(out / PNG, lambda file: figure.savefig(file, format="png"))
+        write_json(out / JSON, self.to_dict())
+        replace_file(out / PNG, lambda file: figure.savefig(file, format="png"))
         return out / JSON, out / PNG
 
     def _figure(self) -> Any:
@@ -117,16 +114,6 @@ class EigsReport:
         if self.density is not None:
             self.density.draw(figure.add_subplot(panels, 1, 2), color=GREEN)
         return figure
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def measure(

@@ -21,6 +21,7 @@ MODEL_TITLES = {
 }
 # Okabe-Ito, so that the paper's blue, orange, red and green stay apart for every reader.
 BLUE, ORANGE, RED, GREEN = "#0072B2", "#E69F00", "#C8102E", "#009E73"
+PURPLE = "#8F3F97"
 _NEEDED = ("epoch", "exponent", "h_low", "h_high", "inverse_h", "lr", "loss")
 
 
@@ -36,7 +37,7 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'lyapcuda[experiment]'") from error
 
 
-def new_figure(width: float = 7.6, height: float = 4.6) -> Any:
+def new_figure(width: float = 7.6, height: float = 4.6, dpi: int = 150) -> Any:
     """An empty figure, in inches.
 
     Raises:
@@ -46,7 +47,7 @@ def new_figure(width: float = 7.6, height: float = 4.6) -> Any:
     # Figure, not pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=150)
+    return Figure(figsize=(width, height), dpi=dpi)
 
 
 def title_of(model: str, loss: str, schedule: str) -> str:
@@ -109,31 +110,62 @@ def _positive(values: np.ndarray) -> np.ma.MaskedArray:
 def _draw(figure: Any, columns: dict[str, np.ndarray], title: str) -> None:
     # Margins for labels like "4 × 10⁻¹"; finding them is half of a layout engine's drawing time.
     left = figure.add_axes((0.125, 0.185, 0.75, 0.74))
+    handles = draw_curves(left, columns)
+    figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False)
+    if title:
+        left.set_title(title)
+
+
+def draw_curves(
+    left: Any,
+    columns: dict[str, np.ndarray],
+    *,
+    unbiased: bool = False,
+    width: float = 1.1,
+    labels: bool = True,
+) -> list[Any]:
+    """Draw a run's columns on axes of a matplotlib figure, the loss on a second vertical axis.
+
+    Args:
+        left: the axes.
+        columns: from :func:`read_columns`.
+        unbiased: for a run with ``estimate="paper"``: instead of the interval, the inverse of its
+            middle, the Rayleigh quotient; and α/2, below which 1/h₀ makes a step unstable.
+        width: of a line, in points.
+        labels: whether to name the vertical axes.
+
+    Returns:
+        The curves, for a legend.
+    """
     right = left.twinx()
     # The curves of the left axis lie over the loss; its background must then be clear.
     left.set_zorder(2)
     left.patch.set_visible(False)
     epochs = columns["epoch"]
     # One row makes no line.
-    style = {"linewidth": 1.1, "marker": "o" if len(epochs) < 3 else None, "markersize": 3}
+    style = {"linewidth": width, "marker": "o" if len(epochs) < 3 else None, "markersize": 3}
+
+    def curve(axes: Any, values: np.ndarray, color: str, label: str, **changes: Any) -> Any:
+        (line,) = axes.plot(
+            epochs, _positive(values), color=color, label=label, **(style | changes)
+        )
+        return line
 
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = (_positive(1.0 / columns[name]) for name in ("h_high", "h_low"))
-    band = left.fill_between(
-        epochs, low, high, color=ORANGE, alpha=0.22, linewidth=0, label="1/h₀, interval"
-    )
-    lines = [
-        left.plot(epochs, _positive(columns["exponent"]), color=BLUE, label="λ", **style),
-        left.plot(epochs, _positive(columns["inverse_h"]), color=ORANGE, label="1/h₀", **style),
-        left.plot(
-            epochs,
-            _positive(columns["lr"]),
-            color=RED,
-            label="α",
-            **(style | {"linewidth": 1.8}),
-        ),
-        right.plot(epochs, _positive(columns["loss"]), color=GREEN, label="loss", **style),
-    ]
+        middle = 2.0 / (columns["h_low"] + columns["h_high"])
+    exponent = curve(left, columns["exponent"], BLUE, "λ")
+    if unbiased:
+        inverse = curve(left, columns["inverse_h"], ORANGE, "1/h₀ as printed")
+        beside = [curve(left, middle, PURPLE, "1/h₀ unbiased")]
+        edge = {"linewidth": 0.8 * width, "linestyle": (0, (3, 2))}
+        beside.append(curve(left, columns["lr"] / 2.0, RED, "α/2", **edge))
+    else:
+        inverse = curve(left, columns["inverse_h"], ORANGE, "1/h₀")
+        band = {"color": ORANGE, "alpha": 0.22, "linewidth": 0, "label": "1/h₀, interval"}
+        beside = [left.fill_between(epochs, low, high, **band)]
+    rate = curve(left, columns["lr"], RED, "α", linewidth=1.6 * width)
+    loss = curve(right, columns["loss"], GREEN, "loss")
 
     if len(epochs):
         left.set_xscale("log")
@@ -142,9 +174,10 @@ def _draw(figure: Any, columns: dict[str, np.ndarray], title: str) -> None:
         # matplotlib refuses a logarithmic axis with nothing on it.
         if any(np.ma.count(line.get_ydata(orig=True)) for line in axes.lines):
             axes.set_yscale("log")
-    left.set_xlabel("epochs")
-    left.set_ylabel("λ, 1/h₀, α")
-    right.set_ylabel("loss", color=GREEN)
+    if labels:
+        left.set_xlabel("epochs")
+        left.set_ylabel("λ, 1/h₀, α")
+        right.set_ylabel("loss", color=GREEN)
     right.tick_params(axis="y", which="both", colors=GREEN)
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     # Translucent, for it also lies over the loss.
@@ -152,8 +185,4 @@ def _draw(figure: Any, columns: dict[str, np.ndarray], title: str) -> None:
     left.set_axisbelow(True)
     for axes in (left, right):
         axes.spines["top"].set_visible(False)
-    (exponent, inverse, rate, loss) = (line for drawn in lines for line in drawn)
-    handles = [exponent, inverse, band, rate, loss]
-    figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False)
-    if title:
-        left.set_title(title)
+    return [exponent, inverse, *beside, rate, loss]

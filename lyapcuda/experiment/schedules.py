@@ -14,9 +14,6 @@ from lyapcuda import CurvatureTracker, LyapunovSGD
 from .config import SCHEDULE_NAMES, TrainConfig
 
 Closure = Callable[[], Tensor]
-# Of the cyclic schedule: epochs from the lowest rate to the highest, and their ratio.
-CYCLE_UP_EPOCHS = 2
-CYCLE_RATIO = 10
 
 
 class Schedule(ABC):
@@ -60,6 +57,7 @@ class Constant(Schedule):
             estimate=config.estimate,
             weight_decay=config.weight_decay,
             seed=config.seed,
+            model=model,
         )
         self._lr = config.lr
 
@@ -83,15 +81,15 @@ class Constant(Schedule):
 
 
 class Cyclic(Constant):
-    """SGD with a triangular wave from ``lr / 10`` to ``lr``, four epochs long (Smith & Topin)."""
+    """SGD with a triangular wave from ``lr / cycle_ratio`` to ``lr`` (Smith & Topin)."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.CyclicLR(
             self.optimizer,
-            base_lr=config.lr / CYCLE_RATIO,
+            base_lr=config.lr / config.cycle_ratio,
             max_lr=config.lr,
-            step_size_up=CYCLE_UP_EPOCHS * steps_per_epoch,
+            step_size_up=max(1, round(config.cycle_epochs / 2 * steps_per_epoch)),
             cycle_momentum=False,
         )
 
@@ -118,6 +116,7 @@ class QuasiNewton(Schedule):
             weight_decay=config.weight_decay,
             perturbation=config.perturbation,
             estimate=config.estimate,
+            warmup_iterations=config.warmup,
             seed=config.seed,
         )
 

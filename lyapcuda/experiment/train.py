@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -238,6 +239,34 @@ class _Run:
         low, high = tracker.interval.unbind()
         h = tracker.h
         return [loss, tracker.exponent, tracker.beta, h, low, high, 1.0 / h, self.schedule.lr]
+
+
+def after(
+    path: Path, count: int, device: str
+) -> tuple[nn.Module, Callable[[Any], Tensor], list[Any]]:
+    """A finished run's model, the loss of one minibatch, and the next minibatches of its stream.
+
+    Args:
+        path: its checkpoint.
+        count: how many minibatches.
+        device: a torch device, or ``auto``.
+
+    Raises:
+        ValueError, OSError: not a checkpoint, or its data are gone.
+    """
+    saved = checkpoint.load(path)
+    config = saved_config(path, saved)
+    place = usable_device(device)
+    dataset = load(config.data, config.default_classes())
+    config = config.resolved(dataset)
+    fingerprint = dataset.fingerprint()
+    _check_same_run(path, saved, config, fingerprint)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        run = _Run(config, dataset.to(place), fingerprint, place)
+        run.restore(path, saved)
+        batches = [run.loader.next() for _ in range(count)]
+    loss_of = LOSSES[config.loss]
+    return run.model, lambda batch: loss_of(run.model(batch[0]), batch[1]), batches
 
 
 @torch.no_grad()
