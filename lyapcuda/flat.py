@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ __all__ = [
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
 #: aligned.
 ALIGNMENT = 32
+# Bytes: where torch's own tensors start.
+_LINE = 64
 
 #: Device types that this build has ops for.
 BACKENDS = tuple(_C.build_info()["backend"].split(", "))
@@ -214,6 +217,20 @@ class FlatGroup:
     def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
         """An all-zero flat buffer: the gaps between segments stay zero."""
         return torch.zeros(self.length, dtype=dtype or self.buffer_dtype, device=self.device)
+
+    def new_panel(self, rows: int) -> Tensor:
+        """(rows, length) of zeros: as many flat buffers. On the CPU, a row that is never touched
+        takes no memory.
+        """
+        shape = (rows, self.length)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.buffer_dtype, device=self.device)
+        # torch writes its zeros; NumPy gets pages that the system fills when they are first used.
+        size = self.buffer_dtype.itemsize
+        raw = torch.from_numpy(np.zeros(rows * self.length * size + _LINE, dtype=np.uint8))
+        start = -raw.data_ptr() % _LINE
+        flat = raw[start : start + rows * self.length * size].view(self.buffer_dtype)
+        return flat.view(shape)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The segments of a flat buffer, shaped and strided like the parameters."""

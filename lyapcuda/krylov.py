@@ -46,11 +46,7 @@ class Basis:
     @classmethod
     def empty(cls, layout: FlatLayout, rows: int) -> Basis:
         """Zeros: the gaps between segments stay so."""
-        panels = [
-            torch.zeros(rows, g.length, dtype=g.buffer_dtype, device=g.device)
-            for g in layout.groups
-        ]
-        return cls(layout, panels)
+        return cls(layout, [group.new_panel(rows) for group in layout.groups])
 
     def __getitem__(self, rows: slice) -> Basis:
         return Basis(self.layout, [panel[rows] for panel in self.panels])

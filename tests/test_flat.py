@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,24 @@ def test_a_parameter_that_changed_its_type_is_named():
     model.double()
     with pytest.raises(ValueError, match="weight is now .*float64.*was.*float32"):
         tracker.step(lambda: model(x.double()).square().sum())
+
+
+def test_a_panel_is_zeros_on_cache_lines_and_takes_memory_where_it_is_written():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        (group,) = FlatLayout([nn.Parameter(torch.zeros(999_937, dtype=dtype))]).groups
+        before = resident()
+        panel = group.new_panel(20)
+        assert panel.shape == (20, group.length) and panel.dtype == group.buffer_dtype
+        assert panel.data_ptr() % 64 == 0 and panel.is_contiguous()
+        panel[3] = 1.0
+        taken = resident() - before
+        size = panel[0].numel() * panel.itemsize
+        assert not panel[:3].any() and not panel[4:].any() and bool((panel[3] == 1).all())
+        del panel
+        assert not before or 0.5 * size < taken < 3 * size
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system doesn't tell."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * mmap.PAGESIZE if pages.exists() else 0
