@@ -185,6 +185,13 @@ class Ring:
         if shape[0] > recorded:
             raise ValueError(f"state_dict: history of {shape[0]} rows, but {recorded} recorded")
 
+    def restart(self, clock: int) -> None:
+        """Holds nothing, after so many steps."""
+        self._oldest = 0
+        self._rows.zero_()
+        self._recorded.zero_()
+        self._clock.fill_(clock)
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`, of another capacity as well: then what fits of it."""
         self.check(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from lyapcuda.benettin import Benettin
 from lyapcuda.flat import FlatLayout
 from lyapcuda.lyapunov import Separation
+
+if TYPE_CHECKING:
+    from lyapcuda.history import CurvatureHistory, Ring
 
 __all__ = ["Readings", "joined"]
 
@@ -30,6 +34,8 @@ class Readings:
 
     _layout: FlatLayout
     _perturbation: float | None
+    _history: Ring | None
+    _calls: int
     #: An end of the spectrum each; none before the first step.
     _separations: list[Separation | Benettin]
     k: int
@@ -127,3 +133,34 @@ class Readings:
         if self.which == "BE":
             found[1].reverse()
         return [vector for end in found for vector in end][i]
+
+    def history(self, after: int = 0) -> CurvatureHistory:
+        """The measurements so far, as many as the buffer holds, as columns on the host.
+
+        Args:
+            after: leaves out the first so many measurements (all ever taken count).
+
+        Raises:
+            RuntimeError: the tracker was made with ``history=0``.
+        """
+        return self._kept("history()").read(after)
+
+    @property
+    def recorded(self) -> int:
+        """How many measurements went into `history` since the start. Waits for the device."""
+        return self._kept("recorded").recorded
+
+    @property
+    def history_capacity(self) -> int:
+        """How many measurements `history` keeps; 0 for none."""
+        return 0 if self._history is None else self._history.capacity
+
+    @property
+    def calls(self) -> int:
+        """How many steps were taken, measured or not."""
+        return self._calls
+
+    def _kept(self, what: str) -> Ring:
+        if self._history is None:
+            raise RuntimeError(f"{what}: this tracker was made with history=0")
+        return self._history

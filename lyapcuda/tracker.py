@@ -15,7 +15,7 @@ from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS, Benettin
 from lyapcuda.evaluate import Closure, at_a_copy, gradients, modules_of
 from lyapcuda.flat import FlatLayout, Parameters
-from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.history import Ring
 from lyapcuda.lyapunov import SIGNS, Separation
 from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
@@ -317,37 +317,6 @@ class CurvatureTracker(Readings):
         for separation in self._started():
             separation.restart_average()
 
-    def history(self, after: int = 0) -> CurvatureHistory:
-        """The measurements so far, as many as the buffer holds, as columns on the host.
-
-        Args:
-            after: leaves out the first so many measurements (all ever taken count).
-
-        Raises:
-            RuntimeError: the tracker was made with ``history=0``.
-        """
-        return self._kept("history()").read(after)
-
-    @property
-    def recorded(self) -> int:
-        """How many measurements went into `history` since the start. Waits for the device."""
-        return self._kept("recorded").recorded
-
-    @property
-    def history_capacity(self) -> int:
-        """How many measurements `history` keeps; 0 for none."""
-        return 0 if self._history is None else self._history.capacity
-
-    @property
-    def calls(self) -> int:
-        """How many steps were taken, measured or not."""
-        return self._calls
-
-    def _kept(self, what: str) -> Ring:
-        if self._history is None:
-            raise RuntimeError(f"{what}: this tracker was made with history=0")
-        return self._history
-
     # --- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,13 +325,19 @@ class CurvatureTracker(Readings):
         """
         return {
             "format": _STATE_FORMAT,
+            **self._kind(),
+            "calls": self._calls,
+            "separations": [separation.state_dict() for separation in self._separations],
+            "history": None if self._history is None else self._history.state_dict(),
+        }
+
+    def _kind(self) -> dict[str, Any]:
+        """What has to agree between a saved state and the tracker that takes it over."""
+        return {
             "k": self.k,
             "which": self.which,
             "estimate": self.estimate,
             "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
-            "calls": self._calls,
-            "separations": [separation.state_dict() for separation in self._separations],
-            "history": None if self._history is None else self._history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,33 +349,34 @@ class CurvatureTracker(Readings):
         """
         if not isinstance(state_dict, dict) or state_dict.get("format") != _STATE_FORMAT:
             raise ValueError("state_dict: not the state of a CurvatureTracker of this version")
-        mine = self.state_dict()
-        for name in ("k", "which", "estimate", "sizes"):
-            if state_dict.get(name) != mine[name]:
-                raise ValueError(
-                    f"state_dict: {name} is {state_dict.get(name)!r}, but this tracker's is "
-                    f"{mine[name]!r}"
-                )
+        for name, mine in self._kind().items():
+            saved = state_dict.get(name)
+            if saved != mine:
+                raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
         require_entries(state_dict, "calls", "separations", "history")
-        saved = state_dict["separations"]
-        if len(saved) not in (0, len(self._ends)):
+        saved, calls = state_dict["separations"], state_dict["calls"]
+        whole("state_dict: calls", calls, 0)
+        if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
             raise ValueError(
-                f"state_dict: {len(saved)} separations, but which={self.which!r} has "
-                f"{len(self._ends)}"
+                f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
             )
-        ring = state_dict["history"] if self._history is not None else None
-        if ring is not None:
-            self._history.check(ring)
-        before = [separation.state_dict() for separation in self._separations]
+        history = state_dict["history"]
+        if self._history is not None and history is not None:
+            self._history.check(history)
+        present = self._separations
+        before = [separation.state_dict() for separation in present]
         try:
             for separation, values in zip(self._started() if saved else [], saved, strict=True):
                 separation.load_state_dict(values)
         except BaseException:
-            for separation, values in zip(self._separations, before, strict=False):
+            for separation, values in zip(present, before, strict=True):
                 separation.load_state_dict(values)
+            self._separations = present
             raise
         if not saved:
             self._separations = []
-        self._calls = int(state_dict["calls"])
-        if ring is not None:
-            self._history.load_state_dict(ring)
+        self._calls = int(calls)
+        if self._history is not None:
+            self._history.restart(self._calls)
+            if history is not None:
+                self._history.load_state_dict(history)

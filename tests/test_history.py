@@ -199,6 +199,9 @@ def test_without_a_history(problem):
     fresh = lyapcuda.CurvatureTracker(model.parameters())
     fresh.load_state_dict(tracker.state_dict())
     assert torch.equal(fresh.h, kept.h) and len(fresh.history()) == 0
+    kept.load_state_dict(tracker.state_dict())  # there is none to go on with
+    kept.step(closures[0])
+    assert kept.history().step.tolist() == [7] and kept.history().overwritten == 0
     tracker.load_state_dict(kept.state_dict())
     with pytest.raises(ValueError, match="history=-1"):
         lyapcuda.CurvatureTracker(model.parameters(), history=-1)

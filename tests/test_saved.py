@@ -47,3 +47,15 @@ def test_an_optimizer_names_what_is_missing():
     optimizer = lyapcuda.LyapunovSGD(nn.Linear(4, 3).parameters())
     with pytest.raises(ValueError, match="LyapunovSGD, it lacks .*'warm'"):
         optimizer.load_state_dict(torch.optim.SGD(nn.Linear(4, 3).parameters()).state_dict())
+
+
+def test_a_state_that_is_refused_leaves_a_tracker_that_had_not_started():
+    model = nn.Linear(4, 3)
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    tracker.step(lambda: model(torch.ones(2, 4)).square().sum())
+    saved = tracker.state_dict()
+    saved["separations"][0]["q"] = [torch.zeros(3)]
+    fresh = lyapcuda.CurvatureTracker(model.parameters())
+    with pytest.raises(ValueError, match="q is"):
+        fresh.load_state_dict(saved)
+    assert fresh.perturbation is None and fresh.calls == 0  # Δq is chosen at the first step
