@@ -12,6 +12,7 @@ memory on the device. So the same tests serve both. As a pytest plugin (``-p sim
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -60,17 +61,24 @@ def _digest(*parts: bytes | str) -> str:
 @functools.cache
 def build() -> Path:
     """The library, from build/simt where these sources were built before."""
+    folder = ROOT / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Processes that share the tests would all compile the same.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _built(folder)
+
+
+def _built(folder: Path) -> Path:
     compiler = os.environ.get("CXX", "c++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     headers = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cuh"))
     texts = [path.read_bytes() for path in headers]
     common = _digest(version.stdout, torch.__version__, torch.__file__, *FLAGS, *texts)
-    folder = ROOT / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 
     def run(target: Path, command: Sequence[str | Path]) -> None:
-        # Another process may be building the same: what has the final name is whole.
+        # What has the final name is whole, whenever the build was interrupted.
         unfinished = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run(
             [compiler, *map(str, command), "-o", str(unfinished)], capture_output=True, text=True
@@ -200,3 +208,7 @@ def pytest_configure(config: Any) -> None:
     if reason := missing(name):
         raise RuntimeError(f"LYAPCUDA_TEST_LIBRARY={name}: {reason}")
     ops._library = library(name)
+
+
+if __name__ == "__main__":  # scripts/test.sh: compiling takes longer than a test may
+    build()
