@@ -18,6 +18,7 @@ import csv
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,10 @@ TRACKERS = {
 }
 
 
-def exact_h0(loss: Callable[[], Tensor], parameters: list[Tensor]) -> float:
-    """Largest eigenvalue of the Hessian plus DECAY, by Lanczos on exact products."""
+def exact_top(
+    loss: Callable[[], Tensor], parameters: list[Tensor], **options: Any
+) -> tuple[float, np.ndarray]:
+    """Largest eigenvalue of the Hessian plus DECAY and its vector, by Lanczos on exact products."""
     sizes = [p.numel() for p in parameters]
     gradient = torch.autograd.grad(loss(), parameters, create_graph=True)
 
@@ -50,8 +53,13 @@ def exact_h0(loss: Callable[[], Tensor], parameters: list[Tensor]) -> float:
         return torch.cat([row.reshape(-1) for row in rows]).double().numpy()
 
     operator = LinearOperator((sum(sizes), sum(sizes)), matvec=product, dtype=np.float64)
-    (value,) = eigsh(operator, k=1, which="LA", tol=1e-4, return_eigenvectors=False)
-    return float(value) + DECAY
+    (value,), vectors = eigsh(operator, k=1, which="LA", **{"tol": 1e-4, **options})
+    return float(value) + DECAY, vectors[:, 0]
+
+
+def exact_h0(loss: Callable[[], Tensor], parameters: list[Tensor]) -> float:
+    """Largest eigenvalue of the Hessian plus DECAY."""
+    return exact_top(loss, parameters)[0]
 
 
 def frozen(loss: Callable[[], Tensor], model: nn.Module, steps: int, **options) -> float:

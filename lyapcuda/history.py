@@ -14,7 +14,7 @@ from lyapcuda.benettin import Benettin
 from lyapcuda.lyapunov import Separation
 from lyapcuda.ops import STATE_FIELDS
 from lyapcuda.panel_ops import panel_fields
-from lyapcuda.readings import joined
+from lyapcuda.readings import joined, schwarz
 from lyapcuda.saved import check_shapes, require_entries
 
 __all__ = ["CurvatureHistory", "Ring"]
@@ -30,8 +30,8 @@ class CurvatureHistory:
     Attributes:
         step: int64 (n,), which call of ``step`` (or of an attached optimizer's) it was, from 1.
         loss: float64 (n,), what that call returned.
-        h, h_ema, rayleigh, residual, exponent: float64 (n,), for k > 1 (n, k), as the tracker's
-            properties of those names were after it.
+        h, h_ema, rayleigh, residual, schwarz, exponent: float64 (n,), for k > 1 (n, k), as the
+            tracker's properties of those names were after it.
         interval: float64 (n, 2), for k > 1 (n, k, 2).
         beta: float64 (n,), for "BE" (n, 2).
         accepted: bool (n,), False where a loss or gradient wasn't finite: the values are then the
@@ -46,6 +46,7 @@ class CurvatureHistory:
     interval: Tensor
     rayleigh: Tensor
     residual: Tensor
+    schwarz: Tensor
     exponent: Tensor
     beta: Tensor
     accepted: Tensor
@@ -146,6 +147,7 @@ class Ring:
             return joined(parts(name))
 
         center, half = values("center"), values("width")
+        rayleigh, residual = values("rayleigh"), values("residual")
         only = (slice(None), 0) if sum(self._ks) == 1 else slice(None)  # no dimension for k = 1
         beta = torch.cat(parts("beta"), 1)
         return CurvatureHistory(
@@ -155,10 +157,10 @@ class Ring:
             beta=beta if len(tables) > 1 else beta[:, 0],
             accepted=torch.cat(parts("accepted"), 1).bool().all(1),
             overwritten=max(overwritten, 0),
-            **{
-                name: values(name)[only]
-                for name in ("h", "h_ema", "rayleigh", "residual", "exponent")
-            },
+            rayleigh=rayleigh[only],
+            residual=residual[only],
+            schwarz=schwarz(rayleigh, residual)[only],
+            **{name: values(name)[only] for name in ("h", "h_ema", "exponent")},
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from lyapcuda.lyapunov import Separation
 if TYPE_CHECKING:
     from lyapcuda.history import CurvatureHistory, Ring
 
-__all__ = ["Readings", "joined"]
+__all__ = ["Readings", "joined", "schwarz"]
+
+
+def schwarz(rayleigh: Tensor, residual: Tensor) -> Tensor:
+    """The Schwarz quotient y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r]."""
+    larger = torch.maximum(residual, rayleigh.abs()).clamp_min(torch.finfo(residual.dtype).tiny)
+    return rayleigh + rayleigh.sign() * residual**2 / larger
 
 
 def joined(ends: Sequence[Tensor]) -> Tensor:
@@ -77,6 +83,17 @@ class Readings:
     def residual(self) -> Tensor:
         """r = ‖y − ρq‖/‖q‖: some eigenvalue of the symmetric map q → y lies in [ρ − r, ρ + r]."""
         return self._values("residual")
+
+    @property
+    def schwarz(self) -> Tensor:
+        """y·y/(q·y), the Schwarz quotient of the last step (for k > 1 of each Ritz vector).
+
+        It is the Rayleigh quotient half a step on, so nearer to the eigenvalue than ρ where q lags
+        behind, and where no eigenvalue is negative never beyond the largest of the minibatch
+        measured. Of a small part of a minibatch it is that part's, which is larger than the
+        whole's. One-sided: its error is of first order in Δq.
+        """
+        return schwarz(self._values("rayleigh"), self._values("residual"))
 
     @property
     def interval(self) -> Tensor:

@@ -20,7 +20,7 @@ MODES = [
     {"k": 2, "which": "BE"},
     {"k": 5, "which": "BE"},
 ]
-NAMES = ("h", "h_ema", "interval", "rayleigh", "residual", "exponent", "beta")
+NAMES = ("h", "h_ema", "interval", "rayleigh", "residual", "schwarz", "exponent", "beta")
 
 
 @pytest.fixture

@@ -210,3 +210,36 @@ def test_momentum_tracker(estimate, which):
         assert float(tracker.h) == pytest.approx(
             (exponent**2 + 0.4 * exponent) / (sign * 0.05), rel=1e-9
         )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_schwarz_quotient_lies_between_the_rayleigh_quotient_and_h0(seed):
+    theta, closure, matrix = quadratic(np.append(np.linspace(0, 5, 60), 7.0), seed)
+    tracker = lyapcuda.CurvatureTracker([theta])
+    assert tracker.schwarz.isnan()
+    for _ in range(25):
+        tracker.step(closure)
+        rayleigh, found = float(tracker.rayleigh), float(tracker.schwarz)
+        q = tracker.vector()[0]  # of the next step: compare with the quotients it will have
+        y = torch.from_numpy(matrix) @ q
+        assert rayleigh < found <= 7.0 * (1 + 1e-9)
+        following = float(y @ y / (q @ y))
+        tracker.step(closure)
+        assert float(tracker.schwarz) == pytest.approx(following, rel=1e-6)
+    assert found == pytest.approx(7.0, rel=1e-2)
+
+
+def test_the_schwarz_quotient_stays_within_the_residual():
+    """Where the spectrum has both signs it isn't bounded by h0, but by ρ ± r."""
+    for which in ("LA", "SA"):
+        theta, closure, _ = quadratic(np.linspace(-6, 5, 40), 0)
+        tracker = lyapcuda.CurvatureTracker([theta], which=which)
+        for _ in range(30):
+            tracker.step(closure)
+            away = (tracker.schwarz - tracker.rayleigh).abs()
+            assert away <= tracker.residual * (1 + 1e-12)
+            assert tracker.schwarz * tracker.rayleigh >= 0
+    theta = torch.nn.Parameter(torch.ones(3))
+    flat = lyapcuda.CurvatureTracker([theta])
+    flat.step(lambda: theta.sum())
+    assert float(flat.schwarz) == 0.0
