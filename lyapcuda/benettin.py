@@ -8,18 +8,20 @@ k×k projections of the Hessian on the separations come Ritz values with their r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda import ops, panel_ops
+from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
-from lyapcuda.lyapunov import chosen_perturbation
+from lyapcuda.lyapunov import Separation, chosen_perturbation
 from lyapcuda.saved import check_shapes, require_entries
 
-__all__ = ["MAX_SEPARATIONS", "Benettin"]
+__all__ = ["MAX_SEPARATIONS", "Benettin", "advance", "excuse"]
 
 #: How many separations the compiled ops take.
 MAX_SEPARATIONS = 32
@@ -89,9 +91,10 @@ class Benettin:
         for number, part in enumerate(self._groups):
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
             for j, row in enumerate(part.q):
-                for view in part.group.views(row):
-                    view.normal_(generator=generator)
+                part.group.randomise_(row, generator)
                 squares[j] += squared_norm(row)
+        total = torch.tensor(squares, dtype=torch.float64, device=self.layout.device)
+        squares = self.layout.reduce(total).tolist()
         for part in self._groups:
             for row, square in zip(part.q, squares, strict=True):
                 row.mul_(size / math.sqrt(square))
@@ -143,15 +146,19 @@ class Benettin:
         """The separations stay as they are until the next `advance`."""
         self._field("pending").zero_()
 
-    def advance(self, found: Gradients) -> None:
-        """Steps all copies along their gradients and takes the growth into the state."""
-        total = self._ascend(found)
-        losses = torch.stack([loss.to(self.state) for loss in (found.loss0, *found.losses)])
-        panel_ops.benettin_(self.state, total, losses, self.k, **self._options)
-        self._orthogonalise_again()
+    #: As `Separation.needs_probe`: the first step measures and orthogonalises with β = 0.
+    needs_probe = False
 
-    def _ascend(self, found: Gradients) -> Tensor:
-        """Writes every d_j; returns the Gram matrix over all groups."""
+    @property
+    def sums(self) -> int:
+        """Numbers that `measure` returns."""
+        blocks = 2 + self._options["realised"] + bool(self._options["momentum"])
+        return (blocks * self.k) ** 2
+
+    def measure(self, found: Gradients) -> Tensor:
+        """Steps all copies along their gradients, to every d_j; returns the Gram matrix over this
+        rank's elements.
+        """
         total = None
         for part in self._groups:
             group = part.group
@@ -178,8 +185,18 @@ class Benettin:
             total = gram if total is None else total + gram
         return total
 
-    def _orthogonalise_again(self) -> None:
-        """The second pass of CholeskyQR, where the diagonal of R asked for it."""
+    def conclude(self, gram: Tensor, losses: Tensor) -> None:
+        """Takes the growth, by the Gram matrix over all elements, into the state."""
+        panel_ops.benettin_(self.state, gram, losses, self.k, **self._options)
+        ranks = self.layout.ranks
+        if ranks is not None and ranks.reads_back(self.state.device) and not self._field("again"):
+            return  # an exchange less
+        panel_ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
+
+    def _second_gram(self) -> Tensor:
+        """The first part of the second pass of CholeskyQR, where the diagonal of R asked for it:
+        applies the transform, and returns the Gram matrix over this rank's elements.
+        """
         total = None
         for part in self._groups:
             state = self._state_on(part.q.device)
@@ -189,7 +206,7 @@ class Benettin:
                 panel_ops.combine_(part.p_next, part.p_next, transform, gate=again)
             gram = panel_ops.gram(part.d, part.d, gate=again).to(self.state.device)
             total = gram if total is None else total + gram
-        panel_ops.benettin_refine_(self.state, total, self.k)
+        return total
 
     # --- reading and saving ----------------------------------------------------------------------
 
@@ -204,34 +221,89 @@ class Benettin:
 
     def vectors(self) -> list[list[Tensor]]:
         """The separations, each shaped like the parameters, in their order (copies)."""
-        out: list[dict[int, Tensor]] = [{} for _ in range(self.k)]  # by position
-        for part in self._groups:
-            for vector, row in zip(out, self._settled(part, part.q, part.d), strict=True):
-                views = part.group.views(row)
-                vector.update(zip(part.group.positions, views, strict=True))
-        return [[vector[i] for i in range(len(vector))] for vector in out]
+        panels = [self._settled(part, part.q, part.d) for part in self._groups]
+        return [self.layout.unpack([panel[j] for panel in panels]) for j in range(self.k)]
+
+    def replicate_(self, ranks: Ranks) -> None:
+        """Takes over what the first rank has."""
+        ranks.replicate_(self.state)
+        if not ranks.sharded:
+            for part in self._groups:
+                ranks.replicate_(part.q)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain containers only; every tensor a copy."""
+        """Tensors and plain containers only; every tensor a copy. q and p are shaped like the
+        parameters, with k rows in front, in their order.
+        """
         state = self.state.clone()
         self._field("pending", state).zero_()
+        momenta = [
+            self._settled(part, part.p, part.p_next) for part in self._groups if part.p is not None
+        ]
         return {
             "state": state,
-            "q": [self._settled(part, part.q, part.d) for part in self._groups],
-            "p": [
-                None if part.p is None else self._settled(part, part.p, part.p_next)
-                for part in self._groups
-            ],
+            "q": self.layout.unpack([self._settled(part, part.q, part.d) for part in self._groups]),
+            "p": self.layout.unpack(momenta) if momenta else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
         require_entries(saved, "state", "q", "p")
         check_shapes("state", [self.state], [saved["state"]])
-        check_shapes("q", [part.q for part in self._groups], saved["q"])
-        check_shapes("p", [part.p for part in self._groups], saved["p"])
+        momenta = [part.p for part in self._groups if part.p is not None]
+        check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
+        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved["p"] or [])
         self.state.copy_(saved["state"])
-        for part, q, p in zip(self._groups, saved["q"], saved["p"], strict=True):
-            part.q.copy_(q)
-            if part.p is not None:
-                part.p.copy_(p)
+        self.layout.pack_([part.q for part in self._groups], saved["q"])
+        if momenta:
+            self.layout.pack_(momenta, saved["p"])
+
+
+def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> None:
+    """Steps all separations of one layout along their gradients, with one exchange among its ranks.
+
+    Args:
+        found: with the copies of all separations, in order.
+
+    Raises:
+        RuntimeError: on all ranks, where one of them failed; the states are as they were then.
+    """
+    ranks, device = separations[0].layout.ranks, separations[0].state.device
+    losses = torch.stack([x.to(device, torch.float64) for x in (found.loss0, *found.losses)])
+    parts, ends, first = [], [], 0
+    for separation in separations:
+        parts.append(found.of(first, separation.k))
+        ends.append([0, *range(first + 1, first + 1 + separation.k)])
+        first += separation.k
+    if any(separation.needs_probe for separation in separations):
+        sums = [
+            s.probe(part) if s.needs_probe else losses.new_zeros(s.sums)
+            for s, part in zip(separations, parts, strict=True)
+        ]
+        sums = sums if ranks is None else ranks.exchange(sums, losses)[0]
+        for separation, total in zip(separations, sums, strict=True):
+            if separation.needs_probe:
+                separation.start(total)
+    sums = [s.measure(part) for s, part in zip(separations, parts, strict=True)]
+    if ranks is not None:
+        sums, losses = ranks.exchange(sums, losses)
+    for separation, total, end in zip(separations, sums, ends, strict=True):
+        separation.conclude(total, losses[end])
+
+
+def excuse(separations: Sequence[Separation | Benettin]) -> None:
+    """Instead of `advance`, on a rank whose closure raised: takes part in the ranks' exchanges, so
+    that the others hear of it and don't wait.
+    """
+    ranks, device = separations[0].layout.ranks, separations[0].state.device
+    if ranks is None:
+        return
+    numbers = 1 + sum(separation.k + separation.sums for separation in separations)
+    ranks.fail(numbers, device)
+    if ranks.reads_back(device):  # the others stopped there
+        return
+    if any(separation.needs_probe for separation in separations):
+        ranks.fail(numbers, device)
+    for separation in separations:
+        if isinstance(separation, Benettin):
+            separation.layout.reduce(separation.state.new_zeros(separation.k, separation.k))

@@ -3,7 +3,8 @@
 All evaluations see the same random numbers and the same module buffers (dropout masks, BatchNorm
 statistics), in the mode the user set. Gradients come from ``.backward()``, so checkpointing, hooks
 and accumulation inside the closure work. θ itself is never written: for the evaluation at θ + q the
-parameters point to another buffer, and back.
+parameters point to another buffer, and back. The shards of FSDP2 are the exception: they are
+written, and put back.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lyapcuda.shards import in_place, is_sharded, local, reset, reshard
 
 __all__ = [
     "Closure",
@@ -59,10 +63,12 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     """
     tracked = {id(p) for p in parameters}
     found: dict[int, nn.Module] = {}
-    for candidate in gc.get_objects():
-        # type(), not isinstance(): some objects answer the latter by importing half a library.
-        if not issubclass(type(candidate), nn.Module) or "_modules" not in candidate.__dict__:
-            continue
+    # type(), not isinstance(): some objects answer the latter by importing half a library.
+    candidates = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    candidates = [m for m in candidates if "_modules" in m.__dict__]
+    if any(is_sharded(p) for p in parameters):
+        reshard(candidates)  # after a forward pass alone, FSDP2 has other parameters in place
+    for candidate in candidates:
         if any(id(p) in tracked for p in candidate.parameters()):
             found.update((id(m), m) for m in candidate.modules())
     return list(found.values())
@@ -118,7 +124,11 @@ class Surroundings:
         modules: Sequence[nn.Module],
         generators: Iterable[torch.Generator] = (),
     ) -> None:
-        self._gradients = [(p, p.grad) for p in parameters]
+        # DDP may have gradients lie in its buckets, which the next evaluation writes.
+        buckets = any(
+            isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
+        )
+        self._gradients = [(p, p.grad, _value_of(p.grad) if buckets else None) for p in parameters]
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
@@ -153,7 +163,9 @@ class Surroundings:
             parameter.grad = gradient
 
     def restore_gradients(self) -> None:
-        for parameter, gradient in self._gradients:
+        for parameter, gradient, value in self._gradients:
+            if value is not None:
+                gradient.data.copy_(value)
             parameter.grad = gradient
 
 
@@ -167,9 +179,19 @@ def at_a_copy() -> bool:
 
 
 @contextmanager
-def pointing_to(parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[None]:
-    originals = [p.data for p in parameters]
+def pointing_to(
+    parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Has the parameters hold ``copies``; θ itself is not written, but where it is sharded."""
     token = _displaced.set(True)
+    if any(is_sharded(p) for p in parameters):
+        try:
+            with in_place(parameters, copies, modules):
+                yield
+        finally:
+            _displaced.reset(token)
+        return
+    originals = [p.data for p in parameters]
     try:
         for parameter, copy in zip(parameters, copies, strict=True):
             parameter.data = copy
@@ -216,7 +238,7 @@ def evaluate(
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients = [p.grad for p in parameters]
+    gradients = [None if p.grad is None else local(p.grad) for p in parameters]
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
             raise TypeError(
@@ -241,8 +263,8 @@ def gradients(
     Args:
         closure: called once a copy and once more.
         parameters: leaf tensors that require a gradient.
-        copies: each θ + q_j, of the parameters' shapes, dtypes and devices; come back holding the
-            gradient there.
+        copies: each θ + q_j, of the parameters' shapes, dtypes and devices (of DTensors, of this
+            rank's part); come back holding the gradient there.
         names: the parameters' names, for messages.
         modules: whose buffers (and other parameters' gradients) are put back.
         leave: False puts everything back as it was, gradients and random states included. True
@@ -258,7 +280,7 @@ def gradients(
     try:
         # θ last: that evaluation leaves what training expects.
         for copy in copies:
-            with pointing_to(parameters, copy):
+            with pointing_to(parameters, copy, modules):
                 loss, there = evaluate(closure, parameters, names)
             # θ + q is no longer needed, so its gradient takes its place. By reference it wouldn't
             # be safe: storage may be used again (DDP's buckets, a closure that writes .grad), and
@@ -271,6 +293,7 @@ def gradients(
             before.restore()
         loss0, g0 = evaluate(closure, parameters, names)
     except BaseException:
+        reset(modules)
         before.restore()
         before.restore_gradients()
         raise

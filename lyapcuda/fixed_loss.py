@@ -54,7 +54,7 @@ def gradients_at(
                 before.restore()
             if states is not None:
                 states.restore()
-            with nullcontext() if where is None else pointing_to(parameters, where):
+            with nullcontext() if where is None else pointing_to(parameters, where, modules):
                 losses.append(_average(closure, parameters, names, gradient, batches))
     finally:
         before.restore()

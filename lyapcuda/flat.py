@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C
+from lyapcuda.distributed import Ranks
+from lyapcuda.shards import is_sharded, local, shard_of, whole
 
 __all__ = [
     "ALIGNMENT",
@@ -179,7 +181,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @dataclass
 class FlatGroup:
-    """Parameters of one dtype, device and weight decay, and where they lie in flat buffers."""
+    """Parameters of one dtype, device and weight decay, and where they lie in flat buffers.
+
+    Of DTensor parameters the buffers hold this rank's shards.
+    """
 
     names: list[str]
     tensors: list[Tensor]
@@ -195,14 +200,15 @@ class FlatGroup:
 
     def __post_init__(self) -> None:
         self.offsets, self.length = [], 0
-        for tensor in self.tensors:
+        held = [local(tensor) for tensor in self.tensors]
+        for tensor in held:
             self.offsets.append(self.length)
             self.length += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
         self.strides = [
             t.stride() if _is_dense(t) else torch.empty(t.shape, device="meta").stride()
-            for t in self.tensors
+            for t in held
         ]
-        self._shapes = [t.shape for t in self.tensors]
+        self._shapes = [t.shape for t in held]
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -239,6 +245,26 @@ class FlatGroup:
             for shape, strides, offset in zip(self._shapes, self.strides, self.offsets, strict=True)
         ]
 
+    def panel_views(self, panel: Tensor) -> list[Tensor]:
+        """The segments of a panel, a flat buffer a row: (rows, *shape) each."""
+        rows, step = panel.shape
+        return [
+            panel.as_strided((rows, *shape), (step, *strides), panel.storage_offset() + offset)
+            for shape, strides, offset in zip(self._shapes, self.strides, self.offsets, strict=True)
+        ]
+
+    def randomise_(self, flat: Tensor, generator: torch.Generator) -> None:
+        """Fills the segments with normal numbers: the same whatever the number of ranks.
+
+        Memory: one whole parameter, where the parameters are sharded.
+        """
+        for tensor, view in zip(self.tensors, self.views(flat), strict=True):
+            if view.shape == tensor.shape:
+                view.normal_(generator=generator)
+            else:
+                full = flat.new_empty(tensor.shape).normal_(generator=generator)
+                view.copy_(shard_of(full, tensor))
+
     def segments(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Tensors shaped like the parameters, as contiguous memory in segment order.
 
@@ -251,7 +277,7 @@ class FlatGroup:
         strides = self.strides[i]
         if tensor is None:
             return torch.zeros(self._shapes[i].numel(), dtype=self.dtype, device=self.device)
-        tensor = tensor.detach()
+        tensor = local(tensor).detach()
         if tensor.dtype != self.dtype or tensor.stride() != strides:
             if tensor.dtype == self.dtype and tensor.is_contiguous() and _is_standard(self, i):
                 return tensor
@@ -264,6 +290,7 @@ class FlatGroup:
     def check(self) -> None:
         """Raises ValueError when a parameter isn't what it was: moved, cast or reshaped."""
         for name, tensor, shape in zip(self.names, self.tensors, self._shapes, strict=True):
+            tensor = local(tensor)
             now = (tensor.shape, tensor.dtype, tensor.device)
             if now != (shape, self.dtype, self.device):
                 raise ValueError(
@@ -282,8 +309,14 @@ class FlatLayout:
     Attributes:
         parameters: the tracked parameters, in the user's order.
         groups: the same in groups, in the order of first appearance.
-        numel: how many numbers they hold (N).
+        numel: how many numbers they hold (N), on all ranks together.
+        ranks: those that share the parameters, None for one process. DTensors tell; for replicas
+            (DDP) a tracker sets it.
+        compute_epsilon: machine epsilon of a dtype that parameters are cast to for computing
+            (FSDP2's mixed precision), as far as a tracker has seen.
     """
+
+    compute_epsilon = 0.0
 
     def __init__(self, params: Parameters, weight_decay: float = 0.0) -> None:
         self.parameters = collect(params, weight_decay)
@@ -300,6 +333,7 @@ class FlatLayout:
         self.numel = sum(p.tensor.numel() for p in self.parameters)
         if self.numel == 0:
             raise ValueError("params: all tensors are empty (0 elements)")
+        self.ranks: Ranks | None = Ranks.of_mesh([p.tensor for p in self.parameters])
 
     @property
     def device(self) -> torch.device:
@@ -332,10 +366,51 @@ class FlatLayout:
         parts = vector.split([p.tensor.numel() for p in self.parameters])
         return [v.view(p.tensor.shape) for v, p in zip(parts, self.parameters, strict=True)]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the buffers hold shards of the parameters, a part of them on every rank."""
+        return any(is_sharded(p.tensor) for p in self.parameters)
+
+    def reduce(self, part: Tensor) -> Tensor:
+        """Sums over all elements from sums over this rank's: float64, the same bits on all ranks.
+
+        One collective where the parameters are sharded; elsewhere ``part`` itself.
+        """
+        return part if self.ranks is None else self.ranks.sum(part)
+
+    def whole(self, position: int, part: Tensor, *, rows: bool = False) -> Tensor:
+        """What a user sees of a buffer's segment: a DTensor like the parameter, where that is one.
+
+        ``rows``: the segment of a panel, with one more dimension in front.
+        """
+        return whole(part, self.parameters[position].tensor, rows=rows)
+
+    def unpack(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Views of one flat buffer or panel a group, in the user's order: shaped like the
+        parameters (of a panel: a row each in front), DTensors where they are.
+        """
+        found: dict[int, Tensor] = {}  # by position
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            rows = buffer.dim() == 2
+            views = group.panel_views(buffer) if rows else group.views(buffer)
+            for position, view in zip(group.positions, views, strict=True):
+                found[position] = self.whole(position, view, rows=rows)
+        return [found[i] for i in range(len(found))]
+
+    def pack_(self, buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        """The inverse of `unpack`: takes whole tensors, or DTensors cut in any way."""
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            rows = buffer.dim() == 2
+            views = group.panel_views(buffer) if rows else group.views(buffer)
+            for position, tensor, view in zip(group.positions, group.tensors, views, strict=True):
+                view.copy_(shard_of(saved[position], tensor, rows=rows))
+
     def norm(self) -> float:
         """‖θ‖ in float64. Reads back to the host: for the start of a run only."""
-        return math.sqrt(sum(squared_norm(p.tensor.detach()) for p in self.parameters))
+        square = sum(squared_norm(local(p.tensor).detach()) for p in self.parameters)
+        part = torch.tensor([square], dtype=torch.float64, device=self.device)
+        return math.sqrt(self.reduce(part).item())
 
     def epsilon(self) -> float:
-        """Machine epsilon of the coarsest parameter dtype."""
-        return max(torch.finfo(group.dtype).eps for group in self.groups)
+        """Machine epsilon of the coarsest dtype that a parameter has, or is computed with."""
+        return max(self.compute_epsilon, *(torch.finfo(group.dtype).eps for group in self.groups))

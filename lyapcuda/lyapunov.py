@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C, ops
+from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.saved import check_shapes, require_entries
@@ -116,9 +117,9 @@ class Separation:
     """q, the separation of the two copies, and the scalars of its growth, all on the device.
 
     A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the
-    user's two gradients, and `advance`. `lyapcuda.benettin.Benettin` has the same for k
-    of them. Extra memory at rest: two N-float buffers; for 16-bit parameters one more copy of
-    those.
+    user's two gradients, and `lyapcuda.benettin.advance`. `lyapcuda.benettin.Benettin` has the
+    same for k of them. Extra memory at rest: two N-float buffers; for 16-bit parameters one more
+    copy of those.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Separation:
             "ema": ema,
         }
         self._groups = [_GroupSeparation(group, momentum) for group in layout.groups]
+        self._momenta: list[Tensor | None] = []
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
@@ -157,16 +159,18 @@ class Separation:
         square = 0.0
         for number, part in enumerate(self._groups):
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
-            for view in part.group.views(part.q):
-                view.normal_(generator=generator)
+            part.group.randomise_(part.q, generator)
             square += squared_norm(part.q)
-        return math.sqrt(square)
+        total = torch.tensor([square], dtype=torch.float64, device=self.layout.device)
+        return math.sqrt(self.layout.reduce(total).item())
 
     def _state_on(self, device: torch.device) -> Tensor:
         return self.state if device == self.state.device else self.state.to(device)
 
     #: How many copies there are beside θ.
     k = 1
+    #: Numbers that `measure` returns.
+    sums = len(ops.SUM_FIELDS)
 
     def place(self) -> list[list[Tensor]]:
         """Writes θ + q; returns the one copy, in the order of `FlatLayout.parameters`."""
@@ -189,21 +193,32 @@ class Separation:
         """After `place`, when no gradients came of it: q is whole again and stays as it is."""
         self.state[ops.STATE_FIELDS.index("committed")] = 1.0
 
-    def advance(self, found: Gradients) -> None:
-        """Steps both copies along their gradients and takes the growth into the state."""
-        if self._needs_secant:
-            self._needs_secant = False
-            ops.secant_(self.state, self._probe(found), sign=self._options["sign"])
-        sums, momenta = self._ascend(found)
-        losses = torch.stack([loss.to(self.state) for loss in (found.loss0, *found.losses)])
+    @property
+    def needs_probe(self) -> bool:
+        """Whether there is no β to step with yet: `probe` comes first."""
+        return self._needs_secant
+
+    def start(self, sums: Tensor) -> None:
+        """Sets β from the sums of `probe`, over all elements."""
+        self._needs_secant = False
+        ops.secant_(self.state, sums, sign=self._options["sign"])
+
+    def measure(self, found: Gradients) -> Tensor:
+        """Steps both copies along their gradients; returns the sums over this rank's elements."""
+        sums, self._momenta = self._ascend(found)
+        return sums
+
+    def conclude(self, sums: Tensor, losses: Tensor) -> None:
+        """Takes the growth, by the sums over all elements, into the state."""
         ops.exponent_(self.state, sums, losses, **self._options)
+        momenta, self._momenta = self._momenta, []
         for part, p_next in zip(self._groups, momenta, strict=True):
             part.q, part.spare = part.spare, part.q
             if part.p is not None:
                 kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
                 torch.where(kept, part.p, p_next, out=part.p)
 
-    def _probe(self, found: Gradients) -> Tensor:
+    def probe(self, found: Gradients) -> Tensor:
         """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
         next q goes to holds g1.
         """
@@ -275,33 +290,42 @@ class Separation:
 
     def vectors(self) -> list[list[Tensor]]:
         """q itself, shaped like the parameters, in their order (copies): a list of one."""
-        out: dict[int, Tensor] = {}  # by position
+        flats = []
         for part in self._groups:
             scale = self._state_on(part.q.device)[ops.STATE_FIELDS.index("scale")]
-            flat = (self._settled(part) * scale).to(part.q.dtype)
-            out.update(zip(part.group.positions, part.group.views(flat), strict=True))
-        return [[out[i] for i in range(len(out))]]
+            flats.append((self._settled(part) * scale).to(part.q.dtype))
+        return [self.layout.unpack(flats)]
+
+    def replicate_(self, ranks: Ranks) -> None:
+        """Takes over what the first rank has."""
+        ranks.replicate_(self.state)
+        if not ranks.sharded:
+            for part in self._groups:
+                ranks.replicate_(part.q)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain containers only; every tensor a copy."""
+        """Tensors and plain containers only; every tensor a copy. q and p are shaped like the
+        parameters, in their order.
+        """
         state = self.state.clone()
+        momenta = [part.p.clone() for part in self._groups if part.p is not None]
         state[ops.STATE_FIELDS.index("committed")] = 1.0
         return {
             "state": state,
             "needs_secant": self._needs_secant,
-            "q": [self._settled(part) for part in self._groups],
-            "p": [None if part.p is None else part.p.clone() for part in self._groups],
+            "q": self.layout.unpack([self._settled(part) for part in self._groups]),
+            "p": self.layout.unpack(momenta) if momenta else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
         require_entries(saved, "state", "needs_secant", "q", "p")
         check_shapes("state", [self.state], [saved["state"]])
-        check_shapes("q", [part.q for part in self._groups], saved["q"])
-        check_shapes("p", [part.p for part in self._groups], saved["p"])
+        momenta = [part.p for part in self._groups if part.p is not None]
+        check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
+        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved["p"] or [])
         self.state.copy_(saved["state"])
         self._needs_secant = bool(saved["needs_secant"])
-        for part, q, p in zip(self._groups, saved["q"], saved["p"], strict=True):
-            part.q.copy_(q)
-            if part.p is not None:
-                part.p.copy_(p)
+        self.layout.pack_([part.q for part in self._groups], saved["q"])
+        if momenta:
+            self.layout.pack_(momenta, saved["p"])

@@ -112,6 +112,7 @@ class HessianOperator:
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
+        NotImplementedError: DTensor parameters.
     """
 
     def __init__(
@@ -139,6 +140,11 @@ class HessianOperator:
         self.layout = FlatLayout(
             params if select is None else select_by_name(params, select), weight_decay
         )
+        if self.layout.sharded:
+            raise NotImplementedError(
+                "params: DTensor parameters (FSDP2) are not supported yet by HessianOperator, "
+                "eigsh, trace and spectral_density; CurvatureTracker takes them"
+            )
         self.mode, self.difference = mode, difference
         #: Evaluations of the gradient so far (an exact product counts as two).
         self.gradient_evaluations = 0

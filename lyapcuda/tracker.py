@@ -6,24 +6,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
-from lyapcuda.benettin import MAX_SEPARATIONS, Benettin
-from lyapcuda.evaluate import Closure, at_a_copy, gradients, modules_of
+from lyapcuda.benettin import MAX_SEPARATIONS, Benettin, advance, excuse
+from lyapcuda.distributed import RankError, Ranks, is_wrapper
+from lyapcuda.evaluate import Closure, Surroundings, at_a_copy, gradients, modules_of
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.history import Ring
 from lyapcuda.lyapunov import SIGNS, Separation
 from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
+from lyapcuda.shards import compute_epsilon
 from lyapcuda.subbatch import Measured, accumulated, beside, shares
 
 __all__ = ["CurvatureTracker"]
 
-_STATE_FORMAT = 3
+_STATE_FORMAT = 4
 
 #: The ends of the spectrum that `which` asks for, each by the sign of its map.
 _ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
@@ -66,6 +69,9 @@ class CurvatureTracker(Readings):
         model: the module or modules whose buffers, and whose other parameters' gradients, are put
             back between evaluations. Without it: every module that holds a tracked parameter, with
             its children. Give it where the closure runs modules beside those.
+        process_group: the ranks that train one model together. Needed only where gradients are
+            averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
+            ranks then take every `step` together, see docs/distributed.md.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -87,6 +93,7 @@ class CurvatureTracker(Readings):
         history: int = 1000,
         seed: int = 0,
         model: nn.Module | Iterable[nn.Module] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
@@ -104,6 +111,10 @@ class CurvatureTracker(Readings):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
         self._layout = FlatLayout(params, weight_decay)
+        if process_group is not None and self._layout.sharded:
+            raise ValueError(
+                f"process_group={process_group!r}: DTensor parameters have a mesh of their own"
+            )
         if k > self._layout.numel:
             raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
         if which == "BE" and k < 2:
@@ -116,6 +127,7 @@ class CurvatureTracker(Readings):
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
         self._models = models
+        self._process_group = process_group
         self._beside: list[Tensor] = []  # other parameters of the optimizers we are attached to
         self._modules: list[nn.Module] | None = None
         self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
@@ -180,17 +192,21 @@ class CurvatureTracker(Readings):
             self._count()
             return None
         separations = self._started() if measuring else []
+        before = self._before_exchange() if measuring else None
         copies = [copy for separation in separations for copy in separation.place()]
         try:
             evaluated = self._evaluate(closure, measure, micro, copies, leave_grad)
-        except BaseException:
+            if measuring:
+                advance(separations, evaluated.found)
+        except BaseException as error:
             for separation in separations:
                 separation.withdraw()
+            if before is not None and isinstance(error, RankError):
+                before.restore()
+                before.restore_gradients()
+            elif before is not None:
+                excuse(separations)
             raise
-        first = 0
-        for separation in separations:
-            separation.advance(evaluated.found.of(first, separation.k))
-            first += separation.k
         evaluated.leave()
         self._count()
         if measuring:
@@ -199,6 +215,13 @@ class CurvatureTracker(Readings):
             for hook in tuple(self._hooks.values()):
                 hook(self)
         return evaluated.loss
+
+    def _before_exchange(self) -> Surroundings | None:
+        """What is there before a step that other ranks may still call off; None for one process."""
+        if self._layout.ranks is None:
+            return None
+        self._layout.ranks.check()
+        return Surroundings(self.parameters, self._surrounding())
 
     def _evaluate(
         self,
@@ -273,20 +296,44 @@ class CurvatureTracker(Readings):
 
     def _surrounding(self) -> list[nn.Module]:
         if self._modules is None:
-            self._modules = (
-                [m for model in self._models for m in model.modules()]
-                if self._models
-                else modules_of([*(p.tensor for p in self._layout.parameters), *self._beside])
-            )
+            self._modules = self._find_modules()
         return self._modules
 
     def _started(self) -> list[Separation | Benettin]:
         if not self._separations:
+            self._layout.compute_epsilon = compute_epsilon(self._surrounding())
+            ranks = self._layout.ranks
+            if ranks is not None:
+                ranks.agree(self._arguments(), self._layout.device)
             found = []
             for end, k in self._ends:
                 found.append(self._new_separation(end, k))
+            if ranks is not None:
+                for separation in found:
+                    separation.replicate_(ranks)
             self._separations = found
         return self._separations
+
+    def _find_modules(self) -> list[nn.Module]:
+        """Those whose buffers are put back; sees to it who shares the parameters."""
+        tensors = [p.tensor for p in self._layout.parameters]
+        holders = modules_of([*tensors, *self._beside])
+        if self._layout.ranks is None and not self._layout.sharded:
+            self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
+        if not self._models:
+            return holders
+        # DDP and FSDP2 have a say in every evaluation.
+        found = [m for model in self._models for m in model.modules()]
+        wrappers = [m for m in holders if is_wrapper(m) and all(m is not f for f in found)]
+        return [*found, *wrappers]
+
+    def _arguments(self) -> dict[str, float]:
+        """What has to be the same on all ranks, as numbers."""
+        values = {"numel": self._layout.numel, "k": self.k, "every": self.every}
+        values |= {"which": list(_ENDS).index(self.which)}
+        values |= {"estimate": ops.ESTIMATES[self.estimate], "perturbation": self._perturbation}
+        values |= self._options
+        return {name: -1.0 if value is None else float(value) for name, value in values.items()}
 
     def _new_separation(self, end: str, k: int) -> Separation | Benettin:
         options = dict(

@@ -1,0 +1,132 @@
+"""DDP and FSDP2 on 2 and 3 ranks: the values of one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lyapcuda
+from ranks_support import equal_everywhere, on_ranks
+
+#: Samples a rank.
+BATCH = 6
+STEPS = 6
+
+
+class Attention(nn.Module):
+    """A block with ``scaled_dot_product_attention`` and a tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.qkv = nn.Linear(6, 18)
+        self.out = nn.Linear(6, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(x + mixed.squeeze(1)).flatten(0, 1)
+
+
+def build(name: str, dtype: torch.dtype, samples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(3)
+    if name == "attention":
+        tokens = torch.randint(0, 11, (samples, 5))
+        return Attention().to(dtype), tokens, tokens.roll(-1, 1)
+    # 7 and 3 rows: uneven on 2 and on 3 ranks; a single row: an empty shard.
+    layers = [nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)]
+    model = nn.Sequential(*layers).to(dtype)
+    return model, torch.randn(samples, 5, dtype=dtype), torch.randn(samples, 1, dtype=dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    out = model(x)
+    if out.shape == y.shape:
+        return nn.functional.mse_loss(out, y)
+    return nn.functional.cross_entropy(out, y.flatten())
+
+
+def wrap(model: nn.Module, how: str) -> nn.Module:
+    if how == "plain":
+        return model
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    if how == "ddp_view":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if how == "ddp_static":
+        return DistributedDataParallel(model, static_graph=True)
+    for child in model.children():
+        if how != "fsdp_root" and isinstance(child, nn.Linear) and child.bias is not None:
+            fully_shard(child)
+    fully_shard(model, reshard_after_forward=None if how == "fsdp" else False)
+    return model
+
+
+def measured(
+    model: nn.Module, x: Tensor, y: Tensor, make: Callable[[], object], train: bool
+) -> Tensor:
+    """(steps, 3, k): h, residual and exponent at every step of a small training run."""
+    tracker = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rows = []
+    for _ in range(STEPS):
+        tracker.step(lambda: loss_of(model, x, y), leave_grad=train)
+        if train:
+            optimizer.step()
+        rows.append(
+            torch.stack(
+                [tracker.h.reshape(-1), tracker.residual.reshape(-1), tracker.exponent.reshape(-1)]
+            )
+        )
+    assert int(tracker.steps.max()) == STEPS and int(tracker.skipped.max()) == 0
+    return torch.stack(rows)
+
+
+def compare(rank: int, how: str, net: str, dtype: torch.dtype, options: dict, train: bool) -> float:
+    size = dist.get_world_size()
+    model, x, y = build(net, dtype, BATCH * size)
+    alone = copy.deepcopy(model)
+    make = lambda m: lambda: lyapcuda.CurvatureTracker(m.parameters(), **options)  # noqa: E731
+    truth = measured(alone, x, y, make(alone), train)
+    wrapped = wrap(model, how)
+    mine = slice(rank * BATCH, (rank + 1) * BATCH)
+    found = measured(wrapped, x[mine], y[mine], make(wrapped), train)
+    assert equal_everywhere(found)
+    scale = truth[:, 0].abs().max()
+    apart = (found[:, 0] - truth[:, 0]).abs().max() / scale
+    limit = 1e-9 if dtype == torch.float64 else 2e-3
+    assert apart < limit, f"{how} {net} {dtype} {options}: {float(apart):.2g}"
+    return float(apart)
+
+
+def many(rank: int, cases: list[tuple]) -> list[float]:
+    return [compare(rank, *case) for case in cases]
+
+
+F32, F64 = torch.float32, torch.float64
+CASES = [
+    ("ddp", "mlp", F64, {}, True),
+    ("ddp", "attention", F32, {"k": 3}, True),
+    ("ddp_view", "mlp", F32, {"k": 2, "which": "BE"}, False),
+    ("ddp_static", "mlp", F64, {"which": "SA", "momentum": 0.5}, True),
+    ("fsdp", "mlp", F64, {}, True),
+    ("fsdp", "mlp", F32, {}, True),
+    ("fsdp", "attention", F64, {"k": 3}, True),
+    ("fsdp", "attention", F32, {"k": 3, "which": "BE"}, False),
+    ("fsdp_root", "mlp", F64, {"k": 3, "momentum": 0.5, "weight_decay": 1e-2}, True),
+    ("fsdp_root", "mlp", F64, {"estimate": "paper", "k": 1}, True),
+]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_values_of_one_process(size):
+    on_ranks(size, many, CASES)
