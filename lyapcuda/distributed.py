@@ -9,7 +9,7 @@ also says whether all ranks got through: see docs/distributed.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -278,16 +278,15 @@ def _own_group(like: Any, ranks: tuple[int, ...], device: torch.device) -> Any:
 
 
 def get_state_dict(owner: Any) -> dict[str, Any]:
-    """The state of a `CurvatureTracker`, or of an optimizer that has one, for
+    """The state of a `CurvatureTracker`, or of an optimizer that has one as ``tracker``, for
     torch.distributed.checkpoint: to save, or to load into.
 
-    Unlike ``owner.state_dict()`` it starts a tracker that has not measured yet, so that there are
-    tensors to load into. Those shaped like the parameters are DTensors where the parameters are.
-    Collective.
+    As ``owner.state_dict()``, but a tracker that has not measured yet is started, so that there are
+    tensors to load into, and the history, whose length changes, is no tensor. What is shaped like
+    the parameters is a DTensor where they are. Collective.
     """
-    tracker = getattr(owner, "tracker", owner)
-    tracker._started()
-    return owner.state_dict()
+    getattr(owner, "tracker", owner)._started()
+    return _with_history(owner.state_dict(), lambda name, value: value.tolist())
 
 
 def set_state_dict(owner: Any, state_dict: Mapping[str, Any]) -> None:
@@ -296,4 +295,26 @@ def set_state_dict(owner: Any, state_dict: Mapping[str, Any]) -> None:
     Raises:
         ValueError: as ``owner.load_state_dict``.
     """
-    owner.load_state_dict(dict(state_dict))
+    held = _history(owner.state_dict()) or {}
+
+    def tensor(name: str, value: Any) -> Tensor:
+        like = held[name]
+        return torch.tensor(value, dtype=like.dtype).reshape(-1, *like.shape[1:])
+
+    owner.load_state_dict(_with_history(dict(state_dict), tensor))
+
+
+def _history(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return state.get("tracker", state).get("history")
+
+
+def _with_history(state: dict[str, Any], convert: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """The same with the history's tensors, or the lists that stand for them, converted."""
+    history = _history(state)
+    if not history:
+        return state
+    tensors = ("rows", "clock", "recorded")
+    history = {**history, **{name: convert(name, history[name]) for name in tensors}}
+    if "tracker" in state:
+        return {**state, "tracker": {**state["tracker"], "history": history}}
+    return {**state, "history": history}

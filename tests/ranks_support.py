@@ -106,10 +106,10 @@ def on_ranks(size: int, function: Callable, *args: Any, **options: float) -> lis
 
 def equal_everywhere(tensor: torch.Tensor) -> bool:
     """Whether all ranks hold the same bits. Collective."""
+    tensor = tensor.flatten()
     rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, tensor.contiguous())
-    bits = [row.view(torch.uint8) for row in rows]
-    return all(torch.equal(bits[0], row) for row in bits)
+    dist.all_gather(rows, tensor)
+    return len({row.numpy().tobytes() for row in rows}) == 1
 
 
 def folder_of(path: Path) -> str:

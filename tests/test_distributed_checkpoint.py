@@ -1,0 +1,72 @@
+"""Checkpoints through torch.distributed.checkpoint, resumed on another number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+import lyapcuda
+from lyapcuda.distributed import get_state_dict, set_state_dict
+from ranks_support import equal_everywhere, on_ranks
+from test_distributed_values import build, loss_of, wrap
+
+#: Samples of the whole minibatch: divisible by every number of ranks.
+SAMPLES = 12
+
+
+def steps(model, tracker, count: int, rank: int = 0, size: int = 1) -> torch.Tensor:
+    """(count, k): h at every step of plain gradient descent on this rank's part."""
+    _, x, y = build("mlp", torch.float64, SAMPLES)
+    part = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rows = []
+    for _ in range(count):
+        tracker.step(lambda: loss_of(model, x[part], y[part]), leave_grad=True)
+        optimizer.step()
+        rows.append(tracker.h.reshape(-1))
+    return torch.stack(rows)
+
+
+def uninterrupted(options: dict) -> torch.Tensor:
+    model, _, _ = build("mlp", torch.float64, SAMPLES)
+    return steps(model, lyapcuda.CurvatureTracker(model.parameters(), **options), 9)
+
+
+def stage(
+    rank: int, how: str, options: dict, folder: str, done: int, kind: str = "tracker"
+) -> None:
+    """Loads what ``done`` steps left, takes three more, compares, saves."""
+    size = dist.get_world_size()
+    model, _, _ = build("mlp", torch.float64, SAMPLES)
+    model = wrap(model, how)
+    tracker = lyapcuda.CurvatureTracker(model.parameters(), **options)
+    if done:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()  # what is loaded has to come from the file
+        state = {"model": get_model_state_dict(model), "tracker": get_state_dict(tracker)}
+        dcp.load(state, checkpoint_id=f"{folder}/{done}")
+        set_model_state_dict(model, state["model"])
+        set_state_dict(tracker, state["tracker"])
+        assert tracker.history().step.tolist() == list(range(1, done + 1))
+    found = steps(model, tracker, 3, rank, size)
+    assert equal_everywhere(found)
+    truth = uninterrupted(options)[done : done + 3]
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
+    state = {"model": get_model_state_dict(model), "tracker": get_state_dict(tracker)}
+    dcp.save(state, checkpoint_id=f"{folder}/{done + 3}")
+
+
+@pytest.mark.parametrize(
+    ("options", "route"),
+    [
+        ({}, [(2, "fsdp"), (3, "fsdp"), (2, "fsdp")]),
+        ({"k": 3, "which": "BE", "momentum": 0.5}, [(3, "fsdp"), (2, "ddp"), (1, "plain")]),
+    ],
+)
+def test_resume_on_another_number_of_ranks(tmp_path, options, route):
+    for i, (size, how) in enumerate(route):
+        on_ranks(size, stage, how, options, str(tmp_path), 3 * i)
