@@ -86,9 +86,10 @@ def beside(
         everything is as it was.
     """
     found = gradients(part, parameters, copies, names=names, modules=modules)
-    # The second evaluation may use their storage again (DDP's buckets).
-    for i, gradient in enumerate(found.g0):
-        found.g0[i] = None if gradient is None else gradient.clone()
+    # The second evaluation may use their storage again (DDP's buckets). One by one, so that there
+    # are never two of them all.
+    for i in range(len(found.g0)):
+        found.g0[i] = None if found.g0[i] is None else found.g0[i].clone()
     return Measured(found, plain_gradient(whole, parameters, names=names, modules=modules))
 
 
@@ -165,7 +166,7 @@ def accumulated(
         for parameter in others:
             parameter.grad = None
         for batch, weight in batches[:-1]:
-            value, _ = evaluate(lambda b=batch: closure(b), parameters, names)
+            value = evaluate(lambda b=batch: closure(b), parameters, names)[0]
             average.add(weight)
             loss = loss + value * weight
         batch, weight = batches[-1]
