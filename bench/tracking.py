@@ -60,6 +60,7 @@ def stepping(name: str, batch: int) -> dict[str, Step]:
     model = build(name, 3, 32, 10)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
     rest, part = lyapcuda.split_batch((x, y), TENTH)
+    halves = lyapcuda.split_batch((x, y), 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,13 +71,17 @@ def stepping(name: str, batch: int) -> dict[str, Step]:
         loss_of((x, y)).backward()
         optimizer.step()
 
-    def mode(measure: dict, **options) -> Step:
-        tracker = lyapcuda.CurvatureTracker(model.parameters(), **options)
-        batches = "batches" in measure
+    def whole() -> Tensor:
+        return loss_of((x, y))
+
+    def mode(closure: Callable, *, half: bool = False, every: int = 1, **measure) -> Step:
+        tracker = lyapcuda.CurvatureTracker(model.parameters(), every=every)
 
         def step() -> None:
-            closure = loss_of if batches else lambda: loss_of((x, y))
-            tracker.step(closure, **measure, leave_grad=True)
+            if half and tracker.due:
+                tracker.step(loss_of, batches=halves, leave_grad=True)
+            else:
+                tracker.step(closure, **measure, leave_grad=True)
             optimizer.step()
 
         return step
@@ -89,13 +94,12 @@ def stepping(name: str, batch: int) -> dict[str, Step]:
 
     return {
         "plain": plain,
-        "every=1": mode({}),
-        "every=10": mode({}, every=10),
-        "a tenth, measure=": mode({"measure": lambda: loss_of(part)}),
-        "a tenth, batches=": mode({"batches": (rest, part)}),
+        "every=1": mode(whole),
+        "every=10": mode(whole, every=10),
+        "every=5, a half, batches= where due": mode(whole, every=5, half=True),
+        "a tenth, measure=": mode(whole, measure=lambda: loss_of(part)),
+        "a tenth, batches=": mode(loss_of, batches=(rest, part)),
         "plain, accumulated as rest + tenth": accumulated,
-        "every=2, a tenth, measure=": mode({"measure": lambda: loss_of(part)}, every=2),
-        "k=5": mode({}, k=5),
     }
 
 

@@ -45,6 +45,7 @@ class Readings:
     #: An end of the spectrum each; none before the first step.
     _separations: list[Separation | Benettin]
     k: int
+    every: int
     which: str
 
     def _values(self, name: str) -> Tensor:
@@ -171,6 +172,11 @@ class Readings:
     def history_capacity(self) -> int:
         """How many measurements `history` keeps; 0 for none."""
         return 0 if self._history is None else self._history.capacity
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step measures (``every``)."""
+        return self._calls % self.every == 0
 
     @property
     def calls(self) -> int:

@@ -187,7 +187,7 @@ class CurvatureTracker(Readings):
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        measuring = self._calls % self.every == 0
+        measuring = self.due
         if not measuring and not leave_grad:
             self._count()
             return None
