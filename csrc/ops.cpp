@@ -43,5 +43,8 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor");
   m.def("combine_(Tensor(a!) out, Tensor panel, Tensor matrix, *, Tensor? gate=None) -> ()");
   m.def("project_(Tensor(a!) w, Tensor v, Tensor coefficients) -> Tensor");
+  m.def(
+      "reseed_(Tensor(a!) panel, int[] offsets, int[] sizes, Tensor state, *, int elements, "
+      "int seed=0, Tensor(b!)? p=None) -> ()");
   m.def("stream_copy_(Tensor(a!) destination, Tensor source) -> ()");
 }

@@ -120,6 +120,11 @@ class Ranks:
         """Whether the ranks hold different elements."""
         return len(set(self._owners)) > 1
 
+    @property
+    def shard(self) -> int:
+        """A number for the elements that this rank holds; 0 where all hold the same."""
+        return self._owners[self._ranks.index(dist.get_rank())]
+
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can't be copied.
         return {**self.__dict__, "_like": None, "_wrappers": [], "_late": None}

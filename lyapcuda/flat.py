@@ -70,15 +70,17 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
 
     Raises:
         TypeError: something that is no tensor, an integer or complex parameter.
-        ValueError: no parameter at all, none that requires a gradient, or a non-leaf one.
+        ValueError: no parameter at all, none that requires a gradient, a non-leaf one, or one that
+            is in several groups.
     """
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
     if not isinstance(params, Iterable):
         raise TypeError(f"params={params!r}: expected an iterable of tensors")
     found: dict[int, TrackedParameter] = {}
+    group_of: dict[int, int] = {}
     seen = 0
-    for entry in params:
+    for number, entry in enumerate(params):
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
         if "params" not in group:
             raise ValueError(f"params: a group without 'params', only {sorted(group)}")
@@ -88,6 +90,9 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
             seen += 1
             decay = _non_negative("weight_decay", group.get("weight_decay", weight_decay))
             if _check_parameter(name, tensor):
+                # As in torch.optim. Tied weights of one group (or of none) count once.
+                if isinstance(entry, Mapping) and group_of.setdefault(id(tensor), number) != number:
+                    raise ValueError(f"params: {name} appears in more than one group")
                 found.setdefault(id(tensor), TrackedParameter(name, tensor, decay))
     if not seen:
         raise ValueError("params: empty, there is nothing to measure")
@@ -209,6 +214,11 @@ class FlatGroup:
             for t in held
         ]
         self._shapes = [t.shape for t in held]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many elements each segment has."""
+        return [shape.numel() for shape in self._shapes]
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -377,6 +387,11 @@ class FlatLayout:
         One collective where the parameters are sharded; elsewhere ``part`` itself.
         """
         return part if self.ranks is None else self.ranks.sum(part)
+
+    def seeds(self, seed: int) -> list[int]:
+        """One a group, other ones for other shards."""
+        shard = 0 if self.ranks is None else self.ranks.shard
+        return [(seed + number + (shard << 32)) % 2**63 for number in range(len(self.groups))]
 
     def whole(self, position: int, part: Tensor, *, rows: bool = False) -> Tensor:
         """What a user sees of a buffer's segment: a DTensor like the parameter, where that is one.

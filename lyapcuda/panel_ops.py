@@ -13,6 +13,7 @@ A step of k separations, per group of parameters where a panel is an argument:
     benettin_(state, gram, losses, k)
     combine_(d, d, transform, gate=again)                  # again, transform: views of state
     benettin_refine_(state, gram(d, d, gate=again), k)
+    reseed_(q, offsets, sizes, state, elements=...)        # of lyapcuda.ops
     panel_recenter_(q, copies, d, theta, offsets, state)
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lyapcuda import _C
+from lyapcuda import _C, ops
 from lyapcuda.ops import _call, _written
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 MAX_PANEL: int = _C.max_panel
 _FIELDS = {k: _C.panel_fields(k) for k in range(1, MAX_PANEL + 1)}
 #: Fields of a new panel state that are 0; all others, but the transform, are NaN.
-_ZERO = ("bound", "guard", "pending", "again", "accepted", "steps", "skipped", "transform")
+_ZERO = (*ops._ZERO, "pending", "again", "transform")
 
 
 def panel_fields(k: int) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -72,8 +73,8 @@ def panel_field(state: Tensor, k: int, name: str) -> Tensor:
 def new_panel_state(device: torch.device | str, k: int, **values: float | Tensor) -> Tensor:
     """The state of k separations on ``device``, with the given fields.
 
-    Counters, ``bound``, ``guard``, ``pending``, ``again`` and the transform are 0, everything
-    unmeasured NaN. A value fills its whole field, or is a tensor of the field's shape.
+    Counters, ``bound``, ``guard``, ``pending``, ``again``, ``reseed`` and the transform are 0,
+    everything unmeasured NaN. A value fills its whole field, or is a tensor of the field's shape.
 
     Raises:
         ValueError: k outside 1 to 32, a field that there isn't.
@@ -170,7 +171,9 @@ def benettin_(
         rotate: orthonormalise along the Ritz vectors; False: in the order of the rows.
 
     A step that isn't finite only counts itself as skipped. Where the copies met there is no
-    transform (``pending`` 0) and β is halved. Nothing is read back to the host.
+    transform (``pending`` 0) and β is halved; where β isn't ours to control, or a separation lies
+    in the span of the others, the state asks for another in its place: see `ops.reseed_`. Nothing
+    is read back to the host.
     """
     _written(state)
     _call("benettin_")(

@@ -130,6 +130,13 @@ class Readings:
         return self._scalar("skipped", 0.0)
 
     @property
+    def reseeds(self) -> Tensor:
+        """How often a separation was lost (it was nothing, or lay in the span of the others, or the
+        copies met under a ``beta`` of yours) and another, of random direction, took its place.
+        """
+        return self._scalar("reseeds", 0.0)
+
+    @property
     def perturbation(self) -> float | None:
         """Δq: as given, or as chosen at the first step (None before)."""
         if not self._separations:

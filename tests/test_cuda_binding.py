@@ -251,6 +251,8 @@ def small_calls(device):
     calls["gram"] = {"a": panel.q, "b": panel.d, "gate": step}
     calls["combine_"] = {"panel": panel.q, "out": panel.d, "gate": step}
     calls["combine_"] |= {"matrix": square[:2, :2].contiguous()}
+    sizes = {"offsets": panel.offsets, "sizes": [t.numel() for t in panel.theta], "elements": 38}
+    calls["reseed_"] = {"panel": panel.q, "state": panel.state, "p": panel.p, **sizes}
     calls["project_"] = {"w": panel.d[0], "v": panel.q, "coefficients": torch.ones(2, dtype=F64)}
     return {
         name: {key: to(value) for key, value in arguments.items()}

@@ -26,6 +26,7 @@ MODULES = (
     "test_panel_recenter",
     "test_project",
     "test_recenter",
+    "test_reseed",
     "test_stream_copy",
 )
 #: What the CPU backend alone promises: nothing about threads is asked of a GPU, and a sum may end

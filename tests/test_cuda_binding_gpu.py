@@ -253,6 +253,10 @@ def calls():
         "benettin_refine_": ((panel.state, small, 3), {}),
         "gram": ((panel.q, panel.d), {"gate": losses[:1]}),
         "combine_": ((panel.q, panel.d, small), {}),
+        "reseed_": (
+            (panel.q, panel.offsets, [t.numel() for t in panel.theta], panel.state),
+            {"elements": 10, "p": panel.p},
+        ),
         "project_": ((panel.p[0].clone(), panel.q, small[0].contiguous()), {}),
     }
 

@@ -23,6 +23,7 @@ def calls(buffer=torch.float32, storage=torch.float32):
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
     number = torch.tensor([0.3], dtype=F64)
+    lost = ops_support.state_with(case.state, reseed=1.0)
     gradients = (case.g1, case.g0, case.offsets, number.clone())
     whole = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state)
     return {
@@ -33,6 +34,10 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
         "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
         "stream_copy_": ((case.d, case.q), {}),
+        "reseed_": (
+            (case.q, case.offsets, [t.numel() for t in case.theta], lost),
+            {"elements": 57, "p": case.p},
+        ),
         "displace_": ((case.theta1, case.q, case.theta, case.offsets, number), {}),
         "difference_": ((case.d, *gradients), {}),
         "difference_ with everything": (

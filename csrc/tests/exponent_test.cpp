@@ -15,7 +15,8 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 std::vector<double> fresh_state() {
   std::vector<double> state(kStateSize, kNan);
-  for (int64_t field : {k_bound, k_guard, k_committed, k_accepted, k_steps, k_skipped}) {
+  for (int64_t field : {k_bound, k_guard, k_committed, k_accepted, k_steps, k_skipped, k_reseed,
+                        k_reseeds}) {
     state[field] = 0.0;
   }
   state[k_perturbation] = 0.1;
@@ -128,6 +129,7 @@ void steps_take_or_refuse() {
   std::vector<double> met = fresh_state();
   exponent_step(met.data(), eigen_sums(-2.0, 0.5).data(), losses, 2, options);  // 1 + βh = 0
   CHECK(met[k_accepted] == 1.0 && met[k_committed] == 0.0 && met[k_beta] == 0.25);
+  CHECK(met[k_reseed] == 0.0 && met[k_reseeds] == 0.0);
   CHECK(met[k_scale] == 0.1 && met[k_h] == -2.0);
 }
 

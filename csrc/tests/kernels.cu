@@ -3,6 +3,7 @@
 #include "../kernels/descend.cuh"
 #include "../kernels/exponent.cuh"
 #include "../kernels/recenter.cuh"
+#include "../kernels/reseed.cuh"
 #include "../kernels/stream_copy.cuh"
 
 namespace lyapcuda::kernels {
@@ -26,5 +27,9 @@ LYAPCUDA_STORAGE(float, Half)
 LYAPCUDA_STORAGE(double, double)
 template __global__ void ascent_finish<float>(const double*, int64_t, double*);
 template __global__ void ascent_finish<double>(const double*, int64_t, double*);
+template __global__ void reseed<float>(const __grid_constant__ ReseedSegments<float>,
+                                       const __grid_constant__ ReseedArguments<float>);
+template __global__ void reseed<double>(const __grid_constant__ ReseedSegments<double>,
+                                        const __grid_constant__ ReseedArguments<double>);
 
 }  // namespace lyapcuda::kernels
