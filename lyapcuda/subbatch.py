@@ -77,6 +77,7 @@ def beside(
     *,
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
+    check: bool = False,
 ) -> Measured:
     """Measures ``part`` without a trace, then evaluates ``whole`` as training does.
 
@@ -85,7 +86,7 @@ def beside(
         states and buffers are what one plain evaluation of ``whole`` leaves; after an exception
         everything is as it was.
     """
-    found = gradients(part, parameters, copies, names=names, modules=modules)
+    found = gradients(part, parameters, copies, names=names, modules=modules, check=check)
     # The second evaluation may use their storage again (DDP's buckets). One by one, so that there
     # are never two of them all.
     for i in range(len(found.g0)):
@@ -142,13 +143,14 @@ def accumulated(
     *,
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
+    check: bool = False,
 ) -> Measured:
     """The gradient averaged over micro-batches; the copies see the last of them.
 
     Args:
         closure: called with each batch, with the last once more for every copy.
         batches: from `shares`.
-        parameters, names, modules: as for `lyapcuda.evaluate.gradients`.
+        parameters, names, modules, check: as for `lyapcuda.evaluate.gradients`.
         copies: none to evaluate the average only.
 
     Returns:
@@ -171,7 +173,13 @@ def accumulated(
             loss = loss + value * weight
         batch, weight = batches[-1]
         found = gradients(
-            lambda: closure(batch), parameters, copies, names=names, modules=modules, leave=True
+            lambda: closure(batch),
+            parameters,
+            copies,
+            names=names,
+            modules=modules,
+            leave=True,
+            check=check,
         )
     except BaseException:
         before.restore()
