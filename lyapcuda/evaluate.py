@@ -127,6 +127,11 @@ def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> lis
     return [p for p in others.values() if id(p) not in tracked and p.requires_grad]
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Surroundings:
     """What an evaluation may change besides its result: random states, buffers, other gradients."""
 
@@ -136,6 +141,11 @@ class Surroundings:
         modules: Sequence[nn.Module],
         generators: Iterable[torch.Generator] = (),
     ) -> None:
+        if capturing():
+            raise RuntimeError(
+                "a measurement can't be captured in a CUDA graph: it reads and restores random "
+                "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
+            )
         # DDP may have gradients lie in its buckets, which the next evaluation writes.
         buckets = any(
             isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
