@@ -1,5 +1,5 @@
-// Another separation where one was lost: pseudo-random numbers that depend on the seed, the step and
-// an element's place alone, so that every backend and any number of threads make the same bits.
+// Another separation where one was lost: pseudo-random numbers that depend on the seed, the step
+// and an element's place alone, so that every backend and any number of threads make the same bits.
 #pragma once
 
 #include <cmath>

@@ -28,8 +28,7 @@ void reseed_typed(const Tensor& panel, const std::vector<int64_t>& offsets,
 
 void reseed_(Tensor panel, std::vector<int64_t> offsets, std::vector<int64_t> sizes, Tensor state,
              int64_t elements, int64_t seed, std::optional<Tensor> p) {
-  const int64_t k =
-      reseed_rows(panel, p, state, offsets, sizes, elements, Device(DeviceType::CPU));
+  const int64_t k = reseed_rows(panel, p, state, offsets, sizes, elements, Device(DeviceType::CPU));
   const Reseed lost =
       reseed_of(static_cast<const double*>(state.const_data_ptr()), k, elements, seed);
   if (lost.row < 0) return;

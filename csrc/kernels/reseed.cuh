@@ -41,8 +41,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     reseed(const __grid_constant__ ReseedSegments<T> table,
            const __grid_constant__ ReseedArguments<T> arguments) {
-  const Reseed lost =
-      reseed_of(arguments.state, arguments.k, arguments.elements, arguments.seed);
+  const Reseed lost = reseed_of(arguments.state, arguments.k, arguments.elements, arguments.seed);
   if (lost.row < 0) return;
   ReseedElements<T> op{arguments, lost};
   for_each_group(table, op);

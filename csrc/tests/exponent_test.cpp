@@ -15,8 +15,8 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 std::vector<double> fresh_state() {
   std::vector<double> state(kStateSize, kNan);
-  for (int64_t field : {k_bound, k_guard, k_committed, k_accepted, k_steps, k_skipped, k_reseed,
-                        k_reseeds}) {
+  for (int64_t field :
+       {k_bound, k_guard, k_committed, k_accepted, k_steps, k_skipped, k_reseed, k_reseeds}) {
     state[field] = 0.0;
   }
   state[k_perturbation] = 0.1;
