@@ -331,14 +331,17 @@ def _result(
     solution: Solution, operator: HessianOperator, goal: Goal, method: str, kind: str
 ) -> EigenResult:
     layout, verdict = operator.layout, solution.verdict
-    vectors = [layout.gather(solution.vectors.row(i)) for i in range(len(verdict.values))]
+    shape = (len(verdict.values), layout.numel)
+    vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+    for i, vector in enumerate(vectors):
+        layout.gather(solution.vectors.row(i), out=vector)
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values.copy(), device=layout.device)
 
     return EigenResult(
         eigenvalues=tensor(verdict.values),
-        eigenvectors=torch.stack(vectors),
+        eigenvectors=vectors,
         residuals=tensor(verdict.residuals),
         difference_errors=tensor(verdict.errors),
         converged=tensor(verdict.converged),

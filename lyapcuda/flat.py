@@ -362,9 +362,11 @@ class FlatLayout:
             for position, view in zip(group.positions, group.views(buffer), strict=True):
                 view.copy_(parts[position].view(view.shape))
 
-    def gather(self, buffers: Sequence[Tensor]) -> Tensor:
-        """The inverse of `scatter`: a new vector of `dtype` on `device`."""
-        vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+    def gather(self, buffers: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The inverse of `scatter`: a vector of `dtype` on `device`, ``out`` or a new one."""
+        vector = out
+        if vector is None:
+            vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         parts = vector.split([p.tensor.numel() for p in self.parameters])
         for group, buffer in zip(self.groups, buffers, strict=True):
             for position, view in zip(group.positions, group.views(buffer), strict=True):
