@@ -287,10 +287,10 @@ def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> N
     """
     ranks, device = separations[0].layout.ranks, separations[0].state.device
     losses = torch.stack([x.to(device, torch.float64) for x in (found.loss0, *found.losses)])
-    parts, ends, first = [], [], 0
+    parts, spans, first = [], [], 0
     for separation in separations:
         parts.append(found.of(first, separation.k))
-        ends.append([0, *range(first + 1, first + 1 + separation.k)])
+        spans.append(slice(first + 1, first + 1 + separation.k))
         first += separation.k
     if any(separation.needs_probe for separation in separations):
         sums = [
@@ -304,8 +304,8 @@ def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> N
     sums = [s.measure(part) for s, part in zip(separations, parts, strict=True)]
     if ranks is not None:
         sums, losses = ranks.exchange(sums, losses)
-    for separation, total, end in zip(separations, sums, ends, strict=True):
-        separation.conclude(total, losses[end])
+    for separation, total, span in zip(separations, sums, spans, strict=True):
+        separation.conclude(total, torch.cat([losses[:1], losses[span]]))
 
 
 def excuse(separations: Sequence[Separation | Benettin]) -> None:

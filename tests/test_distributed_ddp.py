@@ -78,6 +78,8 @@ def copied(rank: int) -> None:
     saved = tracker.state_dict()
     again = lyapcuda.CurvatureTracker(model.parameters())
     again.load_state_dict(pickle.loads(pickle.dumps(saved)))
+    twin = copy.deepcopy(tracker._layout.ranks)
+    assert twin.sum(torch.ones(1)) == 1 and not twin.sharded
     for one in (tracker, again):
         one.step(lambda: loss_of(model, x, y))
     assert torch.equal(tracker.state, again.state)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import lyapcuda
 from ranks_support import equal_everywhere, on_ranks
@@ -127,6 +127,10 @@ def refused(rank: int) -> None:
         lyapcuda.eigsh(lambda: loss_of(model, x, y), model.parameters())
     with pytest.raises(NotImplementedError, match="DTensor"):
         lyapcuda.HessianOperator(lambda: loss_of(model, x, y), model.parameters())
+    old = FullyShardedDataParallel(plain, device_id=torch.device("cpu"))
+    tracker = lyapcuda.CurvatureTracker(old.parameters())
+    with pytest.raises(NotImplementedError, match="FSDP1"):
+        tracker.step(lambda: old(torch.ones(1, 2)).sum())
 
 
 def attached(rank: int) -> None:
