@@ -176,7 +176,8 @@ class TensorBoardWriter(Writer):
 
     Args:
         log: a ``torch.utils.tensorboard.SummaryWriter``, which stays yours to close, or the folder
-            of a new one.
+            of a new one. Of a run that was broken off, what is in the folder past the tracker's
+            step is hidden; points that the history still holds are written again.
         prefix: of the tags.
 
     Raises:
@@ -200,7 +201,7 @@ class TensorBoardWriter(Writer):
 
     def open(self) -> None:
         step = self._step
-        if self._own:  # of a run that was broken off, what came after the checkpoint is hidden
+        if self._own:
             self._log = self._new(os.fspath(self._log), purge_step=step + 1 if step else None)
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -232,9 +233,10 @@ class CurvatureLog:
             ``load_state_dict`` and ``add_param_group``: make the log after those.)
         targets: paths that end in ``.csv`` or ``.jsonl``, SummaryWriters of TensorBoard, `Writer`s.
         every: how many measurements are read back at once.
-        values: further columns: name → a function without arguments, called after every
-            measurement, that returns a number or a tensor of one element (kept on its device until
-            it is read back). For instance ``{"lr": lambda: optimizer.param_groups[0]["lr"]}``.
+        values: further columns: name → a function without arguments that returns a number or a
+            tensor of one element (kept on its device until it is read back). Called after every
+            measurement, before the optimizer's step that follows. For instance
+            ``{"lr": lambda: optimizer.param_groups[0]["lr"]}``.
         mode: for targets that are paths: see `CsvWriter`.
 
     Raises:

@@ -311,6 +311,27 @@ def test_tensorboard(problem, own, tmp_path):
     assert "still open" in events.Tags()["scalars"]
 
 
+def test_tensorboard_of_a_run_that_was_broken_off(problem, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = problem.tracker()
+    log = lyapcuda.CurvatureLog(tracker, lyapcuda.TensorBoardWriter(tmp_path))
+    problem.take(tracker, 4)
+    saved = tracker.state_dict()
+    problem.take(tracker, 3)  # other minibatches than those that follow the checkpoint below
+    log.close()
+    resumed = problem.tracker()
+    resumed.load_state_dict(saved)
+    with lyapcuda.CurvatureLog(resumed, lyapcuda.TensorBoardWriter(tmp_path)):
+        problem.take(resumed, 2, 4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("curvature/h")}
+    expected = resumed.history().h.float().tolist()
+    assert found == pytest.approx(dict(enumerate(expected, 1)))
+
+
 def test_tensorboard_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'lyapcuda\[tensorboard\]'"):
