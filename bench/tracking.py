@@ -224,7 +224,8 @@ def follow(folder: str, lr: float, epochs: int, points: int, out: Path) -> None:
         loss = loss_of(batch)
         loss.backward()
         optimizer.step()
-        file.add([csv_line([step, float(loss.detach()), *row.values()])])
+        numbers = [float(loss.detach()), *row.values()]
+        file.add([csv_line([step, *(f"{v:.5g}" for v in numbers)])])
         if step in anywhere | measured:
             print(step, {k: round(v, 2) for k, v in row.items() if v == v}, flush=True)
 
