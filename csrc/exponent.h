@@ -45,11 +45,6 @@ LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, 
   return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
 }
 
-// The learning rate of curvature h: gain/h, at most max_lr, which also stands in for h ≤ 0.
-LYAPCUDA_HOST_DEVICE inline double learning_rate(double h, double gain, double max_lr) {
-  return h * max_lr > gain ? gain / h : max_lr;
-}
-
 LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (!std::isfinite(values[i])) return false;

@@ -220,6 +220,13 @@ class Benettin:
             total = gram if total is None else total + gram
         return total
 
+    @property
+    def stepped(self) -> list[Tensor]:
+        """The d of every group, (k, n): while the state says that a transform is pending, the next
+        separations are combinations of its rows.
+        """
+        return [part.d for part in self._groups]
+
     # --- reading and saving ----------------------------------------------------------------------
 
     def _settled(self, part: _GroupPanel, now: Tensor, following: Tensor) -> Tensor:

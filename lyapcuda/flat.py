@@ -1,8 +1,8 @@
 """Parameters and gradients as flat buffers, without disturbing the module they belong to.
 
-Parameters of one dtype, device and weight decay form a `FlatGroup`: each has a segment of the
-group's flat buffers, in the order its elements have in memory, so a dense parameter is read where
-it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
+Parameters of one dtype, device and group of the user's form a `FlatGroup`: each has a segment of
+the group's flat buffers, in the order its elements have in memory, so a dense parameter is read
+where it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C
+from lyapcuda.arguments import non_negative
 from lyapcuda.distributed import Ranks
 from lyapcuda.shards import is_sharded, local, shard_of, whole
 
@@ -58,6 +59,8 @@ class TrackedParameter:
     name: str
     tensor: Tensor
     weight_decay: float = 0.0
+    #: Which of the user's groups it came in; 0 where there are none.
+    group: int = 0
 
 
 def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParameter]:
@@ -88,12 +91,14 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
         for member in [members] if isinstance(members, Tensor) else members:
             name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
             seen += 1
-            decay = _non_negative("weight_decay", group.get("weight_decay", weight_decay))
+            decay = group.get("weight_decay", weight_decay)
+            non_negative("weight_decay", decay)
             if _check_parameter(name, tensor):
                 # As in torch.optim. Tied weights of one group (or of none) count once.
                 if isinstance(entry, Mapping) and group_of.setdefault(id(tensor), number) != number:
                     raise ValueError(f"params: {name} appears in more than one group")
-                found.setdefault(id(tensor), TrackedParameter(name, tensor, decay))
+                of = number if isinstance(entry, Mapping) else 0
+                found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
     if not seen:
         raise ValueError("params: empty, there is nothing to measure")
     if not found:
@@ -140,12 +145,6 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
     return kept
 
 
-def _non_negative(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not (0 <= value < math.inf):
-        raise ValueError(f"{name}={value!r}: expected a number of at least 0")
-    return float(value)
-
-
 def _check_parameter(name: str, tensor: Any) -> bool:
     """Raises for what can't be tracked; False for a frozen parameter, which just takes no part."""
     if not isinstance(tensor, Tensor):
@@ -186,7 +185,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @dataclass
 class FlatGroup:
-    """Parameters of one dtype, device and weight decay, and where they lie in flat buffers.
+    """Parameters of one dtype, device and group of the user's; where they lie in flat buffers.
 
     Of DTensor parameters the buffers hold this rank's shards.
     """
@@ -195,7 +194,10 @@ class FlatGroup:
     tensors: list[Tensor]
     dtype: torch.dtype
     device: torch.device
+    #: May change between two steps.
     weight_decay: float
+    #: Which of the user's groups this is a part of.
+    number: int
     #: Where each tensor stands among `FlatLayout.parameters`.
     positions: list[int]
     offsets: list[int] = field(init=False)
@@ -281,7 +283,11 @@ class FlatGroup:
         Dense ones of the right strides are read where they lie; others are copied, and None (no
         gradient) becomes zeros.
         """
-        return [self._segment(i, tensor) for i, tensor in enumerate(tensors)]
+        return self.segments_at(range(len(tensors)), tensors)
+
+    def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The same for tensors like some of the parameters, those at ``indices``."""
+        return [self._segment(i, tensor) for i, tensor in zip(indices, tensors, strict=True)]
 
     def _segment(self, i: int, tensor: Tensor | None) -> Tensor:
         strides = self.strides[i]
@@ -332,7 +338,7 @@ class FlatLayout:
         self.parameters = collect(params, weight_decay)
         members: dict[tuple, list[int]] = {}
         for position, p in enumerate(self.parameters):
-            key = (p.tensor.dtype, p.tensor.device, p.weight_decay)
+            key = (p.tensor.dtype, p.tensor.device, p.weight_decay, p.group)
             members.setdefault(key, []).append(position)
         self.groups = []
         for key, positions in members.items():

@@ -222,15 +222,38 @@ def descend_(
     gain: float = 1.0,
     max_lr: float = 10.0,
     weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """``theta −= lr·(gradient + weight_decay·theta)``, ``lr = min(gain/h_ema, max_lr)``.
+    """``theta −= lr·u``, ``lr = factor·gain·min(1/h_ema, max_lr)``, along ``u = gradient +
+    weight_decay·theta``.
 
-    Returns lr (0-dim float64): ``max_lr`` where h_ema ≤ 0, and 0, with theta untouched, where the
-    last step was not finite.
+    Args:
+        buffer: a flat buffer with the segments of ``theta`` at ``offsets``: becomes
+            ``momentum·buffer + u``, and is what the step goes along; with ``nesterov`` that is
+            ``u + momentum·buffer``.
+        factor: float64, one element, on the device; 1 where it isn't given.
+
+    Returns:
+        lr (0-dim float64): ``factor·gain·max_lr`` where h_ema ≤ 0, and 0, with theta and buffer
+        untouched, where the last step, or the factor, was not finite.
     """
-    _written(*theta)
+    _written(buffer, *theta)
     return _call("descend_")(
-        theta, gradient, state, gain=gain, max_lr=max_lr, weight_decay=weight_decay
+        theta,
+        gradient,
+        state,
+        gain=gain,
+        max_lr=max_lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        offsets=offsets,
+        factor=factor,
     )
 
 
@@ -358,6 +381,12 @@ _FAKES = {
     "displace_": lambda copies, v, theta, offsets, step: step.new_empty(2),
     "gram": lambda a, b, **options: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float64),
     "panel_ascent_": _panel_sums,
+    "panel_descend_": lambda theta, gradient, offsets, panel, state, slopes, **options: (
+        state.new_empty(panel.shape[0] + 1)
+    ),
+    "panel_slopes_": lambda theta, gradient, offsets, panel, state, **options: state.new_empty(
+        panel.shape[0]
+    ),
     "project_": lambda w, v, coefficients: coefficients.new_empty(v.shape[0] + 1),
 }
 _RETURN_NOTHING = (

@@ -36,9 +36,11 @@ __all__ = [
     "gram",
     "new_panel_state",
     "panel_ascent_",
+    "panel_descend_",
     "panel_field",
     "panel_fields",
     "panel_recenter_",
+    "panel_slopes_",
     "project_",
 ]
 
@@ -218,6 +220,97 @@ def panel_recenter_(
     """
     _written(q, copies)
     _call("panel_recenter_")(q, copies, d, theta, offsets, state)
+
+
+# --- the quasi-Newton step -----------------------------------------------------------------------
+
+
+def panel_slopes_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """The slopes along the rows of a panel: products with ``u = gradient + weight_decay·theta``.
+
+    Args:
+        panel: (k, n), the d of the last step, with ``theta`` at ``offsets`` of every row.
+        state: of k separations.
+        buffer, momentum, nesterov: as for `lyapcuda.ops.descend_`; the buffer is written.
+        factor: float64, one element; where it isn't finite there is no step.
+
+    Returns:
+        float64 (k,). Zeros where no transform is pending, and where there is no step: then the
+        buffer, too, stays.
+    """
+    _written(buffer)
+    return _call("panel_slopes_")(
+        theta,
+        gradient,
+        offsets,
+        panel,
+        state,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        factor=factor,
+    )
+
+
+def panel_descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """``theta −= rate·u + Σ_j (rate_j − rate)·q_j·(q_j·u)/Δq²``, ``q_j = Σ_i d_i·transform[i][j]``.
+
+    ``rate_j = factor·gain·min(1/c_j, max_lr)``, ``c_j = max(|h_ema_j|, c)``, and off the tracked
+    directions ``rate`` with ``c = |h_ema_(k−1)| + residual_(k−1)``. Where no transform is pending
+    (the copies met) ``rate`` is the smallest of all.
+
+    Args:
+        slopes: what `panel_slopes_` returned with the same arguments, summed over all groups.
+        buffer: as `panel_slopes_` left it.
+
+    Returns:
+        float64 (k + 1,): rate_0 … rate_(k−1) and rate; zeros, with theta untouched, where the last
+        step, a slope or the factor was not finite.
+    """
+    _written(*theta)
+    return _call("panel_descend_")(
+        theta,
+        gradient,
+        offsets,
+        panel,
+        state,
+        slopes,
+        gain=gain,
+        max_lr=max_lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        factor=factor,
+    )
 
 
 # --- panels as matrices --------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda.ops import ESTIMATES
 from lyapcuda.panel_ops import panel_field, panel_fields
-from lyapcuda.reference import curvature_of_growth
+from lyapcuda.reference import curvature_of_growth, direction, learning_rate
 
 
 def panel_ascent_(
@@ -283,3 +284,75 @@ def project_(w: Tensor, v: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor
     """Returns (w, products)."""
     left = w.double() - coefficients @ v.double()
     return left, torch.cat([v.double() @ left, (left @ left)[None]])
+
+
+# --- the quasi-Newton step -----------------------------------------------------------------------
+
+
+def _rates(state: Tensor, k: int, gain: float, max_lr: float) -> list[float] | None:
+    """Along the k vectors, and off them; None where there is no step."""
+    fields = _unpack(state, k)
+    h = fields["h_ema"].abs()
+    if not float(fields["accepted"]) or not math.isfinite(gain) or not bool(h.isfinite().all()):
+        return None
+    rest = float(h[-1] + fields["residual"][-1])
+    curvatures = [max(float(value), rest) for value in h]
+    off = rest if float(fields["pending"]) else max(curvatures)
+    return [learning_rate(value, gain, max_lr) for value in [*curvatures, off]]
+
+
+def panel_slopes_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    *,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (slopes, buffer)."""
+    k = panel.shape[0]
+    slopes = torch.zeros(k, dtype=torch.float64)
+    if _rates(state, k, 1.0 if factor is None else float(factor), 1.0) is None:
+        return slopes, None if buffer is None else buffer.double()
+    us, following = direction(theta, gradient, buffer=buffer, offsets=offsets, **options)
+    if float(panel_field(state, k, "pending")):
+        for u, offset in zip(us, offsets, strict=True):
+            slopes += panel[:, offset : offset + u.numel()].double() @ u.flatten()
+    return slopes, following
+
+
+def panel_descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor]:
+    """Returns (theta, rates)."""
+    k = panel.shape[0]
+    rates = _rates(state, k, gain * (1.0 if factor is None else float(factor)), max_lr)
+    if rates is None or not bool(slopes.isfinite().all()):
+        return [t.double() for t in theta], torch.zeros(k + 1, dtype=torch.float64)
+    us, _ = direction(theta, gradient, buffer=buffer, offsets=offsets, advance=False, **options)
+    fields = _unpack(state, k)
+    transform, size = fields["transform"], float(fields["perturbation"])
+    extra = torch.tensor([rate - rates[-1] for rate in rates[:-1]], dtype=torch.float64)
+    weights = transform @ (extra * (transform.T @ slopes) / size**2)
+    moved = []
+    for t, u, offset in zip(theta, us, offsets, strict=True):
+        step = rates[-1] * u
+        if float(fields["pending"]):
+            rows = panel[:, offset : offset + t.numel()].double()
+            step = step + (weights @ rows).view(t.shape)
+        moved.append(t.double() - step)
+    return moved, torch.tensor(rates, dtype=torch.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,6 +210,34 @@ def reseed_(
     return panel
 
 
+def direction(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    advance: bool = True,
+) -> tuple[list[Tensor], Tensor | None]:
+    """What a step goes along, and the next buffer; ``advance``: it is still to be made."""
+    us, following = [], None if buffer is None else buffer.double().clone()
+    for i, (t, g) in enumerate(zip(theta, gradient, strict=True)):
+        u = g.double() + weight_decay * t.double()
+        if following is not None:
+            part = following[offsets[i] : offsets[i] + t.numel()].view(t.shape)
+            if advance:
+                part.copy_(momentum * part + u)
+            u = u + momentum * part if nesterov else part.clone()
+        us.append(u)
+    return us, following
+
+
+def learning_rate(h: float, gain: float, max_lr: float) -> float:
+    return gain / h if h * max_lr > 1 else gain * max_lr
+
+
 def descend_(
     theta: Sequence[Tensor],
     gradient: Sequence[Tensor],
@@ -216,18 +245,20 @@ def descend_(
     *,
     gain: float = 1.0,
     max_lr: float = 10.0,
-    weight_decay: float = 0.0,
-) -> tuple[list[Tensor], Tensor]:
-    """Returns (theta, lr)."""
+    factor: Tensor | None = None,
+    buffer: Tensor | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Returns (theta, lr, buffer)."""
     h = float(state[_INDEX["h_ema"]])
-    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h):
-        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64)
-    lr = gain / h if h > 0 and gain / h < max_lr else max_lr
-    moved = [
-        t.double() - lr * (g.double() + weight_decay * t.double())
-        for t, g in zip(theta, gradient, strict=True)
-    ]
-    return moved, torch.tensor(lr, dtype=torch.float64)
+    times = 1.0 if factor is None else float(factor)
+    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h + times):
+        stays = None if buffer is None else buffer.double()
+        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64), stays
+    lr = learning_rate(h, gain * times, max_lr)
+    us, following = direction(theta, gradient, buffer=buffer, **options)
+    moved = [t.double() - lr * u for t, u in zip(theta, us, strict=True)]
+    return moved, torch.tensor(lr, dtype=torch.float64), following
 
 
 def lyapunov_step_(

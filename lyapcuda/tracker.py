@@ -371,6 +371,21 @@ class CurvatureTracker(Readings):
         return Benettin(self._layout, k, **options)
 
     @property
+    def calls(self) -> int:
+        """How many steps were taken, measured or not."""
+        return self._calls
+
+    @property
+    def layout(self) -> FlatLayout:
+        """The tracked parameters in groups, as they lie in flat buffers."""
+        return self._layout
+
+    @property
+    def separations(self) -> list[Separation | Benettin]:
+        """What carries q from step to step, for every end of the spectrum."""
+        return self._started()
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The tracked tensors, in the user's order."""
         return [p.tensor for p in self._layout.parameters]

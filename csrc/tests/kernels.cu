@@ -1,6 +1,5 @@
 // Every kernel that the backend launches, for the nvcc check (check_ptx.py).
 #include "../kernels/ascent.cuh"
-#include "../kernels/descend.cuh"
 #include "../kernels/exponent.cuh"
 #include "../kernels/recenter.cuh"
 #include "../kernels/reseed.cuh"
@@ -17,9 +16,7 @@ namespace lyapcuda::kernels {
   LYAPCUDA_ASCENT(T, P, true, false)                                                     \
   LYAPCUDA_ASCENT(T, P, true, true)                                                      \
   template __global__ void recenter<T, P>(const __grid_constant__ RecenterSegments<P>,   \
-                                          const __grid_constant__ RecenterArguments<T>); \
-  template __global__ void descend<T, P>(const __grid_constant__ DescendSegments<P>,     \
-                                         const __grid_constant__ DescendArguments);
+                                          const __grid_constant__ RecenterArguments<T>);
 
 LYAPCUDA_STORAGE(float, float)
 LYAPCUDA_STORAGE(float, BFloat16)
