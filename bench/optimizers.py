@@ -1,12 +1,12 @@
-"""LyapunovSGD, with one curvature and with several, against SGD and Adam: by steps and by gradients.
+"""LyapunovSGD, with one curvature and with several, against SGD and Adam.
 
-    python bench/optimizers.py [--data FOLDER] [--models mlp ...] [--steps 200] [--out bench/results/NAME]
+    python bench/optimizers.py [--data DIR] [--models mlp ...] [--steps 200] [--out OUT]
 
-Every method starts from the same parameters and sees the same minibatches. SGD and Adam get the best
-of a grid of learning rates, chosen by the loss in question (so their column is the best of several
-runs); LyapunovSGD runs once, with its defaults. Losses are means over the last 20 minibatches, and
-over seeds. "By gradients" is the loss when a run has spent as many gradient evaluations as SGD did
-in all its steps, the warm-up included.
+Every method starts from the same parameters and sees the same minibatches. SGD and Adam get the
+best of a grid of learning rates, chosen by the loss after all steps (so their rows are the best of
+several runs); LyapunovSGD runs once, with its defaults. Losses are means over the last 20
+minibatches, and over seeds. "By gradients" is the loss when a run has spent as many gradient
+evaluations as SGD did in all its steps, the warm-up included; "none left" where that took them all.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def run(
 def loss_after(run: Run, gradients: float = math.inf) -> float:
     """The mean over the last minibatches within so many gradients."""
     losses = [loss for spent, loss in run if spent <= gradients]
-    if not losses or not all(map(math.isfinite, losses)):
+    if not losses:
+        return math.nan
+    if not all(map(math.isfinite, losses)):
         return math.inf
     return statistics.fmean(losses[-WINDOW:])
 
@@ -127,7 +129,9 @@ def best(found: dict[str, tuple[float, float, int]], kind: str) -> tuple[str, tu
 
 
 def number(value: float) -> str:
-    return "diverged" if not math.isfinite(value) else f"{value:.3g}"
+    if math.isnan(value):
+        return "none left"
+    return "diverged" if math.isinf(value) else f"{value:.3g}"
 
 
 def table(found: dict[str, tuple[float, float, int]]) -> list[str]:
@@ -149,19 +153,22 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dataset = load(
-        arguments.data or "digits", ["airplane", "automobile"] if arguments.data else None
-    )
+    dataset = load(arguments.data or "digits", (0, 1) if arguments.data else None)
     what = "CIFAR-10 planes/cars" if arguments.data else "digits"
-    lines = [f"{what}, {arguments.steps} steps of {arguments.batch}, {arguments.seeds} seeds. ", ""]
+    lines = [
+        "# Optimizers",
+        "",
+        f"Machine: {cpu_name()}, one thread; {what}, {arguments.steps} steps",
+    ]
+    lines[-1] += f" of {arguments.batch}, {arguments.seeds} seeds. Made by `bench/optimizers.py`."
+    lines += ["", " ".join(" ".join(__doc__.split("\n\n")[2:]).split()), ""]
     report = {}
     for model in arguments.models:
         found = compare(dataset, model, arguments.batch, arguments.steps, arguments.seeds)
         report[model] = found
         lines += [f"## {model} ({MODELS[model]})", "", *table(found), ""]
         if arguments.out:
-            head = f"# Optimizers\n\nMachine: {cpu_name()}, one thread. Made by `bench/optimizers.py`.\n"
-            arguments.out.with_suffix(".md").write_text(head + "\n".join(lines))
+            arguments.out.with_suffix(".md").write_text("\n".join(lines))
             arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 
 

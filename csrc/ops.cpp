@@ -48,7 +48,8 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def(
       "panel_descend_(Tensor(a!)[] theta, Tensor[] gradient, int[] offsets, Tensor panel, "
       "Tensor state, Tensor slopes, *, float gain=1., float max_lr=10., float weight_decay=0., "
-      "float momentum=0., bool nesterov=False, Tensor? buffer=None, Tensor? factor=None) -> Tensor");
+      "float momentum=0., bool nesterov=False, Tensor? buffer=None, Tensor? factor=None) -> "
+      "Tensor");
   m.def("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor");
   m.def("combine_(Tensor(a!) out, Tensor panel, Tensor matrix, *, Tensor? gate=None) -> ()");
   m.def("project_(Tensor(a!) w, Tensor v, Tensor coefficients) -> Tensor");

@@ -48,31 +48,33 @@ Tensor panel_descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
   for (int64_t j = 0; j < rows; ++j) along[j] = newton.along(found, j);
   const Blocks blocks(sizes_of(theta), kPanelBlock);
   const DirectionScalars scalars{weight_decay, momentum};
-  with_buffer_and_storage(panel.scalar_type(), theta[0].scalar_type(), [&](auto* arithmetic,
-                                                                           auto* storage) {
-    using T = std::remove_pointer_t<decltype(arithmetic)>;
-    using P = std::remove_pointer_t<decltype(storage)>;
-    std::vector<T> weights(k, T(0));
-    for (int64_t i = 0; i < rows; ++i) weights[i] = static_cast<T>(newton.weight(along.data(), i));
-    const auto theta_data = data_of<P>(theta);
-    const auto gradient_data = data_of<const P>(gradient);
-    // Only read: it took the gradient in when the slopes were measured.
-    const T* const buffer_data = buffer ? static_cast<const T*>(buffer->const_data_ptr()) : nullptr;
-    const T* const panel_data = static_cast<const T*>(panel.const_data_ptr());
-    with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
-      blocks.for_each_run(k + 1, [&](int64_t, const auto& visit) {
-        visit([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
-          const int64_t at = offsets[segment] + begin;
-          const DirectionArguments<T, P> arguments{
-              theta_data[segment] + begin, gradient_data[segment] + begin,
-              buffer ? const_cast<T*>(buffer_data + at) : nullptr};
-          LYAPCUDA_DISPATCH(panel_descend_block<T, P, kind()>)(
-              arguments, PanelRows<T>{panel_data + at, rows, panel.size(1)}, weights.data(), length,
-              rates[k], scalars);
+  with_buffer_and_storage(
+      panel.scalar_type(), theta[0].scalar_type(), [&](auto* arithmetic, auto* storage) {
+        using T = std::remove_pointer_t<decltype(arithmetic)>;
+        using P = std::remove_pointer_t<decltype(storage)>;
+        std::vector<T> weights(k, T(0));
+        for (int64_t i = 0; i < rows; ++i)
+          weights[i] = static_cast<T>(newton.weight(along.data(), i));
+        const auto theta_data = data_of<P>(theta);
+        const auto gradient_data = data_of<const P>(gradient);
+        // Only read: it took the gradient in when the slopes were measured.
+        const T* const buffer_data =
+            buffer ? static_cast<const T*>(buffer->const_data_ptr()) : nullptr;
+        const T* const panel_data = static_cast<const T*>(panel.const_data_ptr());
+        with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
+          blocks.for_each_run(k + 1, [&](int64_t, const auto& visit) {
+            visit([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
+              const int64_t at = offsets[segment] + begin;
+              const DirectionArguments<T, P> arguments{
+                  theta_data[segment] + begin, gradient_data[segment] + begin,
+                  buffer ? const_cast<T*>(buffer_data + at) : nullptr};
+              LYAPCUDA_DISPATCH(panel_descend_block<T, P, kind()>)(
+                  arguments, PanelRows<T>{panel_data + at, rows, panel.size(1)}, weights.data(),
+                  length, rates[k], scalars);
+            });
+          });
         });
       });
-    });
-  });
   return out;
 }
 

@@ -1,4 +1,5 @@
-// torch.ops.lyapcuda.panel_slopes_: the slopes of the direction of a step along the rows of a panel.
+// torch.ops.lyapcuda.panel_slopes_: the slopes of the direction of a step along the rows of a
+// panel.
 #include <torch/csrc/stable/library.h>
 
 #if defined(__x86_64__)
@@ -42,28 +43,28 @@ Tensor panel_slopes_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
   const Blocks blocks(sizes_of(theta), kPanelBlock);
   const DirectionScalars scalars{weight_decay, momentum};
   std::vector<double> partial(std::max<int64_t>(blocks.runs(), 1) * k, 0.0);
-  with_buffer_and_storage(panel.scalar_type(), theta[0].scalar_type(), [&](auto* arithmetic,
-                                                                           auto* storage) {
-    using T = std::remove_pointer_t<decltype(arithmetic)>;
-    using P = std::remove_pointer_t<decltype(storage)>;
-    // Only read here; a direction that is taken is written to as well.
-    const auto theta_data = data_of<const P>(theta), gradient_data = data_of<const P>(gradient);
-    T* const buffer_data = buffer ? static_cast<T*>(buffer->mutable_data_ptr()) : nullptr;
-    const T* const panel_data = static_cast<const T*>(panel.const_data_ptr());
-    with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
-      blocks.for_each_run(k + 1, [&](int64_t run, const auto& visit) {
-        visit([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
-          const int64_t at = offsets[segment] + begin;
-          const DirectionArguments<T, P> arguments{const_cast<P*>(theta_data[segment] + begin),
-                                                   gradient_data[segment] + begin,
-                                                   buffer ? buffer_data + at : nullptr};
-          LYAPCUDA_DISPATCH(panel_slopes_block<T, P, kind()>)(
-              arguments, PanelRows<T>{panel_data + at, rows, panel.size(1)}, length, scalars,
-              partial.data() + run * k);
+  with_buffer_and_storage(
+      panel.scalar_type(), theta[0].scalar_type(), [&](auto* arithmetic, auto* storage) {
+        using T = std::remove_pointer_t<decltype(arithmetic)>;
+        using P = std::remove_pointer_t<decltype(storage)>;
+        // Only read here; a direction that is taken is written to as well.
+        const auto theta_data = data_of<const P>(theta), gradient_data = data_of<const P>(gradient);
+        T* const buffer_data = buffer ? static_cast<T*>(buffer->mutable_data_ptr()) : nullptr;
+        const T* const panel_data = static_cast<const T*>(panel.const_data_ptr());
+        with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
+          blocks.for_each_run(k + 1, [&](int64_t run, const auto& visit) {
+            visit([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
+              const int64_t at = offsets[segment] + begin;
+              const DirectionArguments<T, P> arguments{const_cast<P*>(theta_data[segment] + begin),
+                                                       gradient_data[segment] + begin,
+                                                       buffer ? buffer_data + at : nullptr};
+              LYAPCUDA_DISPATCH(panel_slopes_block<T, P, kind()>)(
+                  arguments, PanelRows<T>{panel_data + at, rows, panel.size(1)}, length, scalars,
+                  partial.data() + run * k);
+            });
+          });
         });
       });
-    });
-  });
   tree_sum(partial.data(), blocks.runs(), k);
   if (blocks.runs() > 0) std::copy_n(partial.begin(), k, slopes);
   return out;

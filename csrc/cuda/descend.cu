@@ -44,13 +44,13 @@ Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor 
                                                  written<double>(used)};
     with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
       // Without any tensor there is one launch all the same: it writes the rate.
-      kernels::for_each_table(
-          lists, sizes.data(), offsets ? offsets->data() : nullptr,
-          static_cast<int64_t>(sizes.size()), [&](const kernels::DirectionSegments<P>& table) {
-            launcher.run("descend_", kernels::descend<T, P, kind()>,
-                         blocks_for(launcher, chunks_of(table), 5), kernels::kThreads, table,
-                         arguments);
-          });
+      kernels::for_each_table(lists, sizes.data(), offsets ? offsets->data() : nullptr,
+                              static_cast<int64_t>(sizes.size()),
+                              [&](const kernels::DirectionSegments<P>& table) {
+                                launcher.run("descend_", kernels::descend<T, P, kind()>,
+                                             blocks_for(launcher, chunks_of(table), 5),
+                                             kernels::kThreads, table, arguments);
+                              });
     });
   });
   return used;

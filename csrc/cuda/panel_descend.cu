@@ -46,13 +46,13 @@ Tensor panel_descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
     const auto sizes = sizes_of(theta);
     with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
       // Without any tensor there is one launch all the same: it writes the rates.
-      kernels::for_each_table(
-          lists, sizes.data(), offsets.data(), static_cast<int64_t>(sizes.size()),
-          [&](const kernels::DirectionSegments<P>& table) {
-            launcher.run("panel_descend_", kernels::panel_descend<T, P, kind()>,
-                         blocks_for(launcher, chunks_of(table), 4), kernels::kThreads, table,
-                         arguments);
-          });
+      kernels::for_each_table(lists, sizes.data(), offsets.data(),
+                              static_cast<int64_t>(sizes.size()),
+                              [&](const kernels::DirectionSegments<P>& table) {
+                                launcher.run("panel_descend_", kernels::panel_descend<T, P, kind()>,
+                                             blocks_for(launcher, chunks_of(table), 4),
+                                             kernels::kThreads, table, arguments);
+                              });
     });
   });
   return out;

@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(kThreads, 5)
   const double lr = go ? learning_rate(both[0], a.gain * both[1], a.max_lr) : 0.0;
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.used = lr;
   if (!go) return;
-  Descend<T, P, kMomentum> op{{static_cast<T>(a.weight_decay), static_cast<T>(a.momentum)},
-                              static_cast<T>(lr),
-                              a.buffer};
+  Descend<T, P, kMomentum> op{
+      {static_cast<T>(a.weight_decay), static_cast<T>(a.momentum)}, static_cast<T>(lr), a.buffer};
   for_each_group(table, op);
 }
 

@@ -81,13 +81,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   __syncthreads();
   if (i < rows) memory.weights[i] = static_cast<T>(newton.weight(memory.along, i));
   __syncthreads();
-  PanelDescend<T, P, kMomentum> op{
-      a,
-      {static_cast<T>(a.weight_decay), static_cast<T>(a.momentum)},
-      static_cast<T>(newton.rate(a.k)),
-      memory.weights,
-      rows,
-      rows <= 1 || a.n % kGroup<T> == 0};
+  PanelDescend<T, P, kMomentum> op{a,
+                                   {static_cast<T>(a.weight_decay), static_cast<T>(a.momentum)},
+                                   static_cast<T>(newton.rate(a.k)),
+                                   memory.weights,
+                                   rows,
+                                   rows <= 1 || a.n % kGroup<T> == 0};
   for_each_group(table, op);
 }
 

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Newton newton{a.state, a.k, 1.0, 1.0};
   const int rows = newton.has_vectors() ? a.k : 0;
-  const bool go =
-      newton.go(factor_of(a.factor)) && (rows != 0 || kMomentum != Momentum::kNone);
+  const bool go = newton.go(factor_of(a.factor)) && (rows != 0 || kMomentum != Momentum::kNone);
   const Direction<T, kMomentum> direction{static_cast<T>(a.weight_decay),
                                           static_cast<T>(a.momentum)};
   const bool aligned = rows_aligned16(a.panel, a.n, a.k);

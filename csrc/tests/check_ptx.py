@@ -146,7 +146,8 @@ def demangled(symbol: str) -> tuple[str, list[str]]:
     name, rest = rest[: int(found[1])], rest[int(found[1]) :]
     arguments = []
     if rest.startswith("I"):
-        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E|L(?:i|NS0_\d+GramSideE|NS_\d+MomentumE)(\d+)E|(E)"
+        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E"
+        pattern += r"|L(?:i|NS0_\d+GramSideE|NS_\d+MomentumE)(\d+)E|(E)"
         for part in re.finditer(pattern, rest[1:]):
             if part[5]:
                 break

@@ -10,12 +10,12 @@ namespace lyapcuda::kernels {
 #define LYAPCUDA_ASCENT(T, P, kRealised, kMomentum)            \
   template __global__ void ascent<T, P, kRealised, kMomentum>( \
       const __grid_constant__ AscentSegments<P>, const __grid_constant__ AscentArguments<T>);
-#define LYAPCUDA_STORAGE(T, P)                                                           \
-  LYAPCUDA_ASCENT(T, P, false, false)                                                    \
-  LYAPCUDA_ASCENT(T, P, false, true)                                                     \
-  LYAPCUDA_ASCENT(T, P, true, false)                                                     \
-  LYAPCUDA_ASCENT(T, P, true, true)                                                      \
-  template __global__ void recenter<T, P>(const __grid_constant__ RecenterSegments<P>,   \
+#define LYAPCUDA_STORAGE(T, P)                                                         \
+  LYAPCUDA_ASCENT(T, P, false, false)                                                  \
+  LYAPCUDA_ASCENT(T, P, false, true)                                                   \
+  LYAPCUDA_ASCENT(T, P, true, false)                                                   \
+  LYAPCUDA_ASCENT(T, P, true, true)                                                    \
+  template __global__ void recenter<T, P>(const __grid_constant__ RecenterSegments<P>, \
                                           const __grid_constant__ RecenterArguments<T>);
 
 LYAPCUDA_STORAGE(float, float)

@@ -5,19 +5,18 @@
 
 namespace lyapcuda::kernels {
 
-#define LYAPCUDA_STEP(T, P, kMomentum)                                   \
-  template __global__ void descend<T, P, kMomentum>(                     \
-      const __grid_constant__ DirectionSegments<P>,                      \
-      const __grid_constant__ DescendArguments<T>);                      \
-  template __global__ void panel_slopes<T, P, kMomentum>(                \
-      const __grid_constant__ DirectionSegments<P>,                      \
-      const __grid_constant__ PanelSlopesArguments<T>);                  \
-  template __global__ void panel_descend<T, P, kMomentum>(               \
-      const __grid_constant__ DirectionSegments<P>,                      \
+#define LYAPCUDA_STEP(T, P, kMomentum)                                                            \
+  template __global__ void descend<T, P, kMomentum>(const __grid_constant__ DirectionSegments<P>, \
+                                                    const __grid_constant__ DescendArguments<T>); \
+  template __global__ void panel_slopes<T, P, kMomentum>(                                         \
+      const __grid_constant__ DirectionSegments<P>,                                               \
+      const __grid_constant__ PanelSlopesArguments<T>);                                           \
+  template __global__ void panel_descend<T, P, kMomentum>(                                        \
+      const __grid_constant__ DirectionSegments<P>,                                               \
       const __grid_constant__ PanelDescendArguments<T>);
-#define LYAPCUDA_STORAGE(T, P)              \
-  LYAPCUDA_STEP(T, P, Momentum::kNone)      \
-  LYAPCUDA_STEP(T, P, Momentum::kHeavy)     \
+#define LYAPCUDA_STORAGE(T, P)          \
+  LYAPCUDA_STEP(T, P, Momentum::kNone)  \
+  LYAPCUDA_STEP(T, P, Momentum::kHeavy) \
   LYAPCUDA_STEP(T, P, Momentum::kNesterov)
 
 LYAPCUDA_STORAGE(float, float)

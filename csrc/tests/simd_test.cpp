@@ -140,9 +140,7 @@ void descend_tail(int64_t n, int64_t shift, int64_t behind, Momentum kind) {
   bool same = true;
   for (int64_t i = 0; i < n; ++i) {
     const double g = small(i, 2) + 0.5 * small(i, 1), next = 0.5 * small(i, 3) + g;
-    const double u = kind == Momentum::kNone    ? g
-                     : kind == Momentum::kHeavy ? next
-                                                : g + 0.5 * next;
+    const double u = kind == Momentum::kNone ? g : kind == Momentum::kHeavy ? next : g + 0.5 * next;
     const double moved = small(i, 1) - 0.25 * u;
     same = same && float(theta[i]) == float(P(static_cast<float>(moved)));
     same = same && double(buffer[i]) == (kind == Momentum::kNone ? small(i, 3) : next);

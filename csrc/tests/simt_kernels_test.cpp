@@ -123,14 +123,14 @@ void descend_case(const Layout& layout, double h, bool accepted, const double* f
       }
       double used = -1.0;
       P* const* const lists[2] = {theta.list(), gradient.list()};
-      kernels::for_each_table(
-          lists, layout.sizes.data(), layout.offsets.data(), layout.count(),
-          [&](const auto& table) {
-            const kernels::DescendArguments<T> arguments{
-                state.data(), factor, 1.5, 7.5, 0.05, 0.3, buffer.data(), &used};
-            simt::launch(grid, kThreads, order, kernels::descend<T, P, kMomentum>, table,
-                         arguments);
-          });
+      kernels::for_each_table(lists, layout.sizes.data(), layout.offsets.data(), layout.count(),
+                              [&](const auto& table) {
+                                const kernels::DescendArguments<T> arguments{
+                                    state.data(), factor, 1.5,           7.5,
+                                    0.05,         0.3,    buffer.data(), &used};
+                                simt::launch(grid, kThreads, order,
+                                             kernels::descend<T, P, kMomentum>, table, arguments);
+                              });
       CHECK(used == lr);
       bool right = true;
       Walled<T> expected(layout.total, 0, 64);

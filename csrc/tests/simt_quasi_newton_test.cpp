@@ -112,8 +112,8 @@ struct Case {
     }
     std::vector<double> used(k + 1, -1.0);
     const kernels::PanelDescendArguments<T> arguments{
-        panel.data(), layout.total, k,    held.data(), state.data(), slopes.data(), factor, 1.5,
-        7.5,          0.05,         0.3,  used.data()};
+        panel.data(), layout.total, k,   held.data(), state.data(), slopes.data(),
+        factor,       1.5,          7.5, 0.05,        0.3,          used.data()};
     launch(grid, order, theta, kernels::kChunk<P>, lie, kernels::panel_descend<T, P, kMomentum>,
            arguments, nullptr);
     const Newton newton{state.data(), k, 1.5 * factor_of(factor), 7.5};

@@ -241,9 +241,10 @@ class _Run:
         loss_of = LOSSES[self.config.loss]
         loss = self.schedule.step(lambda: loss_of(self.model(images), labels))
         tracker = self.schedule.tracker
-        low, high = tracker.interval.unbind()
-        h = tracker.h
-        return [loss, tracker.exponent, tracker.beta, h, low, high, 1.0 / h, self.schedule.lr]
+        # With several curvatures the columns are those of the largest.
+        low, high = tracker.interval.reshape(-1, 2)[0].unbind()
+        h, exponent = tracker.h.reshape(-1)[0], tracker.exponent.reshape(-1)[0]
+        return [loss, exponent, tracker.beta, h, low, high, 1.0 / h, self.schedule.lr]
 
 
 def after(
