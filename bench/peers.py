@@ -55,8 +55,7 @@ class Outcome:
     """A tool on one problem, for one k.
 
     Attributes:
-        status: "reached", "not reached", "kinks" (differences on a loss that has them, at the
-            tool's usual setting), "failed", "not installed" or "out of time".
+        status: "reached", "not reached", "failed", "not installed" or "out of time".
         setting, description: the one that was taken (or came nearest).
         error: relative, the largest of the k values over the start vectors.
         peak: bytes.
@@ -129,10 +128,7 @@ class Bench:
 
     def _search(self, worker: Worker, tool: str, k: int, outcome: Outcome) -> None:
         form = TOOLS[tool]
-        kinked = form.usual is not None and not SPECS[self.name].smooth
         for number, setting in enumerate(form.settings):
-            if (form.least and setting < k) or (kinked and setting != form.usual):
-                continue
             answers: list[dict[str, Any]] = []
             worst = 0.0
             for seed in range(self.seeds):
@@ -154,7 +150,7 @@ class Bench:
             if worst <= TARGET:
                 outcome.status = "reached"
                 return
-        outcome.status = "kinks" if kinked else "not reached"
+        outcome.status = "not reached"
 
     def rounds(self, outcomes: dict[str, dict[int, Outcome]], most: int) -> dict[str, list[float]]:
         """Times the settings that were taken, in turns; returns the times of plain gradients."""
@@ -162,7 +158,7 @@ class Bench:
             (tool, k, outcome)
             for tool, by_k in outcomes.items()
             for k, outcome in by_k.items()
-            if outcome.status in ("reached", "kinks")
+            if outcome.status == "reached"
         ]
         names = ["gradient", *dict.fromkeys(tool for tool, _, _ in wanted)]
         plain: dict[str, list[float]] = {"seconds": [], "cpu": []}
@@ -196,7 +192,7 @@ def measure(
 ) -> dict[str, Any]:
     """One problem, in so many seconds from the monotonic time ``start``."""
     spec = SPECS[name]
-    ks = tuple(k for k in spec.ks if k in arguments.k)
+    ks = tuple(k for k in arguments.k)
 
     def once(kind: str, extra: object) -> dict[str, Any]:
         with Worker(kind, name, path, arguments.threads, extra=extra) as worker:
@@ -217,7 +213,7 @@ def measure(
         max(start + SEARCH * seconds, time.monotonic() + 0.3 * seconds),
         start + seconds,
     )
-    tools = [t for t in arguments.tools or TOOLS if TOOLS[t].only in (None, name)]
+    tools = arguments.tools or list(TOOLS)
     with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
         outcomes = dict(zip(tools, pool.map(bench.search, tools), strict=True))
         gradient = pool.submit(_gradient_memory, bench).result()

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lyapcuda.arguments import choice, positive
+from lyapcuda.arguments import choice
+from lyapcuda.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout, Parameters
-from lyapcuda.krylov import MAX_ROWS, Basis, Solution, lanczos, lobpcg
+from lyapcuda.lanczos import lanczos
+from lyapcuda.lobpcg import lobpcg
 from lyapcuda.operator import DIFFERENCES, HessianOperator
 from lyapcuda.ritz import WHICH, Goal, Verdict
 from lyapcuda.subspace import MAX_COPIES, merged, subspace
 
-__all__ = ["ConvergenceWarning", "EigenResult", "FiniteScale", "eigsh", "finite_scale"]
+__all__ = ["ConvergenceWarning", "EigenResult", "eigsh"]
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")
 
@@ -56,10 +58,15 @@ class EigenResult:
             residuals and the gaps between values (R²/gap), and that of the differences are within
             the tolerance; and the residual, which bounds the error rigorously where a gap can
             mislead (a close pair not yet told apart), is within five times of it. Or the value is
-            zero within the differences' error.
+            zero within the differences' error. Lanczos asks for more: the residual within half of
+            the tolerance where values are crowded, and without ``v0`` that an overlooked eigenvalue
+            would have shown by now, unless its vector has less than a twentieth of the usual part
+            in the start vector, or it lies closer to a found one than ``tol`` or a tenth of their
+            usual distance (`lyapcuda.hidden`).
         iterations: of the method.
         gradient_evaluations: of the whole data (an exact product counts as two).
-        history: per iteration ``{"eigenvalues": [...], "residuals": [...]}``.
+        history: per iteration ``{"eigenvalues": [...], "residuals": [...],
+            "gradient_evaluations": so far}``.
         method, which, difference, perturbation, tol: how it was measured ("exact": no difference).
     """
 
@@ -70,7 +77,7 @@ class EigenResult:
     converged: Tensor
     iterations: int
     gradient_evaluations: int
-    history: list[dict[str, list[float]]] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
     method: str
     which: str
     difference: str
@@ -180,15 +187,23 @@ def eigsh(
     starts = {"lanczos": 1, "lobpcg": k, "lyapunov": rows}[method]
     _fill_start(basis[:starts], start, operator, generators)
     limit = 300 if maxiter is None else maxiter
-    with _reporter(progress, limit, operator, goal) as report:
+    spent: list[int] = []
+    with _reporter(progress, limit, operator, goal) as show:
+
+        def report(verdict: Verdict) -> None:
+            spent.append(operator.gradient_evaluations)
+            show(verdict)
+
         options = dict(maxiter=limit, generators=generators, report=report)
         if method == "lanczos":
-            solution = lanczos(operator.product, basis, goal, verify=verify, **options)
+            solution = lanczos(
+                operator.product, basis, goal, verify=verify, look=v0 is None, **options
+            )
         elif method == "lobpcg":
             solution = lobpcg(operator.product, basis, goal, **options)
         else:
             solution = _climb(operator, basis, goal, limit, report)
-    result = _result(solution, operator, goal, method, kind)
+    result = _result(solution, operator, goal, method, kind, spent)
     _warn(result)
     return result
 
@@ -328,13 +343,19 @@ def _reporter(progress: bool, limit: int, operator: HessianOperator, goal: Goal)
 
 
 def _result(
-    solution: Solution, operator: HessianOperator, goal: Goal, method: str, kind: str
+    solution: Solution,
+    operator: HessianOperator,
+    goal: Goal,
+    method: str,
+    kind: str,
+    spent: list[int],
 ) -> EigenResult:
     layout, verdict = operator.layout, solution.verdict
-    shape = (len(verdict.values), layout.numel)
-    vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+    vectors = torch.empty(
+        len(verdict.values), layout.numel, dtype=layout.dtype, device=layout.device
+    )
     for i, vector in enumerate(vectors):
-        layout.gather(solution.vectors.row(i), out=vector)
+        vector.copy_(layout.gather(solution.vectors.row(i)))
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values.copy(), device=layout.device)
@@ -348,8 +369,12 @@ def _result(
         iterations=solution.iterations,
         gradient_evaluations=operator.gradient_evaluations,
         history=[
-            {"eigenvalues": values.tolist(), "residuals": residuals.tolist()}
-            for values, residuals in solution.history
+            {
+                "eigenvalues": values.tolist(),
+                "residuals": residuals.tolist(),
+                "gradient_evaluations": count,
+            }
+            for (values, residuals), count in zip(solution.history, spent, strict=True)
         ],
         method=method,
         which=goal.which,
@@ -379,77 +404,4 @@ def _warn(result: EigenResult) -> None:
         f"after {result.iterations} iterations (see .interval); {advice}",
         ConvergenceWarning,
         stacklevel=3,
-    )
-
-
-# --- finite scale --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FiniteScale:
-    """Curvature along given vectors at separations of several sizes.
-
-    Attributes:
-        perturbations: (s,) Δq.
-        curvatures: (s, k) u·(g(θ + Δq·u) − g(θ − Δq·u))/(2Δq): the mean of the second derivative
-            over [−Δq, Δq] along u, kinks included.
-        gradient_evaluations: 2·s·k, and one.
-    """
-
-    perturbations: Tensor
-    curvatures: Tensor
-    gradient_evaluations: int
-
-
-def finite_scale(
-    closure: Closure,
-    params: Parameters,
-    vectors: EigenResult | Tensor,
-    perturbations: Sequence[float] | None = None,
-    *,
-    data: Iterable[Any] | None = None,
-    select: str | Sequence[str] | None = None,
-    weight_decay: float = 0.0,
-    model: nn.Module | Iterable[nn.Module] | None = None,
-) -> FiniteScale:
-    """How the curvature along the found vectors depends on the scale it is measured at.
-
-    On a smooth loss it doesn't, for small ones; kinks (ReLU) put a curvature into differences that
-    the Hessian doesn't have.
-
-    Args:
-        vectors: a result of `eigsh`, or (k, n) vectors of any norm, in the parameters' order.
-        perturbations: two or more separations. Default: that of the result (for vectors: the one
-            advised) and a tenth and ten times of it.
-        closure, params, data, select, weight_decay, model: as for `eigsh`.
-
-    Raises:
-        TypeError, ValueError: naming the argument and its value.
-    """
-    options = dict(data=data, select=select, weight_decay=weight_decay, model=model)
-    operator = HessianOperator(closure, params, difference="central", **options)
-    rows = vectors.eigenvectors if isinstance(vectors, EigenResult) else vectors
-    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != operator.shape[0]:
-        described = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(
-            f"vectors: expected an EigenResult or (k, {operator.shape[0]}), got {described}"
-        )
-    if perturbations is None:
-        operator.gradient()
-        middle = getattr(vectors, "perturbation", None) or operator.perturbation
-        perturbations = (middle / 10.0, middle, middle * 10.0)
-    sizes = list(perturbations)
-    if len(sizes) < 2:
-        raise ValueError(f"perturbations={perturbations!r}: expected two or more")
-    for size in sizes:
-        positive("perturbations", size)
-    table = []
-    for size in sizes:
-        operator.perturbation = float(size)
-        products = [(u.double(), operator.matvec(u).double()) for u in rows]
-        table.append(torch.stack([(u @ y) / (u @ u) for u, y in products]))
-    return FiniteScale(
-        torch.tensor(sizes, dtype=torch.float64),
-        torch.stack(table),
-        operator.gradient_evaluations,
     )

@@ -5,19 +5,31 @@ Everything here is NumPy in float64 on the host, of the size of a basis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["WHICH", "Goal", "Ritz", "Verdict", "error_bounds", "order"]
+from lyapcuda.hidden import Growth
+
+__all__ = ["WHICH", "Goal", "Ritz", "Verdict", "error_bounds", "order", "rayleigh_ritz"]
 
 #: Which eigenvalues: largest, smallest (algebraic), largest magnitude, both ends.
 WHICH = ("LA", "SA", "LM", "BE")
 
 # Of the tolerance, what the solver's own error may take; the differences' error has the rest.
 _SHARE = 0.5
-# The rigorous bound, the residual, has to be within so many times the tolerance as well.
+# The rigorous bound, the residual r, has to be within so many times the tolerance as well, less
+# where values lie close together: an eigenvalue that hides beside a found one at a distance of a
+# few r shows in nothing but r, and there is one with a chance of about r / (distance of values).
 _RIGOROUS = 5.0
+_STRICT = 0.5
+_CROWDED = 50.0
+# An overlooked eigenvalue's part in the start vector isn't taken to be less than this share of what
+# is usual in a random vector, or than this share of what the found ones have.
+_UNLUCKY = 0.05
+_SHY = 0.03
+# Nor is one looked for closer to a found one than this fraction of their usual distance.
+_REPELLED = 10.0
 # Values of at most this many times the differences' error count as zero.
 _ZERO = 3.0
 _CLUSTER = 8
@@ -43,6 +55,16 @@ class Ritz:
     def residuals(self) -> np.ndarray:
         """(m,) ‖Hu − ρu‖ of the map that was measured."""
         return np.hypot(self.outside, self.asymmetry)
+
+
+def rayleigh_ritz(whole: np.ndarray, square: np.ndarray) -> Ritz:
+    """From S·(HS)ᵀ and HS·(HS)ᵀ, S orthonormal."""
+    symmetric = (whole + whole.T) / 2
+    values, vectors = np.linalg.eigh(symmetric)
+    inside = np.linalg.norm(whole @ vectors, axis=0) ** 2
+    outside = np.maximum(np.einsum("ij,ij->j", vectors, square @ vectors) - inside, 0.0)
+    asymmetry = np.linalg.norm((whole - symmetric) @ vectors, axis=0)
+    return Ritz(values, vectors, np.sqrt(outside), asymmetry)
 
 
 def order(values: np.ndarray, which: str, k: int) -> np.ndarray:
@@ -91,6 +113,14 @@ def error_bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
             # The nearer neighbour joins the cluster.
             low, high = (low - 1, high) if below <= above else (low, high + 1)
     return bounds
+
+
+def spacing(values: np.ndarray) -> np.ndarray:
+    """The mean distance of neighbours around each of ``values`` (ascending), two to each side."""
+    m = len(values)
+    i = np.arange(m)
+    low, high = np.maximum(i - 2, 0), np.minimum(i + 2, m - 1)
+    return (values[high] - values[low]) / np.maximum(high - low, 1) if m > 1 else np.full(m, np.inf)
 
 
 @dataclass
@@ -151,10 +181,14 @@ class Goal:
             bounds = error_bounds(ritz.values, ritz.outside)
         done = bounds <= np.maximum(_SHARE * self.tol * size, 0.2 * errors)
         # An estimate is fooled by a close pair that hasn't parted yet; the residual isn't.
-        done &= ritz.outside <= np.maximum(_RIGOROUS * self.tol * size, errors)
+        most = _RIGOROUS * self.tol * size
+        if not block:
+            crowded = np.maximum(_STRICT * self.tol * size, spacing(ritz.values) / _CROWDED)
+            most = np.minimum(most, crowded)
+        done &= ritz.outside <= np.maximum(most, errors)
         # How far the others may still move. What a random vector shows at first says little: it
         # holds each eigenvector with a weight of 1/n only.
-        reach = 2.0 * bounds
+        reach = np.where(done, 2.0 * bounds, ritz.outside)
         if fresh is not None and m < self.size:
             new = fresh & ~done
             reach[new] = np.sqrt(self.size) * ritz.outside[new]
@@ -163,6 +197,47 @@ class Goal:
         converged = done & ((errors <= self.tol * size) | (size <= _ZERO * errors))
         parts = (ritz.values, ritz.residuals, errors, done, converged)
         return Verdict(wanted, *(part[wanted] for part in parts))
+
+    def without_hidden(self, verdict: Verdict, values: np.ndarray, growth: Growth) -> Verdict:
+        """The verdict, less what an eigenvalue overlooked so far would displace.
+
+        Looked at are the intervals between neighbours among the wanted values, and beyond the
+        outermost. ‖w‖ has a single hump between two Ritz values: their ends are enough.
+        """
+        margin = np.maximum(self.tol * np.abs(values), spacing(values) / _REPELLED)
+        found = growth.of(values[verdict.indices])
+        least = max(_UNLUCKY / np.sqrt(2.0 * self.size), _SHY / float(np.median(found)))
+        size, done = np.abs(verdict.values), verdict.done.copy()
+        for side, towards in (
+            (self._side(verdict, up=True), 1.0),
+            (self._side(verdict, False), -1.0),
+        ):
+            chosen = np.array(sorted(side, key=lambda i: -towards * values[i]), dtype=int)
+            for place, i in enumerate(chosen):
+                ends = [values[i] + towards * margin[i]]
+                if place:
+                    ends.append(values[chosen[place - 1]] - towards * margin[chosen[place - 1]])
+                    if towards * (ends[1] - ends[0]) <= 0:
+                        continue
+                if (growth.of(np.array(ends)) * least >= 1.0).all():
+                    continue
+                if self.which == "LM" and place:
+                    done &= size > np.abs(values[chosen[place - 1]])
+                elif self.which == "LM":
+                    done[:] = False
+                else:
+                    done &= ~np.isin(verdict.indices, chosen[place:])
+                break
+        return replace(verdict, done=done, converged=verdict.converged & done)
+
+    def _side(self, verdict: Verdict, up: bool) -> np.ndarray:
+        """Indices of the wanted values that are counted from the upper (lower) end."""
+        if self.which in ("LA", "SA"):
+            return verdict.indices if up == (self.which == "LA") else verdict.indices[:0]
+        if self.which == "LM":
+            return verdict.indices[(verdict.values > 0) == up]
+        half = self.k - self.k // 2
+        return verdict.indices[:half] if up else verdict.indices[half:]
 
     def repeats(self, verdict: Verdict) -> bool:
         """Whether two of the wanted values are the same within the tolerance."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from lyapcuda import panel_ops
-from lyapcuda.krylov import Basis, Product, Report, Solution, on_host, rayleigh_ritz
-from lyapcuda.ritz import Goal, Verdict, order
+from lyapcuda.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.ritz import Goal, Verdict, order, rayleigh_ritz
 
 __all__ = ["MAX_COPIES", "merged", "subspace"]
 
@@ -27,7 +27,7 @@ def subspace(
 ) -> Solution:
     """Ascent (``which="LA"``) or descent ("SA") of k copies, a product each an iteration.
 
-    Arguments as for `lyapcuda.krylov.lanczos`; ``basis`` has k rows or more, all of them start
+    Arguments as for `lyapcuda.lanczos.lanczos`; ``basis`` has k rows or more, all of them start
     vectors: more show where the next values lie, without which no error can be estimated.
     """
     k, layout = len(basis), basis.layout

@@ -11,6 +11,30 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 NAMES = ("linear", "tanh_mlp", "gelu_mlp", "conv")
+#: With one whose fused attention only its twin can be differentiated twice.
+SOLVED = (*NAMES, "attention")
+
+
+class Attention(nn.Module):
+    """Self-attention over 5 tokens of 8 numbers, fused, or ``written_out`` for double backward."""
+
+    written_out = False
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(8, 24), nn.Linear(8, 3), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.written_out:
+            y = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2)).mean(1)
+
+
+class WrittenOutAttention(Attention):
+    written_out = True
 
 
 @dataclass
@@ -39,6 +63,8 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     if name == "gelu_mlp":
         layers = [nn.Linear(10, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 4)]
         return nn.Sequential(*layers), torch.randn(64, 10)
+    if name == "attention":
+        return Attention(), torch.randn(24, 5, 8)
     layers = [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 4)]
     return nn.Sequential(*layers), torch.randn(32, 1, 8, 8)
 
@@ -46,6 +72,9 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def exact_eigenvalues(model: nn.Module, loss: Callable[[Callable], Tensor]) -> Tensor:
     """Eigenvalues of the Hessian of ``loss(forward)`` at the model's parameters, in float64."""
     twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if isinstance(module, Attention):
+            module.written_out = True
     state = {name: p.detach() for name, p in twin.named_parameters()}
     sizes = [p.numel() for p in state.values()]
 
@@ -59,17 +88,19 @@ def exact_eigenvalues(model: nn.Module, loss: Callable[[Callable], Tensor]) -> T
 
 
 def case(name: str, seed: int, dtype: torch.dtype = torch.float32, kind: str = "ce") -> Case:
-    """One of `NAMES` with cross-entropy ("ce") or squared error ("mse") on random data."""
+    """One of `SOLVED` with cross-entropy ("ce") or squared error ("mse") on random data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model, x = build(name)
-        labels = torch.randint(0, 4, (len(x),))
+        labels = torch.randint(0, 3 if name == "attention" else 4, (len(x),))
     model, x = model.to(dtype), x.to(dtype)
 
     def loss(forward: Callable) -> Tensor:
         out = forward(x)
         if kind == "ce":
             return nn.functional.cross_entropy(out, labels)
-        return nn.functional.mse_loss(out, nn.functional.one_hot(labels, 4).to(out.dtype))
+        return nn.functional.mse_loss(
+            out, nn.functional.one_hot(labels, out.shape[1]).to(out.dtype)
+        )
 
     return Case(model, lambda: loss(model), exact_eigenvalues(model, loss))

@@ -11,23 +11,12 @@ import torch
 from torch import nn
 
 import lyapcuda
-from nets import NAMES, case
+from nets import SOLVED, case
 from test_truth import quadratic
+from truths import is_off, wanted
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")
 KRYLOV = ("lanczos", "lobpcg")
-
-
-def wanted(eigenvalues: torch.Tensor, k: int, which: str) -> torch.Tensor:
-    """The exact values in the result's order, from ascending ones."""
-    down = eigenvalues.flip(0)
-    if which == "LA":
-        return down[:k]
-    if which == "SA":
-        return eigenvalues[:k]
-    if which == "LM":
-        return eigenvalues[eigenvalues.abs().argsort(descending=True)][:k]
-    return torch.cat([down[: (k + 1) // 2], down[len(down) - k // 2 :]])
 
 
 def assert_intervals_hold(result, eigenvalues) -> None:
@@ -41,7 +30,7 @@ WANTED = [("LA", 1), ("LA", 2), ("LA", 5), ("LM", 1), ("BE", 2), ("BE", 5), ("LA
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("which", "k"), WANTED)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOLVED)
 def test_single_precision_to_a_thousandth(name, which, k, method):
     if name == "linear" and which == "BE":
         pytest.skip("convex: its lower end is zero, tested apart")
@@ -97,6 +86,25 @@ def test_double_precision_central_to_a_millionth(name, which, method):
     for value, vector in zip(result.eigenvalues, result.eigenvectors, strict=True):
         assert float((operator @ vector - value * vector).norm()) < 1e-2 * truth.h0
         assert float(vector.norm()) == pytest.approx(1.0, abs=1e-9)
+
+
+# Nets whose both ends are told apart, in turn.
+INDEFINITE = ("attention", "gelu_mlp", "tanh_mlp")
+
+
+@pytest.mark.parametrize("method", KRYLOV)
+@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("k", range(1, 15))
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+def test_any_number_at_either_end(k, which, method, dtype, tol):
+    truth = case(INDEFINITE[k % 3], seed=k, dtype=dtype)
+    params = truth.model.parameters()
+    result = lyapcuda.eigsh(
+        truth.closure, params, k, which, method=method, tol=tol, difference="central"
+    )
+    assert bool(result.converged.all())
+    assert not [i for i in range(k) if is_off(result, i, truth.eigenvalues)]
+    assert_intervals_hold(result, truth.eigenvalues)
 
 
 def test_double_precision_goes_beyond_what_single_can():

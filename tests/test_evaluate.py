@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
 from lyapcuda.evaluate import gradients, modules_of
+from nets import Attention, WrittenOutAttention
 from noisy import Noisy, snapshot
 
 
@@ -173,24 +174,6 @@ def test_a_pending_graph_of_the_users_still_works(noisy):
 
 
 # --- models that break exact Hessian-vector products ---------------------------------------------
-
-
-class Attention(nn.Module):
-    def __init__(self, heads=2):
-        super().__init__()
-        self.qkv, self.out, self.heads = nn.Linear(8, 24), nn.Linear(8, 3), heads
-
-    def forward(self, x):
-        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(*parts)
-        return self.out(y.transpose(1, 2).flatten(2)).mean(1)
-
-
-class WrittenOutAttention(Attention):
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
-        return self.out(y.transpose(1, 2).flatten(2)).mean(1)
 
 
 def converged(model, closure, steps=400, **options):

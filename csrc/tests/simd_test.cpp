@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "../cpu/ascent.h"
-#include "../cpu/direction.h"
 #include "../state.h"
 #include "check.h"
 #include "walled.h"
@@ -129,24 +128,18 @@ void recenter_tail(int64_t n, int64_t shift, int64_t behind, bool committed, boo
 }
 
 template <class Bodies, class T, class P>
-void descend_tail(int64_t n, int64_t shift, int64_t behind, Momentum kind) {
+void descend_tail(int64_t n, int64_t shift, int64_t behind) {
   Zeroed<P> theta(n, shift, behind), gradient(n, shift, behind);
-  Zeroed<T> buffer(n, shift, behind);
   fill(theta, n, 1);
   fill(gradient, n, 2);
-  fill(buffer, n, 3);
-  Bodies::template descend<T, P>({theta.data(), gradient.data(), buffer.data()}, n, 0.25,
-                                 {0.5, 0.5}, kind);
+  Bodies::template descend<T, P>(theta.data(), gradient.data(), n, 0.25, 0.5);
   bool same = true;
   for (int64_t i = 0; i < n; ++i) {
-    const double g = small(i, 2) + 0.5 * small(i, 1), next = 0.5 * small(i, 3) + g;
-    const double u = kind == Momentum::kNone ? g : kind == Momentum::kHeavy ? next : g + 0.5 * next;
-    const double moved = small(i, 1) - 0.25 * u;
+    const double moved = small(i, 1) - 0.25 * (small(i, 2) + 0.5 * small(i, 1));
     same = same && float(theta[i]) == float(P(static_cast<float>(moved)));
-    same = same && double(buffer[i]) == (kind == Momentum::kNone ? small(i, 3) : next);
   }
   CHECK(same);
-  CHECK(theta.whole() && gradient.whole() && buffer.whole());
+  CHECK(theta.whole() && gradient.whole());
 }
 
 template <class Bodies>
@@ -172,9 +165,7 @@ void tails_of() {
         for (bool committed : {false, true}) {
           recenter_tail<Bodies, T, P>(n, shift, behind, committed, false);
         }
-        for (Momentum kind : {Momentum::kNone, Momentum::kHeavy, Momentum::kNesterov}) {
-          descend_tail<Bodies, T, P>(n, shift, behind, kind);
-        }
+        descend_tail<Bodies, T, P>(n, shift, behind);
         copy_tail<Bodies>(n, shift, behind, false);
         if (shift != 0) continue;  // around the cache only to aligned lines
         ascent_tail<Bodies, T, P, false, false, true>(n, shift, behind);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,7 @@ def save(path: Path, entries: dict[str, Any]) -> None:
             ``model``, ``schedule``, ``loader`` and ``rng``.
     """
     content = {"format": FORMAT, "version": VERSION, **entries}
-    # To memory first: torch.save hides an error of the file behind one of its own.
-    serialised = io.BytesIO()
-    torch.save(content, serialised)
-    replace_file(path, lambda file: file.write(serialised.getbuffer()))
+    replace_file(path, lambda file: torch.save(content, file))
 
 
 def load(path: Path) -> dict[str, Any]:

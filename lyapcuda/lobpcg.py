@@ -1,0 +1,95 @@
+"""LOBPCG over flat buffers, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lyapcuda.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.ritz import Goal, rayleigh_ritz
+
+__all__ = ["lobpcg"]
+
+
+def lobpcg(
+    product: Product,
+    basis: Basis,
+    goal: Goal,
+    *,
+    maxiter: int,
+    generators: Sequence[torch.Generator],
+    report: Report,
+) -> Solution:
+    """LOBPCG with an orthonormal basis [X, P, W]: memory for 3k vectors and their products.
+
+    Arguments as for `lanczos`; ``basis`` has min(3k, n) rows, of which the first holds a start
+    vector. Every iteration costs a product for each value that hasn't converged.
+    """
+    k, n = goal.k, basis.layout.numel
+    products = Basis.empty(basis.layout, len(basis))
+    device = basis.panels[0].device
+    squares = torch.stack([basis.orthogonalise_(i)[-1] for i in range(k)])
+    if bool((squares <= 0).any()):
+        raise FloatingPointError("g(θ) isn't finite, or the random start vectors are zero")
+    size, done_to, history = k, 0, []
+    for iteration in range(1, maxiter + 1):
+        for i in range(done_to, size):
+            product(basis.row(i), products.row(i))
+        rows = slice(0, size)
+        pairs = ((basis, basis), (basis, products), (products, products))
+        grams = on_host(torch.stack([a[rows].gram(b[rows]) for a, b in pairs]))
+        # X and P are combinations of combinations: what rounding has made of their orthonormality
+        # by now is measured and divided out, so it doesn't add up.
+        upright = np.linalg.inv(np.linalg.cholesky(grams[0])).T
+        ritz = rayleigh_ritz(*(upright.T @ gram @ upright for gram in grams[1:]))
+        verdict = goal.judge(ritz, block=True)
+        history.append((verdict.values, verdict.residuals))
+        report(verdict)
+        if bool(verdict.done.all()) or size == n or iteration == maxiter:
+            break
+        # X: the wanted Ritz vectors. P: what of them isn't in the old X, made orthonormal to X.
+        x = ritz.vectors[:, verdict.indices]
+        directions = x.copy()
+        directions[:k] = 0.0
+        p = _orthonormal(directions, x)[:, : n - k] if size > k else np.zeros((size, 0))
+        small = torch.as_tensor(upright @ np.concatenate([x, p], 1), device=device)
+        kept = small.shape[1]
+        for panel in (basis, products):
+            panel[:kept].combine_(panel[rows], small)
+        # W: the residuals HX − Xθ of those that haven't converged; X itself goes with the basis.
+        active = [i for i in range(k) if not verdict.done[i]][: n - kept]
+        left = []
+        for number, i in enumerate(active):
+            row = kept + number
+            for target, source in zip(basis.panels, products.panels, strict=True):
+                target[row].copy_(source[i])
+            left.append(basis.orthogonalise_(row)[-2:])
+        squares = torch.stack(left).cpu().numpy()
+        size = kept
+        for number, (before, after) in enumerate(squares):
+            # A residual that the others already span: a random direction serves as well.
+            if after <= 0.25 * before:
+                basis.randomise_(kept + number, generators)
+                if not float(basis.orthogonalise_(kept + number)[-1]) > 0:
+                    break
+            size += 1
+        done_to = kept
+    chosen = torch.as_tensor(upright @ ritz.vectors[:, verdict.indices], device=device)
+    basis[:k].combine_(basis[:size], chosen)
+    return Solution(verdict, basis[:k], iteration, history)
+
+
+def _orthonormal(columns: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of what ``columns`` span outside of ``beside`` (orthonormal)."""
+    found: list[np.ndarray] = []
+    for column in columns.T:
+        norm = np.linalg.norm(column)
+        for _ in range(2):
+            column = column - beside @ (beside.T @ column)
+            for other in found:
+                column = column - other * (other @ column)
+        if np.linalg.norm(column) > 1e-8 * max(norm, 1e-300):
+            found.append(column / np.linalg.norm(column))
+    return np.stack(found, 1) if found else np.zeros((len(columns), 0))
