@@ -55,7 +55,8 @@ class Outcome:
     """A tool on one problem, for one k.
 
     Attributes:
-        status: "reached", "not reached", "failed", "not installed" or "out of time".
+        status: "reached", "not reached", "kinks" (differences on a loss that has them, at the
+            tool's usual setting), "failed", "not installed" or "out of time".
         setting, description: the one that was taken (or came nearest).
         error: relative, the largest of the k values over the start vectors.
         peak: bytes.
@@ -128,7 +129,10 @@ class Bench:
 
     def _search(self, worker: Worker, tool: str, k: int, outcome: Outcome) -> None:
         form = TOOLS[tool]
+        kinked = form.usual is not None and not SPECS[self.name].smooth
         for number, setting in enumerate(form.settings):
+            if (form.least and setting < k) or (kinked and setting != form.usual):
+                continue
             answers: list[dict[str, Any]] = []
             worst = 0.0
             for seed in range(self.seeds):
@@ -150,7 +154,7 @@ class Bench:
             if worst <= TARGET:
                 outcome.status = "reached"
                 return
-        outcome.status = "not reached"
+        outcome.status = "kinks" if kinked else "not reached"
 
     def rounds(self, outcomes: dict[str, dict[int, Outcome]], most: int) -> dict[str, list[float]]:
         """Times the settings that were taken, in turns; returns the times of plain gradients."""
@@ -158,7 +162,7 @@ class Bench:
             (tool, k, outcome)
             for tool, by_k in outcomes.items()
             for k, outcome in by_k.items()
-            if outcome.status == "reached"
+            if outcome.status in ("reached", "kinks")
         ]
         names = ["gradient", *dict.fromkeys(tool for tool, _, _ in wanted)]
         plain: dict[str, list[float]] = {"seconds": [], "cpu": []}
@@ -192,7 +196,7 @@ def measure(
 ) -> dict[str, Any]:
     """One problem, in so many seconds from the monotonic time ``start``."""
     spec = SPECS[name]
-    ks = tuple(k for k in arguments.k)
+    ks = tuple(k for k in spec.ks if k in arguments.k)
 
     def once(kind: str, extra: object) -> dict[str, Any]:
         with Worker(kind, name, path, arguments.threads, extra=extra) as worker:
@@ -213,7 +217,7 @@ def measure(
         max(start + SEARCH * seconds, time.monotonic() + 0.3 * seconds),
         start + seconds,
     )
-    tools = arguments.tools or list(TOOLS)
+    tools = [t for t in arguments.tools or TOOLS if TOOLS[t].only in (None, name)]
     with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
         outcomes = dict(zip(tools, pool.map(bench.search, tools), strict=True))
         gradient = pool.submit(_gradient_memory, bench).result()

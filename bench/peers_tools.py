@@ -21,8 +21,8 @@ from peers_problems import Problem, attention
 
 #: Each tool's own tolerance, which means something else to each of them.
 TOLERANCES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-#: Products of a Lanczos run without a stopping rule.
-PRODUCTS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 34, 40, 50)
+#: Products of a Lanczos run, iterations of LOBPCG.
+PRODUCTS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 35, 40, 50)
 #: (vectors kept, tolerance) of ARPACK: few vectors restart early.
 ARPACK = tuple((ncv, tol) for ncv in (None, 10) for tol in (0.1, 1e-2, 1e-3, 1e-4))
 
@@ -41,6 +41,10 @@ class Tool:
         describe: a setting, in words.
         run: (problem, k, setting, seed) → the k values, largest magnitude first.
         ours: lyapcuda.
+        least: the settings, numbers of products, that are fewer than k are passed over.
+        usual: on a loss with kinks, where a tool that takes differences doesn't get nearer to the
+            reference with better settings, this one is measured. None: exact products.
+        only: the problem that it is for.
     """
 
     title: str
@@ -49,6 +53,9 @@ class Tool:
     describe: Callable[[Setting], str]
     run: Run
     ours: bool = False
+    least: bool = False
+    usual: Setting = None
+    only: str | None = None
 
     def versions(self) -> str | None:
         """Of its packages; None where one isn't installed."""
@@ -80,10 +87,19 @@ def _eigenthings(method: str) -> Run:
             het.supervised_loss(problem.criterion),
             method=method,
         )
-        count = max(products, k)
-        return het.lanczos(operator, k=k, max_iter=count, which="LM", seed=seed).eigenvalues
+        return het.lanczos(operator, k=k, max_iter=products, which="LM", seed=seed).eigenvalues
 
     return run
+
+
+def _plainly(run: Run) -> Run:
+    """With attention by its plain formula, which has a second derivative."""
+
+    def plain(problem: Problem, k: int, setting: Setting, seed: int) -> Sequence[float]:
+        with attention(problem.name, math=True):
+            return run(problem, k, setting, seed)
+
+    return plain
 
 
 def _arpack(operator: Any, dtype: Any, k: int, setting: Setting, seed: int) -> Sequence[float]:
@@ -116,20 +132,34 @@ def _scipy_over_ours(problem: Problem, k: int, setting: Setting, seed: int) -> S
     return _arpack(operator.to_scipy(), np.float32, k, setting, seed)
 
 
-def _eigsh(method: str) -> Run:
-    def run(problem: Problem, k: int, tol: float, seed: int) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", lyapcuda.ConvergenceWarning)
-            return lyapcuda.eigsh(
-                problem.loss,
-                problem.parameters,
-                k,
-                "LM",
-                tol=tol,
-                method=method,
-                seed=seed,
-                model=problem.model,
-            ).eigenvalues
+def _ours(problem: Problem, k: int, seed: int, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lyapcuda.ConvergenceWarning)
+        found = lyapcuda.eigsh(
+            problem.loss,
+            problem.parameters,
+            k,
+            "LM",
+            seed=seed,
+            # As the peers are told it. Without it, looking for modules with buffers takes some
+            # tens of milliseconds.
+            model=problem.model,
+            **options,
+        )
+    return found.eigenvalues
+
+
+def _by_tolerance(problem: Problem, k: int, tol: float, seed: int) -> Tensor:
+    return _ours(problem, k, seed, tol=tol)
+
+
+def _lean(problem: Problem, k: int, count: int, seed: int) -> Tensor:
+    return _ours(problem, k, seed, maxiter=count, ncv=2 * k + 1)
+
+
+def _by_count(**options: Any) -> Run:
+    def run(problem: Problem, k: int, count: int, seed: int) -> Tensor:
+        return _ours(problem, k, seed, maxiter=count, **options)
 
     return run
 
@@ -139,7 +169,11 @@ def _tol(tol: float) -> str:
 
 
 def _products(count: int) -> str:
-    return f"max_iter={count}"
+    return f"{count} products"
+
+
+def _iterations(count: int) -> str:
+    return f"{count} iterations"
 
 
 def _ncv(setting: Setting) -> str:
@@ -149,14 +183,51 @@ def _ncv(setting: Setting) -> str:
 
 _EIGENTHINGS = "hessian-eigenthings"
 TOOLS = {
-    "lanczos": Tool("**lyapcuda**, lanczos", (), TOLERANCES, _tol, _eigsh("lanczos"), True),
-    "lobpcg": Tool("**lyapcuda**, lobpcg", (), TOLERANCES, _tol, _eigsh("lobpcg"), True),
+    "default": Tool(
+        "**lyapcuda**, stopped by its tol", (), TOLERANCES, _tol, _by_tolerance, True, usual=1e-3
+    ),
+    "lanczos": Tool(
+        "**lyapcuda**, lanczos", (), PRODUCTS, _products, _by_count(), True, True, usual=16
+    ),
+    "lean": Tool(
+        "**lyapcuda**, lanczos, ncv=2k + 1",
+        (),
+        PRODUCTS,
+        _products,
+        _lean,
+        True,
+        True,
+        usual=16,
+    ),
+    "lobpcg": Tool(
+        "**lyapcuda**, lobpcg",
+        (),
+        PRODUCTS,
+        _iterations,
+        _by_count(method="lobpcg"),
+        True,
+        usual=10,
+    ),
+    "exact": Tool(
+        "**lyapcuda**, lanczos, exact", (), PRODUCTS, _products, _by_count(mode="exact"), True, True
+    ),
     "ours_scipy": Tool(
-        "scipy eigsh over lyapcuda's operator", ("scipy",), ARPACK, _ncv, _scipy_over_ours, True
+        "scipy eigsh over lyapcuda's operator",
+        ("scipy",),
+        ARPACK,
+        _ncv,
+        _scipy_over_ours,
+        True,
+        usual=(None, 1e-2),
     ),
     "pyhessian": Tool("PyHessian", ("pyhessian",), TOLERANCES, _tol, _pyhessian),
     "het_exact": Tool(
-        "hessian-eigenthings, exact", (_EIGENTHINGS,), PRODUCTS, _products, _eigenthings("autograd")
+        "hessian-eigenthings, exact",
+        (_EIGENTHINGS,),
+        PRODUCTS,
+        _products,
+        _eigenthings("autograd"),
+        least=True,
     ),
     "het_fd": Tool(
         "hessian-eigenthings, finite differences",
@@ -164,6 +235,8 @@ TOOLS = {
         PRODUCTS,
         _products,
         _eigenthings("finite_difference"),
+        least=True,
+        usual=16,
     ),
     "curvlinops": Tool(
         "scipy eigsh over curvlinops",
@@ -171,6 +244,23 @@ TOOLS = {
         ARPACK,
         _ncv,
         _curvlinops,
+    ),
+    "pyhessian_plain": Tool(
+        "PyHessian, attention by its plain formula",
+        ("pyhessian",),
+        TOLERANCES,
+        _tol,
+        _plainly(_pyhessian),
+        only="gpt",
+    ),
+    "het_plain": Tool(
+        "hessian-eigenthings, exact, attention by its plain formula",
+        (_EIGENTHINGS,),
+        PRODUCTS,
+        _products,
+        _plainly(_eigenthings("autograd")),
+        least=True,
+        only="gpt",
     ),
 }
 

@@ -119,13 +119,23 @@ LYAPCUDA_HOST_DEVICE inline void refuse_overflow(double* gram, int k, bool reali
   }
 }
 
+// Asks for another separation in the place of one; one thread. A row beyond them: of none.
+LYAPCUDA_HOST_DEVICE inline void ask_reseed(const PanelFields& state, int row) {
+  const bool lost = row < state.k;
+  state(PanelScalar::reseed) = lost ? row + 1.0 : 0.0;
+  if (lost) state(PanelScalar::reseeds) += 1.0;
+}
+
+// `lost`: the separation that is why, or k.
 template <class Team>
-LYAPCUDA_HOST_DEVICE inline void benettin_refuse(const Team& team, const PanelFields& state) {
+LYAPCUDA_HOST_DEVICE inline void benettin_refuse(const Team& team, const PanelFields& state,
+                                                 int lost) {
   if (team.rank != 0) return;
   state(PanelScalar::accepted) = 0.0;
   state(PanelScalar::pending) = 0.0;
   state(PanelScalar::again) = 0.0;
   state(PanelScalar::skipped) += 1.0;
+  ask_reseed(state, lost);
 }
 
 // The columns of z by Ritz value, the wanted end first, as vectors of the carried panel: u = l⁻ᵀ·z.
@@ -165,12 +175,14 @@ LYAPCUDA_HOST_DEVICE inline void sort_ritz(const Team& team, int k, const Benett
 }
 
 // The Ritz values of the panel, their vectors in s.u, and what the error bars need. False where
-// something is not finite, or the panel is not of full rank.
+// something is not finite, or the panel is not of full rank: then `lost` is the first row in the
+// span of those before, else k.
 template <class Team>
 LYAPCUDA_HOST_DEVICE inline bool ritz_pairs(const Team& team, int k, const PanelGram& gram,
-                                            const BenettinScratch& s, double sign) {
+                                            const BenettinScratch& s, double sign, int* lost) {
   const PanelBlock a{gram, 0, gram.y, true}, b{gram, 0, gram.moved, true};
-  if (!cholesky(team, k, b, s.l, kPanelMet)) return false;
+  *lost = cholesky(team, k, b, s.l, kPanelMet);
+  if (*lost < k) return false;
   whiten(team, k, a, s.l, s.u);
   if (any_of(team, s.flags + 3, k * k, [&](int e) { return !std::isfinite(s.u(e / k, e % k)); })) {
     return false;
@@ -211,10 +223,11 @@ LYAPCUDA_HOST_DEVICE inline void take_ritz(const Team& team, const PanelFields& 
   }
 }
 
-// QR of D·v for the v in s.u: R as s.l's transpose, v·R⁻¹ in s.u. False where the copies met.
+// QR of D·v for the v in s.u: R as s.l's transpose, v·R⁻¹ in s.u. False where the copies met:
+// then s.u is still v, and `met` the column that lies in the span of those before.
 template <class Team>
 LYAPCUDA_HOST_DEVICE inline bool orthonormalise(const Team& team, int k, const PanelNext& next,
-                                                const BenettinScratch& s) {
+                                                const BenettinScratch& s, int* met) {
   for (int e = team.rank; e < k * k; e += team.size) {
     const int i = e / k, j = e % k;
     double sum = 0.0;
@@ -230,7 +243,8 @@ LYAPCUDA_HOST_DEVICE inline bool orthonormalise(const Team& team, int k, const P
     s.dd(i, j) = s.dd(j, i) = sum;
   }
   team.sync();
-  if (!cholesky(team, k, s.dd, s.l, kPanelMet)) return false;
+  *met = cholesky(team, k, s.dd, s.l, kPanelMet);
+  if (*met < k) return false;
   solve_right(team, k, s.l, s.u);
   return !any_of(team, s.flags + 6, k * k,
                  [&](int e) { return !std::isfinite(s.u(e / k, e % k)); });
@@ -247,7 +261,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_control(const PanelFields& state,
   }
   if (options.estimate == Estimate::kPaper) {
     const double lambda = state(PanelVector::exponent, 0);
-    if (beta != 0.0 && lambda != 0.0 && std::isfinite(beta / lambda)) beta = beta / lambda;
+    if (beta != 0.0 && lambda != 0.0 && is_rate(beta / lambda)) beta = beta / lambda;
     return;
   }
   double seen = 0.0, settled = 0.0;
@@ -280,8 +294,18 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
     const int i = e - entries - loss_count;
     return !(gram.at(0, i, 0, i) > 0.0) || !(gram.at(0, i, gram.moved, i) > 0.0);
   });
-  if (unusable || !ritz_pairs(team, k, gram, s, step.sign)) {
-    benettin_refuse(team, state);
+  int lost = k;
+  if (unusable) {
+    // All finite, and still a separation of no length, or one that rounding turned around?
+    const bool finite = !any_of(team, s.flags + 7, entries + loss_count, [&](int e) {
+      return !std::isfinite(e < entries ? sums[e] : losses[e - entries]);
+    });
+    for (int i = k - 1; i >= 0 && finite; --i) {
+      if (!(gram.at(0, i, 0, i) > 0.0) || !(gram.at(0, i, gram.moved, i) > 0.0)) lost = i;
+    }
+  }
+  if (unusable || !ritz_pairs(team, k, gram, s, step.sign, &lost)) {
+    benettin_refuse(team, state, lost);
     return;
   }
   // The basis that D is taken in.
@@ -297,13 +321,14 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
   forms(team, k, PanelBlock{gram, 0, 0, false}, s.u, s.w, s.cc);
   if (any_of(team, s.flags + 5, k,
              [&](int i) { return !std::isfinite(s.cc[i]) || !(s.cc[i] > 0.0); })) {
-    benettin_refuse(team, state);
+    benettin_refuse(team, state, k);
     return;
   }
 
   take_ritz(team, state, s, step.alternate);
   const double beta = state(PanelScalar::beta), rate = mul(step.sign, beta);
-  const bool parted = orthonormalise(team, k, PanelNext{gram, rate}, s);
+  int met = k;
+  const bool parted = orthonormalise(team, k, PanelNext{gram, rate}, s, &met);
   if (parted) {
     // d points where q does; the other sign takes the next q to the other side of θ.
     const double scale = mul(step.alternate ? -1.0 : 1.0, state(PanelScalar::perturbation));
@@ -337,6 +362,13 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
   state(PanelScalar::pending) = parted ? 1.0 : 0.0;
   state(PanelScalar::again) = parted && widest / narrowest > kPanelAgain ? 1.0 : 0.0;
   if (step.control) benettin_control(state, s, step, parted);
+  // With a β of the user's the copies would meet again: another in the place of the separation that
+  // has most of what was lost. (Where rounding left no finite column, met is k.)
+  int largest = k;
+  for (int i = 0; i < k && !parted && !step.control && met < k; ++i) {
+    if (largest == k || std::fabs(s.u(i, met)) > std::fabs(s.u(largest, met))) largest = i;
+  }
+  ask_reseed(state, largest);
   state(PanelScalar::accepted) = 1.0;
   state(PanelScalar::steps) += 1.0;
 }
@@ -360,7 +392,8 @@ LYAPCUDA_HOST_DEVICE inline void benettin_refine(const Team& team, double* value
   const ScaledGram gram{sums, k, mul(size, size)};
   const bool usable =
       !any_of(team, s.flags + 2, k * k, [&](int e) { return !std::isfinite(gram(e / k, e % k)); });
-  bool parted = usable && cholesky(team, k, gram, s.l, kPanelMet);
+  const int met = usable ? cholesky(team, k, gram, s.l, kPanelMet) : 0;
+  bool parted = met == k;
   if (parted) {
     for (int e = team.rank; e < k * k; e += team.size) {
       s.u(e / k, e % k) = e / k == e % k ? 1.0 : 0.0;
@@ -389,6 +422,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_refine(const Team& team, double* value
   team.sync();
   if (team.rank != 0) return;
   if (!parted) state(PanelScalar::pending) = 0.0;
+  if (usable && met < k) ask_reseed(state, met);
   state(PanelScalar::again) = 0.0;
 }
 

@@ -27,8 +27,13 @@ struct ExponentOptions {
 // β that makes the growth of curvature `scale` equal to e (λ = 1).
 constexpr double kTargetGrowth = 1.718281828459045235;  // e − 1
 
+// What float32 still holds, with room for a factor: a β beyond it would make no step finite.
+constexpr double kLargestRate = 1e38;
+
 // ‖d‖²/‖q‖² below which d is rounding: the copies met.
 constexpr double kMet = 1e-14;
+
+LYAPCUDA_HOST_DEVICE inline bool is_rate(double beta) { return std::fabs(beta) <= kLargestRate; }
 
 // Curvature of the map whose growth was e^λ with the signed rate b (paper App. A and B).
 LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, double momentum,
@@ -38,11 +43,6 @@ LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, 
   }
   const double growth = std::exp(lambda);
   return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
-}
-
-// The learning rate of curvature h: gain/h, at most max_lr, which also stands in for h ≤ 0.
-LYAPCUDA_HOST_DEVICE inline double learning_rate(double h, double gain, double max_lr) {
-  return h * max_lr > gain ? gain / h : max_lr;
 }
 
 LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
@@ -100,6 +100,7 @@ LYAPCUDA_HOST_DEVICE inline void rate_of_secants(double& beta, double& bound, do
   bound = seen > kept ? seen : kept;
   if (settled > guard) guard = settled;
   beta = kTargetGrowth / (bound > guard ? bound : guard);
+  if (beta > kLargestRate) beta = kLargestRate;
 }
 
 LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& found, double sign) {
@@ -108,15 +109,23 @@ LYAPCUDA_HOST_DEVICE inline void secant_rate(double* state, const Quotient& foun
                   settled ? found.secant : 0.0, sign);
 }
 
+LYAPCUDA_HOST_DEVICE inline void ask_reseed(double* state) {
+  state[k_reseed] = 1.0;
+  state[k_reseeds] += 1.0;
+}
+
 // Takes the sums of one pass into the state. A step with anything not finite leaves every value as
 // it was and only counts itself as skipped.
 LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums,
                                                const double* losses, int64_t loss_count,
                                                const ExponentOptions& options) {
+  state[k_reseed] = 0.0;
   if (!usable(sums) || !all_finite(losses, loss_count)) {
     state[k_accepted] = 0.0;
     state[k_committed] = 0.0;
     state[k_skipped] += 1.0;
+    // All finite, and still nothing to measure with: the separation is lost.
+    if (all_finite(sums, kSumSize) && all_finite(losses, loss_count)) ask_reseed(state);
     return;
   }
   const Quotient found = quotient(sums);
@@ -152,15 +161,20 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
     state[k_committed] = 1.0;
     if (options.control) {
       if (options.estimate == Estimate::kPaper) {
-        if (lambda != 0.0 && std::isfinite(beta / lambda)) state[k_beta] = beta / lambda;
+        if (lambda != 0.0 && is_rate(beta / lambda)) state[k_beta] = beta / lambda;
       } else {
         secant_rate(state, found, options.sign);
       }
     }
   } else {
-    // 1 + βh = 0 along q: the copies met. Keep the separation and step less far.
+    // 1 + βh = 0 along q: the copies met. Keep the separation and step less far; where β is the
+    // user's, they would meet again: another separation.
     state[k_committed] = 0.0;
-    if (options.control) state[k_beta] = 0.5 * beta;
+    if (options.control) {
+      state[k_beta] = 0.5 * beta;
+    } else {
+      ask_reseed(state);
+    }
   }
   state[k_accepted] = 1.0;
   state[k_steps] += 1.0;

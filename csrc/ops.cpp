@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
       "int[] offsets, Tensor state) -> ()");
   m.def(
       "descend_(Tensor(a!)[] theta, Tensor[] gradient, Tensor state, *, float gain=1., "
-      "float max_lr=10., float weight_decay=0.) -> Tensor");
+      "float max_lr=10., float weight_decay=0., float momentum=0., bool nesterov=False, "
+      "Tensor(b!)? buffer=None, int[]? offsets=None, Tensor? factor=None) -> Tensor");
   m.def(
       "lyapunov_step_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor[] g0, Tensor[] g1, Tensor[] theta, "
       "int[] offsets, Tensor(c!) state, Tensor losses, *, int sign=1, int estimate=0, "
@@ -40,8 +41,20 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def(
       "panel_recenter_(Tensor(a!) q, Tensor(b!) copies, Tensor d, Tensor[] theta, int[] offsets, "
       "Tensor state) -> ()");
+  m.def(
+      "panel_slopes_(Tensor[] theta, Tensor[] gradient, int[] offsets, Tensor panel, Tensor state, "
+      "*, float weight_decay=0., float momentum=0., bool nesterov=False, Tensor(a!)? buffer=None, "
+      "Tensor? factor=None) -> Tensor");
+  m.def(
+      "panel_descend_(Tensor(a!)[] theta, Tensor[] gradient, int[] offsets, Tensor panel, "
+      "Tensor state, Tensor slopes, *, float gain=1., float max_lr=10., float weight_decay=0., "
+      "float momentum=0., bool nesterov=False, Tensor? buffer=None, Tensor? factor=None) -> "
+      "Tensor");
   m.def("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor");
   m.def("combine_(Tensor(a!) out, Tensor panel, Tensor matrix, *, Tensor? gate=None) -> ()");
   m.def("project_(Tensor(a!) w, Tensor v, Tensor coefficients) -> Tensor");
+  m.def(
+      "reseed_(Tensor(a!) panel, int[] offsets, int[] sizes, Tensor state, *, int elements, "
+      "int seed=0, Tensor(b!)? p=None) -> ()");
   m.def("stream_copy_(Tensor(a!) destination, Tensor source) -> ()");
 }

@@ -54,16 +54,16 @@ LYAPCUDA_HOST_DEVICE inline bool any_of(const Team& team, double* flag, int coun
   return *flag != 0.0;
 }
 
-// The lower factor of source(i, j) = l·lᵀ. False, for all threads alike, at the first pivot that is
-// not above least·source(j, j): l is then unfinished. source and l must not share memory.
+// The lower factor of source(i, j) = l·lᵀ. Returns k; or, for all threads alike, the first pivot
+// that is not above least·source(j, j): l is then unfinished. source and l must not share memory.
 template <class Team, class Source>
-LYAPCUDA_HOST_DEVICE inline bool cholesky(const Team& team, int k, const Source& source, Matrix l,
-                                          double least) {
+LYAPCUDA_HOST_DEVICE inline int cholesky(const Team& team, int k, const Source& source, Matrix l,
+                                         double least) {
   for (int e = team.rank; e < k * k; e += team.size) l(e / k, e % k) = source(e / k, e % k);
   team.sync();
   for (int p = 0; p < k; ++p) {
     const double pivot = l(p, p);
-    if (!(pivot > mul(least, source(p, p))) || !std::isfinite(pivot)) return false;
+    if (!(pivot > mul(least, source(p, p))) || !std::isfinite(pivot)) return p;
     const double root = std::sqrt(pivot);
     for (int i = p + 1 + team.rank; i < k; i += team.size) l(i, p) /= root;
     team.sync();
@@ -75,7 +75,7 @@ LYAPCUDA_HOST_DEVICE inline bool cholesky(const Team& team, int k, const Source&
     }
     team.sync();
   }
-  return true;
+  return k;
 }
 
 // a ← l⁻¹·a.

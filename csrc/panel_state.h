@@ -17,7 +17,9 @@
   X(again)        /* 1: ... and a second pass of orthonormalisation comes before that */ \
   X(accepted)     /* 1: the last step was finite and its values were taken */            \
   X(steps)        /* how many steps were accepted */                                     \
-  X(skipped)      /* how many were not */
+  X(skipped)      /* how many were not */                                                \
+  X(reseed)       /* 1 + the row that is lost: reseed_ is to make another; 0: none */    \
+  X(reseeds)      /* how often that was so */
 
 // Entry i belongs to the i-th Ritz value: descending for an ascent, ascending for a descent.
 #define LYAPCUDA_PANEL_VECTORS(X)                                                        \

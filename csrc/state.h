@@ -24,7 +24,9 @@
   X(committed)    /* 1: the last step's d replaces q; 0: the old q stays */            \
   X(accepted)     /* 1: the last step was finite and its values were taken */          \
   X(steps)        /* how many steps were accepted */                                   \
-  X(skipped)      /* how many were not */
+  X(skipped)      /* how many were not */                                              \
+  X(reseed)       /* 1: the separation is lost, reseed_ is to make another */          \
+  X(reseeds)      /* how often that was so */
 // clang-format on
 
 namespace lyapcuda {

@@ -225,6 +225,35 @@ inline void check_gate(const std::optional<Tensor>& gate, const Device& device) 
   if (gate) check_vector(*gate, "gate", 1, device);
 }
 
+// The arguments of reseed_. Returns the rows of the panel, 0 for a flat buffer.
+inline int64_t reseed_rows(const Tensor& panel, const std::optional<Tensor>& p, const Tensor& state,
+                           const std::vector<int64_t>& offsets, const std::vector<int64_t>& sizes,
+                           int64_t elements, const Device& device) {
+  const bool flat = panel.dim() == 1;
+  if (flat) {
+    check_buffer(panel, "panel", device);
+    if (p) check_same_buffer(*p, "p", panel, "panel", device);
+    check_vector(state, "state", kStateSize, device);
+  } else {
+    check_panel(panel, "panel", kMaxPanel, device);
+    if (p) check_same_panel(*p, "p", panel, "panel", device);
+    check_vector(state, "state", panel_size(panel.size(0)), device);
+  }
+  STD_TORCH_CHECK(!p || !overlap(*p, panel), "p: shares memory with panel");
+  STD_TORCH_CHECK(elements >= 1, "elements: expected at least 1, got ", elements);
+  STD_TORCH_CHECK(sizes.size() == offsets.size(), "sizes: ", sizes.size(),
+                  " entries, but offsets has ", offsets.size());
+  const int64_t length = panel.size(panel.dim() - 1);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    STD_TORCH_CHECK(sizes[i] >= 0 && offsets[i] >= 0 && sizes[i] <= length &&
+                        offsets[i] <= length - sizes[i] &&
+                        (i == 0 || offsets[i] >= offsets[i - 1] + sizes[i - 1]),
+                    "offsets[", i, "]: ", offsets[i], " + ", sizes[i],
+                    " elements don't fit a buffer of ", length, ", or lie in the segment before");
+  }
+  return flat ? 0 : panel.size(0);
+}
+
 inline std::vector<int64_t> sizes_of(const std::vector<Tensor>& list) {
   std::vector<int64_t> sizes;
   for (const Tensor& tensor : list) sizes.push_back(tensor.numel());

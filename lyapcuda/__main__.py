@@ -84,6 +84,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--schedule", choices=SCHEDULE_NAMES, help=f"default {default.schedule}")
     add("--lr", type=float, help=f"rate, or the cycle's peak (default {default.lr})")
     add("--gain", type=float, help=f"qn: lr = gain/h0 (default {default.gain})")
+    add("--k", type=int, help="qn: how many curvatures, each along its own eigenvector (default 1)")
     add("--cycle-epochs", type=float, help=f"of a cycle (default {default.cycle_epochs:g})")
     add("--cycle-ratio", type=float, help=f"peak / lowest rate (default {default.cycle_ratio:g})")
     add("--warmup", type=int, metavar="N", help=f"qn: at most (default {default.warmup})")

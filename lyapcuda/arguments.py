@@ -19,6 +19,11 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected a positive finite number")
 
 
+def non_negative(name: str, value: Any) -> None:
+    if not _is_real(value) or not (0 <= value < math.inf):
+        raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+
+
 def fraction(name: str, value: Any) -> None:
     if not _is_real(value) or not (0 <= value < 1):
         raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")

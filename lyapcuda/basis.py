@@ -66,15 +66,17 @@ class Basis:
 
         Returns:
             (i + 3,) float64 on the device: the i products with the rows before, and the squared
-            norm of what was left after one, two and three passes.
+            norm of what was left after one, two and three passes (as many as it took).
         """
         before = slice(0, i)
         if i:
             total = self[before].gram(self[i : i + 1])[:, 0]
         else:
             total = torch.zeros(0, dtype=torch.float64, device=self.panels[0].device)
+        # Every pass reads the whole basis, and sees what the one before has left: mostly rounding.
+        enough = 100.0 * torch.finfo(self.panels[0].dtype).eps
         coefficients, squares = total, []
-        for last in (False, False, True):
+        while True:
             result = _sum(
                 [
                     panel_ops.project_(p[i], p[before], coefficients.to(p.device))
@@ -83,8 +85,11 @@ class Basis:
             )
             coefficients = result[:-1]
             squares.append(result[-1])
-            if not last:
-                total = total + coefficients
+            left = coefficients.cpu().abs().max() if i else 0.0
+            if len(squares) == 3 or bool(left <= enough * squares[-1].sqrt().cpu()):
+                break
+            total = total + coefficients
+        squares += squares[-1:] * (3 - len(squares))
         inverse = torch.where(squares[-1] > 0, squares[-1].rsqrt(), 0.0).reshape(1, 1)
         self[i : i + 1].combine_(self[i : i + 1], inverse)
         return torch.cat([total, torch.stack(squares)])

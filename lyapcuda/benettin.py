@@ -19,7 +19,7 @@ from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.lyapunov import Separation, chosen_perturbation
-from lyapcuda.saved import check_shapes, require_entries
+from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = ["MAX_SEPARATIONS", "Benettin", "advance", "excuse"]
 
@@ -66,7 +66,7 @@ class Benettin:
         ema: float,
         seed: int,
     ) -> None:
-        self.layout, self.k, self._sign = layout, k, sign
+        self.layout, self.k, self._sign, self._seed = layout, k, sign, seed
         self._options: dict[str, Any] = {
             "sign": sign,
             "estimate": ops.ESTIMATES[estimate],
@@ -189,9 +189,21 @@ class Benettin:
         """Takes the growth, by the Gram matrix over all elements, into the state."""
         panel_ops.benettin_(self.state, gram, losses, self.k, **self._options)
         ranks = self.layout.ranks
-        if ranks is not None and ranks.reads_back(self.state.device) and not self._field("again"):
-            return  # an exchange less
-        panel_ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
+        # Where it can be read back anyway: an exchange less.
+        skip = ranks is not None and ranks.reads_back(self.state.device)
+        if not skip or self._field("again"):
+            panel_ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
+        for part, seed in zip(self._groups, self.layout.seeds(self._seed), strict=True):
+            group = part.group
+            ops.reseed_(  # a launch, but where a separation was lost
+                part.q,
+                group.offsets,
+                group.sizes,
+                self._state_on(group.device),
+                elements=self.layout.numel,
+                seed=seed,
+                p=part.p,
+            )
 
     def _second_gram(self) -> Tensor:
         """The first part of the second pass of CholeskyQR, where the diagonal of R asked for it:
@@ -207,6 +219,13 @@ class Benettin:
             gram = panel_ops.gram(part.d, part.d, gate=again).to(self.state.device)
             total = gram if total is None else total + gram
         return total
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """The d of every group, (k, n): while the state says that a transform is pending, the next
+        separations are combinations of its rows.
+        """
+        return [part.d for part in self._groups]
 
     # --- reading and saving ----------------------------------------------------------------------
 
@@ -252,11 +271,16 @@ class Benettin:
         check_shapes("state", [self.state], [saved["state"]])
         momenta = [part.p for part in self._groups if part.p is not None]
         check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
-        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved["p"] or [])
+        saved_p = [] if saved["p"] is None else saved["p"]
+        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved_p)
+        check_finite("q", saved["q"])
+        check_finite("p", saved_p)
+        rates = [self._field(name, saved["state"]) for name in ("perturbation", "beta")]
+        check_finite("state", rates)
         self.state.copy_(saved["state"])
         self.layout.pack_([part.q for part in self._groups], saved["q"])
         if momenta:
-            self.layout.pack_(momenta, saved["p"])
+            self.layout.pack_(momenta, saved_p)
 
 
 def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> None:
@@ -270,10 +294,10 @@ def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> N
     """
     ranks, device = separations[0].layout.ranks, separations[0].state.device
     losses = torch.stack([x.to(device, torch.float64) for x in (found.loss0, *found.losses)])
-    parts, ends, first = [], [], 0
+    parts, spans, first = [], [], 0
     for separation in separations:
         parts.append(found.of(first, separation.k))
-        ends.append([0, *range(first + 1, first + 1 + separation.k)])
+        spans.append(slice(first + 1, first + 1 + separation.k))
         first += separation.k
     if any(separation.needs_probe for separation in separations):
         sums = [
@@ -287,8 +311,8 @@ def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> N
     sums = [s.measure(part) for s, part in zip(separations, parts, strict=True)]
     if ranks is not None:
         sums, losses = ranks.exchange(sums, losses)
-    for separation, total, end in zip(separations, sums, ends, strict=True):
-        separation.conclude(total, losses[end])
+    for separation, total, span in zip(separations, sums, spans, strict=True):
+        separation.conclude(total, torch.cat([losses[:1], losses[span]]))
 
 
 def excuse(separations: Sequence[Separation | Benettin]) -> None:

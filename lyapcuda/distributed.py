@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -47,6 +48,7 @@ class Ranks:
     def __init__(self, like: Any, ranks: Sequence[int], owners: Sequence[int]) -> None:
         self._like, self._ranks, self._owners = like, tuple(ranks), tuple(owners)
         self._wrappers: list[DistributedDataParallel] = []
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._late: tuple[Tensor, Any] | None = None
 
     @classmethod
@@ -95,7 +97,14 @@ class Ranks:
 
         Raises:
             ValueError: modules in several DistributedDataParallel with different groups.
+            NotImplementedError: flat parameters of FullyShardedDataParallel (FSDP1).
         """
+        flat = [m for m in modules if type(m).__name__ == "FullyShardedDataParallel"]
+        if flat:
+            raise NotImplementedError(
+                "params: parameters of FullyShardedDataParallel (FSDP1) are not supported; FSDP2's "
+                "(torch.distributed.fsdp.fully_shard) are"
+            )
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise ValueError(f"process_group={group!r}: torch.distributed isn't initialised")
@@ -120,8 +129,13 @@ class Ranks:
         """Whether the ranks hold different elements."""
         return len(set(self._owners)) > 1
 
+    @property
+    def shard(self) -> int:
+        """A number for the elements that this rank holds; 0 where all hold the same."""
+        return self._owners[self._ranks.index(dist.get_rank())]
+
     def __getstate__(self) -> dict[str, Any]:
-        # Process groups can't be copied.
+        # Process groups can't be copied; ours is found again by the ranks.
         return {**self.__dict__, "_like": None, "_wrappers": [], "_late": None}
 
     # --- collectives -----------------------------------------------------------------------------
@@ -139,7 +153,16 @@ class Ranks:
     def _total(self, rows: Tensor) -> Tensor:
         """Over the ranks that hold different elements, added in their order: the same bits
         everywhere."""
-        return rows[sorted(set(self._owners))].cumsum(0)[-1]
+        return rows[self._rows_of(rows.device)[1]].cumsum(0)[-1]
+
+    def _rows_of(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices of rows: for every rank the owner of its elements, and all owners. Made once, so
+        that no step waits for them.
+        """
+        if device not in self._indices:
+            both = (self._owners, sorted(set(self._owners)))
+            self._indices[device] = tuple(torch.tensor(rows, device=device) for rows in both)
+        return self._indices[device]
 
     def sum(self, part: Tensor) -> Tensor:
         """Sums over all elements from those over this rank's. What replicas have is the sum."""
@@ -165,7 +188,7 @@ class Ranks:
         rows = self._gather(torch.cat([losses.new_zeros(1), losses, *parts]))
         failed, everyones = rows[:, 0], rows[:, 1 : 1 + losses.numel()]
         rows = rows[:, 1 + losses.numel() :]
-        twins = rows[list(self._owners)]
+        twins = rows[self._rows_of(rows.device)[0]]
         apart = ((rows != twins) & ~(rows.isnan() & twins.isnan())).any(1)
         status = torch.where(failed != 0, failed, 2.0 * apart)
         self._heed(status)
@@ -184,12 +207,10 @@ class Ranks:
         """
         message = torch.full((1 + numbers,), math.nan, dtype=torch.float64, device=device)
         message[0] = 1.0
-        try:
+        # Where it can't: they are gone, or wait for us in a collective of the closure's, which ends
+        # with our process, or with the timeout of their group.
+        with suppress(Exception):
             self._gather(message, GRACE)
-        except RuntimeError:
-            # They are gone, or wait for us in a collective of the closure's: that ends with our
-            # process, or with the timeout of their group.
-            pass
 
     @staticmethod
     def reads_back(device: torch.device) -> bool:
@@ -263,10 +284,10 @@ def _own_group(like: Any, ranks: tuple[int, ...], device: torch.device) -> Any:
     """A process group of our own, made once for every set of ranks."""
     world, group = _groups.get(ranks, (None, None))
     if world is not dist.group.WORLD:  # none yet, or torch.distributed was initialised again
-        options = like._get_backend(device).options
+        like = dist.group.WORLD if like is None else like
         group = dist.new_group(
             list(ranks),
-            timeout=options._timeout,
+            timeout=like._get_backend(device).options._timeout,
             backend=dist.get_backend_config(like),
             use_local_synchronization=True,
         )

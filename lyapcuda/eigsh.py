@@ -351,11 +351,10 @@ def _result(
     spent: list[int],
 ) -> EigenResult:
     layout, verdict = operator.layout, solution.verdict
-    vectors = torch.empty(
-        len(verdict.values), layout.numel, dtype=layout.dtype, device=layout.device
-    )
+    shape = (len(verdict.values), layout.numel)
+    vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
     for i, vector in enumerate(vectors):
-        vector.copy_(layout.gather(solution.vectors.row(i)))
+        layout.gather(solution.vectors.row(i), out=vector)
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values.copy(), device=layout.device)

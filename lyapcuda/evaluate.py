@@ -10,6 +10,7 @@ written, and put back.
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,11 +109,27 @@ class RandomStates:
             generator.set_state(state)
 
 
+class Loose(nn.Module):
+    """Parameters that may be in no module, as if they were in one: their gradients are put back."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._loose = list(parameters)  # (tensors of any class: not registered)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
+        return iter(self._loose)
+
+
 def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
     """The modules' other parameters that a backward() may give a gradient."""
     tracked = {id(p) for p in parameters}
     others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
     return [p for p in others.values() if id(p) not in tracked and p.requires_grad]
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Surroundings:
@@ -124,6 +141,11 @@ class Surroundings:
         modules: Sequence[nn.Module],
         generators: Iterable[torch.Generator] = (),
     ) -> None:
+        if capturing():
+            raise RuntimeError(
+                "a measurement can't be captured in a CUDA graph: it reads and restores random "
+                "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
+            )
         # DDP may have gradients lie in its buckets, which the next evaluation writes.
         buckets = any(
             isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
@@ -249,6 +271,33 @@ def evaluate(
     return value.reshape(()), gradients
 
 
+def _check_same(
+    loss: Tensor, once: Sequence[Tensor | None], loss0: Tensor, g0: Sequence[Tensor | None]
+) -> None:
+    """Raises a RuntimeError where two evaluations at the same θ differ by more than rounding."""
+    reason = "expected the same loss and gradient every time"
+    apart = square = coarsest = 0.0
+    for a, b in zip(once, g0, strict=True):
+        if a is None or b is None:
+            if a is not b:
+                raise RuntimeError(f"closure: a gradient at the same θ came once only; {reason}")
+            continue
+        apart += float((a.double() - b.double()).square().sum())
+        square += float(b.double().square().sum())
+        coarsest = max(coarsest, torch.finfo(b.dtype).eps)
+    # Rounding that isn't the same every time (atomics on a GPU) stays far below the root of ε.
+    rounding = math.sqrt(coarsest)
+    first, second = float(loss), float(loss0)
+    same = math.isclose(first, second, rel_tol=rounding) or math.isnan(first) and math.isnan(second)
+    if not same or apart > rounding**2 * square:
+        raise RuntimeError(
+            f"closure: two evaluations at the same θ gave the losses {first:.9g} and {second:.9g}, "
+            f"gradients {math.sqrt(apart):.3g} apart of norm {math.sqrt(square):.3g}; {reason}: "
+            "take the minibatch from the loader outside of the closure, and random numbers from "
+            "the global generators"
+        )
+
+
 def gradients(
     closure: Closure,
     parameters: Sequence[Tensor],
@@ -257,6 +306,7 @@ def gradients(
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
     leave: bool = False,
+    check: bool = False,
 ) -> Gradients:
     """Evaluates the closure at every one of ``copies`` (θ + q_j) and then at the parameters (θ).
 
@@ -270,10 +320,12 @@ def gradients(
         leave: False puts everything back as it was, gradients and random states included. True
             leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
             random states and buffers after it.
+        check: evaluate once more at θ, and raise where the two differ. Waits for the device.
 
     Raises:
         TypeError, ValueError: the closure returned no loss, or a gradient is sparse. After these,
             as after any exception of the closure's own, everything is as it was.
+        RuntimeError: ``check`` found the closure to be another function each time.
     """
     before = Surroundings(parameters, modules)
     found, losses = [], []
@@ -291,7 +343,13 @@ def gradients(
             del there
             losses.append(loss)
             before.restore()
+        if check:  # the last two of all, so that a closure that alternates is found too
+            loss, once = evaluate(closure, parameters, names)
+            once = [g if g is None else g.detach().clone() for g in once]
+            before.restore()
         loss0, g0 = evaluate(closure, parameters, names)
+        if check:
+            _check_same(loss, once, loss0, g0)
     except BaseException:
         reset(modules)
         before.restore()

@@ -18,6 +18,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
         path: the file.
         write: called with a binary file object.
+
+    Raises:
+        OSError: naming the file, where there is no room or no permission; it is what it was.
     """
     # In the same folder: os.replace is atomic only within a file system.
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -27,8 +30,10 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of write(), it names no file
+            error.filename = str(path)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -1,8 +1,8 @@
 """Parameters and gradients as flat buffers, without disturbing the module they belong to.
 
-Parameters of one dtype, device and weight decay form a `FlatGroup`: each has a segment of the
-group's flat buffers, in the order its elements have in memory, so a dense parameter is read where
-it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
+Parameters of one dtype, device and group of the user's form a `FlatGroup`: each has a segment of
+the group's flat buffers, in the order its elements have in memory, so a dense parameter is read
+where it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` elements.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C
+from lyapcuda.arguments import non_negative
 from lyapcuda.distributed import Ranks
 from lyapcuda.shards import is_sharded, local, shard_of, whole
 
@@ -58,6 +59,8 @@ class TrackedParameter:
     name: str
     tensor: Tensor
     weight_decay: float = 0.0
+    #: Which of the user's groups it came in; 0 where there are none.
+    group: int = 0
 
 
 def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParameter]:
@@ -70,15 +73,17 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
 
     Raises:
         TypeError: something that is no tensor, an integer or complex parameter.
-        ValueError: no parameter at all, none that requires a gradient, or a non-leaf one.
+        ValueError: no parameter at all, none that requires a gradient, a non-leaf one, or one that
+            is in several groups.
     """
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
     if not isinstance(params, Iterable):
         raise TypeError(f"params={params!r}: expected an iterable of tensors")
     found: dict[int, TrackedParameter] = {}
+    group_of: dict[int, int] = {}
     seen = 0
-    for entry in params:
+    for number, entry in enumerate(params):
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
         if "params" not in group:
             raise ValueError(f"params: a group without 'params', only {sorted(group)}")
@@ -86,9 +91,14 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
         for member in [members] if isinstance(members, Tensor) else members:
             name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
             seen += 1
-            decay = _non_negative("weight_decay", group.get("weight_decay", weight_decay))
+            decay = group.get("weight_decay", weight_decay)
+            non_negative("weight_decay", decay)
             if _check_parameter(name, tensor):
-                found.setdefault(id(tensor), TrackedParameter(name, tensor, decay))
+                # As in torch.optim. Tied weights of one group (or of none) count once.
+                if isinstance(entry, Mapping) and group_of.setdefault(id(tensor), number) != number:
+                    raise ValueError(f"params: {name} appears in more than one group")
+                of = number if isinstance(entry, Mapping) else 0
+                found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
     if not seen:
         raise ValueError("params: empty, there is nothing to measure")
     if not found:
@@ -135,12 +145,6 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
     return kept
 
 
-def _non_negative(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not (0 <= value < math.inf):
-        raise ValueError(f"{name}={value!r}: expected a number of at least 0")
-    return float(value)
-
-
 def _check_parameter(name: str, tensor: Any) -> bool:
     """Raises for what can't be tracked; False for a frozen parameter, which just takes no part."""
     if not isinstance(tensor, Tensor):
@@ -181,7 +185,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @dataclass
 class FlatGroup:
-    """Parameters of one dtype, device and weight decay, and where they lie in flat buffers.
+    """Parameters of one dtype, device and group of the user's; where they lie in flat buffers.
 
     Of DTensor parameters the buffers hold this rank's shards.
     """
@@ -190,7 +194,10 @@ class FlatGroup:
     tensors: list[Tensor]
     dtype: torch.dtype
     device: torch.device
+    #: May change between two steps.
     weight_decay: float
+    #: Which of the user's groups this is a part of.
+    number: int
     #: Where each tensor stands among `FlatLayout.parameters`.
     positions: list[int]
     offsets: list[int] = field(init=False)
@@ -209,6 +216,11 @@ class FlatGroup:
             for t in held
         ]
         self._shapes = [t.shape for t in held]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many elements each segment has."""
+        return [shape.numel() for shape in self._shapes]
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -271,7 +283,11 @@ class FlatGroup:
         Dense ones of the right strides are read where they lie; others are copied, and None (no
         gradient) becomes zeros.
         """
-        return [self._segment(i, tensor) for i, tensor in enumerate(tensors)]
+        return self.segments_at(range(len(tensors)), tensors)
+
+    def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The same for tensors like some of the parameters, those at ``indices``."""
+        return [self._segment(i, tensor) for i, tensor in zip(indices, tensors, strict=True)]
 
     def _segment(self, i: int, tensor: Tensor | None) -> Tensor:
         strides = self.strides[i]
@@ -322,7 +338,7 @@ class FlatLayout:
         self.parameters = collect(params, weight_decay)
         members: dict[tuple, list[int]] = {}
         for position, p in enumerate(self.parameters):
-            key = (p.tensor.dtype, p.tensor.device, p.weight_decay)
+            key = (p.tensor.dtype, p.tensor.device, p.weight_decay, p.group)
             members.setdefault(key, []).append(position)
         self.groups = []
         for key, positions in members.items():
@@ -352,9 +368,11 @@ class FlatLayout:
             for position, view in zip(group.positions, group.views(buffer), strict=True):
                 view.copy_(parts[position].view(view.shape))
 
-    def gather(self, buffers: Sequence[Tensor]) -> Tensor:
-        """The inverse of `scatter`: a new vector of `dtype` on `device`."""
-        vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+    def gather(self, buffers: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The inverse of `scatter`: a vector of `dtype` on `device`, ``out`` or a new one."""
+        vector = out
+        if vector is None:
+            vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         parts = vector.split([p.tensor.numel() for p in self.parameters])
         for group, buffer in zip(self.groups, buffers, strict=True):
             for position, view in zip(group.positions, group.views(buffer), strict=True):
@@ -377,6 +395,11 @@ class FlatLayout:
         One collective where the parameters are sharded; elsewhere ``part`` itself.
         """
         return part if self.ranks is None else self.ranks.sum(part)
+
+    def seeds(self, seed: int) -> list[int]:
+        """One a group, other ones for other shards."""
+        shard = 0 if self.ranks is None else self.ranks.shard
+        return [(seed + number + (shard << 32)) % 2**63 for number in range(len(self.groups))]
 
     def whole(self, position: int, part: Tensor, *, rows: bool = False) -> Tensor:
         """What a user sees of a buffer's segment: a DTensor like the parameter, where that is one.

@@ -58,6 +58,9 @@ class Writer(ABC):
 
 
 class _FileWriter(Writer):
+    #: How even a single line that was broken off begins; None where a head was there first.
+    _begins: str | None = None
+
     def __init__(self, path: str | os.PathLike[str], mode: str = "x") -> None:
         choice("mode", mode, ("x", "a", "w"))
         self.path, self.mode = Path(path), mode
@@ -70,21 +73,34 @@ class _FileWriter(Writer):
                 f'{self.path}: exists; mode="a" goes on with it, mode="w" replaces it'
             )
         if self.mode == "a" and self.path.exists():
-            for number, line in enumerate(complete_lines(self.path), 1):
-                try:
-                    at = self._step_of(line, number)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}: line {number}: {error}") from error
-                if at is not None and not last < at:
-                    raise ValueError(f"{self.path}: line {number}: step {at} after {last}")
-                if at is not None and at > step:
-                    break  # written after the checkpoint that the tracker came from
-                kept.append(line)
-                last = last if at is None else at
+            kept, last = self._kept(step)
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: there is no folder {self.path.parent}")
         self._first = kept or self._head()
         return last
+
+    def _kept(self, step: int) -> tuple[list[str], int]:
+        """The lines to go on from, up to a step, and the step of the last of them."""
+        kept: list[str] = []
+        last = 0
+        try:
+            lines, torn = complete_lines(self.path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: not a log: {error}") from error
+        if torn and not lines and not (self._begins and torn.startswith(self._begins)):
+            lines = [torn]  # a file that never was a log is refused, not cut
+        for number, line in enumerate(lines, 1):
+            try:
+                at = self._step_of(line, number)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}: line {number}: {error}") from error
+            if at is not None and not last < at:
+                raise ValueError(f"{self.path}: line {number}: step {at} after {last}")
+            if at is not None and at > step:
+                break  # written after the checkpoint that the tracker came from
+            kept.append(line)
+            last = last if at is None else at
+        return kept, last
 
     def open(self) -> None:
         self._file = LineFile(self.path, self._first)
@@ -142,6 +158,8 @@ class CsvWriter(_FileWriter):
 class JsonlWriter(_FileWriter):
     """A JSON object a line; what isn't finite is null. Arguments as for `CsvWriter`."""
 
+    _begins = '{"step": '
+
     def _line(self, values: Sequence[Any]) -> str:
         finite = [v if math.isfinite(v) else None for v in values]
         return json.dumps(dict(zip(self._columns, finite, strict=True)))
@@ -158,7 +176,8 @@ class TensorBoardWriter(Writer):
 
     Args:
         log: a ``torch.utils.tensorboard.SummaryWriter``, which stays yours to close, or the folder
-            of a new one.
+            of a new one. Of a run that was broken off, what is in the folder past the tracker's
+            step is hidden; points that the history still holds are written again.
         prefix: of the tags.
 
     Raises:
@@ -182,7 +201,7 @@ class TensorBoardWriter(Writer):
 
     def open(self) -> None:
         step = self._step
-        if self._own:  # of a run that was broken off, what came after the checkpoint is hidden
+        if self._own:
             self._log = self._new(os.fspath(self._log), purge_step=step + 1 if step else None)
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -214,9 +233,10 @@ class CurvatureLog:
             ``load_state_dict`` and ``add_param_group``: make the log after those.)
         targets: paths that end in ``.csv`` or ``.jsonl``, SummaryWriters of TensorBoard, `Writer`s.
         every: how many measurements are read back at once.
-        values: further columns: name → a function without arguments, called after every
-            measurement, that returns a number or a tensor of one element (kept on its device until
-            it is read back). For instance ``{"lr": lambda: optimizer.param_groups[0]["lr"]}``.
+        values: further columns: name → a function without arguments that returns a number or a
+            tensor of one element (kept on its device until it is read back). Called after every
+            measurement, before the optimizer's step that follows. For instance
+            ``{"lr": lambda: optimizer.param_groups[0]["lr"]}``.
         mode: for targets that are paths: see `CsvWriter`.
 
     Raises:
@@ -366,9 +386,7 @@ def csv_line(values: Iterable[Any]) -> str:
     return text.getvalue()
 
 
-def complete_lines(path: Path) -> Iterable[str]:
-    """The lines that were written to their end."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield line[:-1]
+def complete_lines(path: Path) -> tuple[list[str], str]:
+    """The lines that were written to their end, and what of the last one was."""
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    return lines, torn

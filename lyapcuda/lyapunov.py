@@ -19,7 +19,7 @@ from lyapcuda import _C, ops
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
-from lyapcuda.saved import check_shapes, require_entries
+from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = [
     "Separation",
@@ -134,7 +134,7 @@ class Separation:
         ema: float,
         seed: int,
     ) -> None:
-        self.layout = layout
+        self.layout, self._seed = layout, seed
         self._options = {
             "sign": sign,
             "estimate": ops.ESTIMATES[estimate],
@@ -217,6 +217,17 @@ class Separation:
             if part.p is not None:
                 kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
                 torch.where(kept, part.p, p_next, out=part.p)
+        for part, seed in zip(self._groups, self.layout.seeds(self._seed), strict=True):
+            group = part.group
+            ops.reseed_(  # a launch, but where the separation was lost
+                part.spare,  # what is kept when a step isn't committed
+                group.offsets,
+                group.sizes,
+                self._state_on(group.device),
+                elements=self.layout.numel,
+                seed=seed,
+                p=part.p,
+            )
 
     def probe(self, found: Gradients) -> Tensor:
         """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
@@ -323,9 +334,14 @@ class Separation:
         check_shapes("state", [self.state], [saved["state"]])
         momenta = [part.p for part in self._groups if part.p is not None]
         check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
-        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved["p"] or [])
+        saved_p = [] if saved["p"] is None else saved["p"]
+        check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved_p)
+        check_finite("q", saved["q"])
+        check_finite("p", saved_p)
+        names = ("perturbation", "scale", "beta")
+        check_finite("state", [saved["state"][ops.STATE_FIELDS.index(name)] for name in names])
         self.state.copy_(saved["state"])
         self._needs_secant = bool(saved["needs_secant"])
         self.layout.pack_([part.q for part in self._groups], saved["q"])
         if momenta:
-            self.layout.pack_(momenta, saved["p"])
+            self.layout.pack_(momenta, saved_p)

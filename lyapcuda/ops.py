@@ -32,6 +32,7 @@ __all__ = [
     "new_state",
     "recenter_",
     "register_fakes",
+    "reseed_",
     "secant_",
     "stream_copy_",
 ]
@@ -40,6 +41,8 @@ __all__ = [
 STATE_FIELDS: tuple[str, ...] = tuple(_C.state_fields())
 #: Fields of the vector that `ascent_` returns, in order.
 SUM_FIELDS = ("dd", "qq", "qy", "yy", "carried_q", "carried_y")
+#: Fields of a new state that are 0.
+_ZERO = ("bound", "guard", "accepted", "steps", "skipped", "reseed", "reseeds")
 #: How `h` is read off a step, by name, as the ops number them.
 ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2}
 
@@ -59,7 +62,7 @@ def build_info() -> dict[str, object]:
 
 def new_state(device: torch.device | str, **values: float) -> Tensor:
     """A state vector on ``device`` with the given fields; counters 0, everything unmeasured NaN."""
-    zero = dict.fromkeys(("bound", "guard", "accepted", "steps", "skipped"), 0.0)
+    zero = dict.fromkeys(_ZERO, 0.0)
     zero["committed"] = 1.0
     unknown = set(values) - set(STATE_FIELDS)
     if unknown:
@@ -137,6 +140,8 @@ def exponent_(
     ``losses`` is a float64 vector that has to be finite for the step to count. With ``control`` β
     follows the curvature (the paper's β/λ for its own estimate, the secant (e − 1)‖q‖/‖y‖
     otherwise); ``alternate`` flips the side of the separation. Nothing is read back to the host.
+    Where the separation is lost (q is nothing, or the copies met under a β that stays) the state
+    asks for another: see `reseed_`.
     """
     _written(state)
     _call("exponent_")(
@@ -178,6 +183,34 @@ def recenter_(
     _call("recenter_")(theta1, q, q_previous, theta, offsets, state)
 
 
+# --- reseed_ -------------------------------------------------------------------------------------
+
+
+def reseed_(
+    panel: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    state: Tensor,
+    *,
+    elements: int,
+    seed: int = 0,
+    p: Tensor | None = None,
+) -> None:
+    """Puts another separation where the state says that one was lost; else does nothing.
+
+    Args:
+        panel: the separation that `exponent_` said is kept, a flat buffer, with the state of one;
+            or (k, n), of whose rows `benettin_` said which, with the state of k.
+        offsets, sizes: the segments, in order; nothing else is written.
+        elements: of the segments of all groups, which share the norm Δq.
+        seed: with the number of steps taken, of the pseudo-random numbers, which are the same on
+            every backend.
+        p: the momentum like ``panel``; of a new separation it is 0.
+    """
+    _written(panel, p)
+    _call("reseed_")(panel, offsets, sizes, state, elements=elements, seed=seed, p=p)
+
+
 # --- descend_ ------------------------------------------------------------------------------------
 
 
@@ -189,15 +222,38 @@ def descend_(
     gain: float = 1.0,
     max_lr: float = 10.0,
     weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """``theta −= lr·(gradient + weight_decay·theta)``, ``lr = min(gain/h_ema, max_lr)``.
+    """``theta −= lr·u``, ``lr = factor·gain·min(1/h_ema, max_lr)``, along ``u = gradient +
+    weight_decay·theta``.
 
-    Returns lr (0-dim float64): ``max_lr`` where h_ema ≤ 0, and 0, with theta untouched, where the
-    last step was not finite.
+    Args:
+        buffer: a flat buffer with the segments of ``theta`` at ``offsets``: becomes
+            ``momentum·buffer + u``, and is what the step goes along; with ``nesterov`` that is
+            ``u + momentum·buffer``.
+        factor: float64, one element, on the device; 1 where it isn't given.
+
+    Returns:
+        lr (0-dim float64): ``factor·gain·max_lr`` where h_ema ≤ 0, and 0, with theta and buffer
+        untouched, where the last step, or the factor, was not finite.
     """
-    _written(*theta)
+    _written(buffer, *theta)
     return _call("descend_")(
-        theta, gradient, state, gain=gain, max_lr=max_lr, weight_decay=weight_decay
+        theta,
+        gradient,
+        state,
+        gain=gain,
+        max_lr=max_lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        offsets=offsets,
+        factor=factor,
     )
 
 
@@ -325,6 +381,12 @@ _FAKES = {
     "displace_": lambda copies, v, theta, offsets, step: step.new_empty(2),
     "gram": lambda a, b, **options: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float64),
     "panel_ascent_": _panel_sums,
+    "panel_descend_": lambda theta, gradient, offsets, panel, state, slopes, **options: (
+        state.new_empty(panel.shape[0] + 1)
+    ),
+    "panel_slopes_": lambda theta, gradient, offsets, panel, state, **options: state.new_empty(
+        panel.shape[0]
+    ),
     "project_": lambda w, v, coefficients: coefficients.new_empty(v.shape[0] + 1),
 }
 _RETURN_NOTHING = (
@@ -336,6 +398,7 @@ _RETURN_NOTHING = (
     "lyapunov_step_",
     "panel_recenter_",
     "recenter_",
+    "reseed_",
     "secant_",
     "stream_copy_",
 )

@@ -1,63 +1,91 @@
-"""LyapunovSGD: stochastic gradient descent whose learning rate is one over the curvature."""
+"""LyapunovSGD: stochastic gradient descent whose learning rates are one over the curvature."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lyapcuda import ops
-from lyapcuda.arguments import positive
+from lyapcuda import ops, panel_ops
+from lyapcuda.arguments import fraction, non_negative, positive, whole
+from lyapcuda.benettin import MAX_SEPARATIONS
+from lyapcuda.descent import Descent
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout, Parameters
-from lyapcuda.saved import require_entries
+from lyapcuda.optimizer_state import WholeStateOptimizer
+from lyapcuda.scaling import Unscaled, found_inf
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["LyapunovSGD"]
 
 
-class LyapunovSGD(Optimizer):
+class LyapunovSGD(WholeStateOptimizer):
     """The paper's quasi-Newton method (§3.1): θ ← θ − (gain/h0)·g, h0 measured at every step.
 
-    One step costs two gradients: the training gradient and that of the second copy. h0 is smoothed
-    by an exponential moving average. The first step warms up: it measures at the initial θ, without
-    training, until h0 is stable.
+    With k > 1 (its "more sophisticated" variant) the step is gain/|h_i| along each of the k leading
+    eigenvectors, and gain/(|h_(k−1)| + its residual), longer than gain/h0, everywhere else.
+
+    One step costs k + 1 gradients: the training gradient and those of the k copies beside it.
+    Curvatures are smoothed by an exponential moving average. The first step warms up: it measures
+    at the initial θ, without training, until h0 is stable. docs/optimizer.md has the bounds of
+    stability, and recipes for clipping, accumulation, GradScaler and schedulers.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups; a group may set ``gain``, ``max_lr`` and
-            ``weight_decay`` of its own.
-        gain: learning rate times curvature; the iteration along the leading eigenvector is stable
-            below 2.
+        params: tensors, (name, tensor) pairs, or groups; a group may set ``gain``, ``max_lr``,
+            ``weight_decay``, ``momentum``, ``nesterov`` and ``capturable`` of its own.
+        gain: learning rate times curvature, in the groups as "lr", which the schedulers of
+            torch.optim.lr_scheduler act on. The iteration is stable below 2; with momentum m below
+            2·(1 + m), with Nesterov's 2·(1 + m)/(1 + 2m). Or a tensor of one element, on the
+            device.
+        k: how many leading curvatures, 1 to 32.
+        every: measure at every n-th step only; the steps between cost one gradient, and use the
+            last curvatures.
+        momentum: m of torch.optim.SGD: the step goes along b ← m·b + g. b is kept in float32 for
+            16-bit parameters. A gain of 1 then moves as far as 1/(1 − m) without.
+        nesterov: go along g + m·b.
         weight_decay: adds ½·wd·‖θ‖² to the loss: to the gradient and to the curvature.
-        max_lr: bound of the learning rate, which also holds where h0 is zero or negative.
+        max_lr: bound of 1/h, so of the learning rate at gain 1; also what stands in for 1/h where h
+            is zero or negative.
+        capturable: keeps "lr" as a float64 tensor on the device, so that a step captured in a CUDA
+            graph follows a scheduler. No step waits for the device in either case; warm up before
+            the capture.
         warmup_tol: h0 is stable when it changed by less than this (relative) three times in a row.
         warmup_iterations: at most so many; 0 for no warm-up, and then only max_lr bounds the first
             steps.
-        estimate: see `CurvatureTracker`. The default here is "growth", the exact inversion
+        estimate: see `CurvatureTracker`. For k = 1 None is "growth", the exact inversion
             (e^λ − 1)/β: where q is no eigenvector (noise, kinks, the first steps) it lies above the
             Rayleigh quotient, so the steps err on the short side. Measured on the digits runs, the
-            Rayleigh quotient made two of six diverge at gain 1, this none.
+            Rayleigh quotient made two of six diverge at gain 1, this none. k > 1 needs "rayleigh",
+            which alone gives eigenvectors: the Ritz values' residuals keep the steps short there.
         perturbation, ema, seed: see `CurvatureTracker`.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
     """
 
+    _OWN_STATE = ("tracker", "warm", "lr")
+    # torch.amp.GradScaler.step then leaves `found_inf` here, instead of waiting for the device.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Parameters,
-        gain: float = 1.0,
+        gain: float | Tensor = 1.0,
         *,
+        k: int = 1,
+        every: int = 1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         max_lr: float = 10.0,
+        capturable: bool = False,
         perturbation: float | None = None,
-        estimate: str = "growth",
+        estimate: str | None = None,
         ema: float = 0.9,
         warmup_tol: float = 2e-2,
         warmup_iterations: int = 100,
@@ -70,15 +98,35 @@ class LyapunovSGD(Optimizer):
             raise ValueError(
                 f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
             )
-        defaults = {"gain": gain, "max_lr": max_lr, "weight_decay": weight_decay}
+        whole("k", k)
+        if k > MAX_SEPARATIONS:
+            raise ValueError(f"k={k}: expected at most {MAX_SEPARATIONS}")
+        if k > 1 and estimate not in (None, "rayleigh"):
+            raise ValueError(f"estimate={estimate!r}: with k={k} it has to be 'rayleigh'")
+        if estimate is None:
+            estimate = "growth" if k == 1 else "rayleigh"
+        defaults = {
+            "lr": gain,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "max_lr": max_lr,
+            "capturable": capturable,
+        }
         self._tracker_options = dict(
-            perturbation=perturbation, estimate=estimate, ema=ema, seed=seed
+            k=k, every=every, perturbation=perturbation, estimate=estimate, ema=ema, seed=seed
         )
         self._warmup_tol, self._warmup_iterations = warmup_tol, warmup_iterations
         self._warm = warmup_iterations == 0
+        self._measured = False  # the gradients in .grad are those h was measured with
+        self._scaled = False  # ... and a GradScaler's scale was taken out of them
+        self._fresh, self._other = True, False
+        self._rates: Tensor | None = None
         super().__init__(params, defaults)
+        self._descent = Descent()
         self.tracker = self._new_tracker()
-        self._lr: Tensor | None = None
+
+    # --- groups ----------------------------------------------------------------------------------
 
     def _new_tracker(self) -> CurvatureTracker:
         return CurvatureTracker(self.param_groups, **self._tracker_options)
@@ -87,61 +135,109 @@ class LyapunovSGD(Optimizer):
         """As in torch.optim; after the first group the measurement starts again, warm-up
         included.
         """
+        if isinstance(param_group, dict) and "gain" in param_group:
+            if "lr" in param_group:
+                raise ValueError("params: a group with both gain and lr, which are the same")
+            param_group = {**param_group, "lr": param_group["gain"]}
+            del param_group["gain"]
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group)
-            FlatLayout([group])
+            self._check_group(group, gain="gain")
+            if not isinstance(group["lr"], Tensor):
+                positive("gain", group["lr"])
+            layout = FlatLayout([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if group["capturable"]:
+            group["lr"] = torch.as_tensor(group["lr"]).to(layout.device, torch.float64, copy=True)
         if hasattr(self, "tracker"):
             self.tracker = self._new_tracker()
             self._warm = self._warmup_iterations == 0
+            self._measured = False
+            self._descent = Descent()
 
     @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
-        for name in ("gain", "max_lr"):
-            if group[name] is None:
-                raise ValueError(f"{name}=None: expected a positive finite number")
-            positive(name, group[name])
+    def _check_group(group: dict[str, Any], gain: str = "lr") -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1 or not lr.is_floating_point():
+                raise ValueError(
+                    f"{gain}: expected a number or a floating tensor of one element, got shape "
+                    f"{tuple(lr.shape)} {lr.dtype}"
+                )
+        else:
+            if lr is None:
+                raise ValueError(f"{gain}=None: expected a positive finite number")
+            non_negative(gain, lr)
+        if group["max_lr"] is None:
+            raise ValueError("max_lr=None: expected a positive finite number")
+        positive("max_lr", group["max_lr"])
+        non_negative("weight_decay", group["weight_decay"])
+        fraction("momentum", group["momentum"])
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("nesterov=True: needs a momentum above 0")
 
-    def __getstate__(self) -> dict[str, Any]:
-        # torch.optim's own keeps only what it knows: copies and pickles would lack the rest.
-        return {**self.__dict__, **super().__getstate__()}
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            self._check_group(group)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    @property
+    def rates(self) -> Tensor:
+        """The learning rates used last, of the first group (float64 on the device): 0-dim for
+        k = 1, else (k + 1,): along each eigenvector and, last, off all of them. NaN at first.
+        """
+        if self._rates is None:
+            shape = () if self.tracker.k == 1 else (self.tracker.k + 1,)
+            return torch.full(shape, math.nan, dtype=torch.float64, device=self.tracker.h.device)
+        return self._rates
 
     @property
     def lr(self) -> Tensor:
-        """The learning rate used last, of the first group (0-dim float64 on the device)."""
-        if self._lr is None:
-            return torch.tensor(math.nan, dtype=torch.float64, device=self.tracker.h.device)
-        return self._lr
+        """The learning rate used last, of the first group (0-dim float64 on the device); for k > 1
+        that off the eigenvectors.
+        """
+        rates = self.rates
+        return rates if rates.dim() == 0 else rates[-1]
 
-    def warmup(self, closures: Closure | Iterable[Closure]) -> int:
+    # --- a step ----------------------------------------------------------------------------------
+
+    def warmup(self, closures: Closure | Iterable[Closure], *, scaler: Any = None) -> int:
         """Measures at the present θ, without training, until h0 is stable.
 
-        The first `step` calls this with its own closure. Leaves no trace but in the tracker.
+        The first `step` or `measure` calls this with its own closure. Leaves no trace but in the
+        tracker.
 
         Args:
             closures: a closure, or an iterable of them, one for each measurement (to average over
-                minibatches; each closure is called twice and has to return the same loss).
+                minibatches; each closure is called k + 1 times and has to return the same loss).
+            scaler: as for `measure`.
 
         Returns:
             How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
             at a loss that isn't finite, and the next `step` warms up again.
         """
+        self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
         stable, previous, iterations = 0, math.nan, 0
-        for closure in islice(source, self._warmup_iterations):
-            self.tracker.step(closure)
-            if not int(self.tracker.state[ops.STATE_FIELDS.index("accepted")]):
-                return iterations
-            iterations += 1
-            h = float(self.tracker.h)
-            stable = stable + 1 if abs(h - previous) <= self._warmup_tol * abs(h) else 0
-            previous = h
-            if stable == 3:
-                break
+        every, self.tracker.every = self.tracker.every, 1
+        try:
+            for closure in islice(source, self._warmup_iterations):
+                around = self._around(scaler)
+                self.tracker.step(closure if around is None else around.around(closure))
+                if not float(self._accepted()):
+                    return iterations
+                iterations += 1
+                h = float(self.tracker.h.reshape(-1)[0])
+                stable = stable + 1 if abs(h - previous) <= self._warmup_tol * abs(h) else 0
+                previous = h
+                if stable == 3:
+                    break
+        finally:
+            self.tracker.every = every
         if stable < 3:
             warnings.warn(
                 f"h0 was not stable to {self._warmup_tol:g} after {iterations} iterations of "
@@ -152,77 +248,146 @@ class LyapunovSGD(Optimizer):
         self._warm = True
         return iterations
 
-    def step(self, closure: Closure) -> Tensor:
-        """Measures h0 and steps with gain/h0.
+    def measure(
+        self,
+        closure: Callable[..., Tensor | float],
+        *,
+        part: Closure | None = None,
+        batches: Iterable[Any] | None = None,
+        scaler: Any = None,
+    ) -> Tensor:
+        """The first half of a step: measures the curvature and leaves the gradient in ``.grad``.
+
+        What is done to ``.grad`` before `step` (clipping) changes the step, not the curvature.
 
         Args:
-            closure: as for `CurvatureTracker.step`.
+            closure: as for `CurvatureTracker.step`, with ``batches`` for each of them.
+            part: a closure of a part of the minibatch, to measure the curvature of
+                (`CurvatureTracker.step` calls it ``measure``).
+            batches: micro-batches, over which ``closure(batch)`` is averaged; the curvature is that
+                of the last.
+            scaler: a torch.amp.GradScaler. The closure may have called
+                ``scaler.scale(loss).backward()`` itself. All gradients are divided by the scale,
+                so ``.grad`` is unscaled afterwards, as by ``scaler.unscale_(optimizer)``; go on
+                with ``scaler.step(optimizer)`` and ``scaler.update()``.
 
         Returns:
-            The loss before the step, detached; ``.grad`` holds its gradient. Where the loss or a
-            gradient isn't finite, no parameter changes.
+            The loss, detached.
+
+        Raises:
+            RuntimeError: the scale changed between two gradients, or the scaler wasn't updated
+                since the last step.
         """
         if closure is None:
-            raise TypeError("closure=None: LyapunovSGD.step needs a closure that returns the loss")
-        for group in self.param_groups:
-            self._check_group(group)
+            raise TypeError("closure=None: LyapunovSGD needs a closure that returns the loss")
+        self._check_groups()
+        micro = None if batches is None else list(batches)
         if not self._warm:
-            self.warmup(closure)
-        loss = self.tracker.step(closure, leave_grad=True)
-        self._descend()
+            first = (lambda: closure(micro[-1])) if micro else part or closure
+            self.warmup(first, scaler=scaler)
+        self._sync_weight_decay()
+        around = self._around(scaler)
+        self._measured = False
+        if around is not None:
+            closure = around.around(closure)
+            part = None if part is None else around.around(part)
+        fresh = self.tracker.calls % self.tracker.every == 0
+        loss = self.tracker.step(closure, measure=part, batches=micro, leave_grad=True)
+        if around is not None:
+            around.report()
+        # Whether the measurement was finite doesn't tell about other gradients than its own.
+        self._fresh, self._other = fresh, part is not None or micro is not None
+        self._measured, self._scaled = True, around is not None
         return loss
 
-    @torch.no_grad()
-    def _descend(self) -> None:
-        rates, measured = [], {id(p) for p in self.tracker.parameters}
-        for group in self.param_groups:
-            # Only what is measured: a parameter unfrozen since isn't in h0 yet.
-            members = [
-                p
-                for p in group["params"]
-                if p.requires_grad and p.grad is not None and id(p) in measured
-            ]
-            for part in FlatLayout([{"params": members}]).groups if members else ():
-                theta = part.segments(part.tensors)
-                state = self.tracker.state.to(part.device)
-                rates.append(
-                    ops.descend_(
-                        theta,
-                        part.segments([p.grad for p in part.tensors]),
-                        state,
-                        gain=group["gain"],
-                        max_lr=group["max_lr"],
-                        weight_decay=group["weight_decay"],
-                    )
-                )
-                for tensor, segment in zip(part.tensors, theta, strict=True):
-                    if segment.data_ptr() != tensor.data_ptr():  # not dense: it was a copy
-                        tensor.copy_(segment.view_as(tensor))
-        if rates:
-            self._lr = rates[0]
+    def step(
+        self,
+        closure: Callable[..., Tensor | float] | None = None,
+        *,
+        part: Closure | None = None,
+        batches: Iterable[Any] | None = None,
+    ) -> Tensor | None:
+        """Measures h0 and steps with gain/h0; without a closure, the step of the last `measure`.
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch.optim's, with the tracker's state beside it (kept in full precision)."""
-        saved = super().state_dict()
-        saved["tracker"] = self.tracker.state_dict()
-        saved["warm"] = self._warm
-        saved["lr"] = self.lr.clone()
-        return saved
+        Args:
+            closure, part, batches: as for `measure`.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved optimizer was; a mismatch is a ValueError, and changes
-        nothing.
+        Returns:
+            The loss before the step, detached (None without a closure); ``.grad`` holds its
+            gradient. Where the loss or a gradient isn't finite, no parameter changes.
+
+        Raises:
+            RuntimeError: no closure, and nothing was measured since the last step; or the gradients
+                are a GradScaler's, which `measure` wasn't told of.
         """
-        require_entries(state_dict, "tracker", "warm", "lr", of="a LyapunovSGD")
-        before = super().state_dict()
-        own = {name: state_dict[name] for name in ("state", "param_groups")}
-        super().load_state_dict(own)
-        try:
-            tracker = self._new_tracker()  # the groups' weight decay may be another now
-            tracker.load_state_dict(state_dict["tracker"])
-        except BaseException:
-            super().load_state_dict(before)
-            raise
-        self.tracker = tracker
-        self._warm = bool(state_dict["warm"])
-        self._lr = state_dict["lr"].to(tracker.h)
+        overflow = getattr(self, "found_inf", None)
+        if closure is None and not self._measured:
+            raise RuntimeError(
+                "step() without a closure: call measure(closure) before every step(), or "
+                "step(closure)"
+            )
+        if overflow is not None and (closure is not None or not self._scaled):
+            raise RuntimeError(
+                "scaler.step(optimizer): the curvature was measured with scaled gradients; call "
+                "optimizer.measure(closure, scaler=scaler) before it"
+            )
+        loss = None
+        if closure is not None:
+            loss = self.measure(closure, part=part, batches=batches)
+        else:
+            self._check_groups()
+        self._descend(overflow)
+        self._measured = False
+        return loss
+
+    def _around(self, scaler: Any) -> Unscaled | None:
+        if scaler is None or not scaler.is_enabled():
+            return None
+        return Unscaled(scaler, self, self.tracker.parameters, self.tracker.layout.ranks)
+
+    def _sync_weight_decay(self) -> None:
+        for part in self.tracker.layout.groups:
+            part.weight_decay = float(self.param_groups[part.number]["weight_decay"])
+
+    def _accepted(self, state: Tensor | None = None) -> Tensor:
+        """A view of one field of the state."""
+        state = self.tracker.state if state is None else state
+        if self.tracker.k == 1:
+            return state[ops.STATE_FIELDS.index("accepted")]
+        return panel_ops.panel_field(state, self.tracker.k, "accepted")
+
+    @torch.no_grad()
+    def _descend(self, overflow: Tensor | None) -> None:
+        state = self.tracker.state
+        if not self._fresh or self._other:
+            device = state.device
+            gradients = [p.grad for p in self.tracker.parameters if p.grad is not None]
+            found = found_inf(gradients, device, self.tracker.layout.ranks)
+            overflow = found if overflow is None else overflow.to(device) + found
+        if not self._fresh:
+            state = state.clone()
+            self._accepted(state).fill_(1.0)
+        rates = self._descent.take(self.tracker, state, self, overflow)
+        self._rates = self._rates if rates is None else rates
+
+    # --- saving ----------------------------------------------------------------------------------
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "tracker": self.tracker.state_dict(),
+            "warm": self._warm,
+            "lr": self.rates.clone(),
+        }
+
+    def _take_own_state(self, saved: dict[str, Any]) -> None:
+        self._check_groups()
+        tracker = self._new_tracker()  # the groups' weight decay may be another now
+        tracker.load_state_dict(saved["tracker"])
+        for group in self.param_groups:
+            if group["capturable"]:
+                device = group["params"][0].device
+                group["lr"] = torch.as_tensor(group["lr"]).to(device, torch.float64, copy=True)
+        self.tracker, self._descent = tracker, Descent()
+        # The next step has to measure.
+        self._warm, self._measured = bool(saved["warm"]), False
+        self._rates = saved["lr"].to(tracker.h.device)

@@ -13,6 +13,7 @@ A step of k separations, per group of parameters where a panel is an argument:
     benettin_(state, gram, losses, k)
     combine_(d, d, transform, gate=again)                  # again, transform: views of state
     benettin_refine_(state, gram(d, d, gate=again), k)
+    reseed_(q, offsets, sizes, state, elements=...)        # of lyapcuda.ops
     panel_recenter_(q, copies, d, theta, offsets, state)
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lyapcuda import _C
+from lyapcuda import _C, ops
 from lyapcuda.ops import _call, _written
 
 __all__ = [
@@ -35,9 +36,11 @@ __all__ = [
     "gram",
     "new_panel_state",
     "panel_ascent_",
+    "panel_descend_",
     "panel_field",
     "panel_fields",
     "panel_recenter_",
+    "panel_slopes_",
     "project_",
 ]
 
@@ -45,7 +48,7 @@ __all__ = [
 MAX_PANEL: int = _C.max_panel
 _FIELDS = {k: _C.panel_fields(k) for k in range(1, MAX_PANEL + 1)}
 #: Fields of a new panel state that are 0; all others, but the transform, are NaN.
-_ZERO = ("bound", "guard", "pending", "again", "accepted", "steps", "skipped", "transform")
+_ZERO = (*ops._ZERO, "pending", "again", "transform")
 
 
 def panel_fields(k: int) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -72,8 +75,8 @@ def panel_field(state: Tensor, k: int, name: str) -> Tensor:
 def new_panel_state(device: torch.device | str, k: int, **values: float | Tensor) -> Tensor:
     """The state of k separations on ``device``, with the given fields.
 
-    Counters, ``bound``, ``guard``, ``pending``, ``again`` and the transform are 0, everything
-    unmeasured NaN. A value fills its whole field, or is a tensor of the field's shape.
+    Counters, ``bound``, ``guard``, ``pending``, ``again``, ``reseed`` and the transform are 0,
+    everything unmeasured NaN. A value fills its whole field, or is a tensor of the field's shape.
 
     Raises:
         ValueError: k outside 1 to 32, a field that there isn't.
@@ -170,7 +173,9 @@ def benettin_(
         rotate: orthonormalise along the Ritz vectors; False: in the order of the rows.
 
     A step that isn't finite only counts itself as skipped. Where the copies met there is no
-    transform (``pending`` 0) and β is halved. Nothing is read back to the host.
+    transform (``pending`` 0) and β is halved; where β isn't ours to control, or a separation lies
+    in the span of the others, the state asks for another in its place: see `ops.reseed_`. Nothing
+    is read back to the host.
     """
     _written(state)
     _call("benettin_")(
@@ -215,6 +220,97 @@ def panel_recenter_(
     """
     _written(q, copies)
     _call("panel_recenter_")(q, copies, d, theta, offsets, state)
+
+
+# --- the quasi-Newton step -----------------------------------------------------------------------
+
+
+def panel_slopes_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """The slopes along the rows of a panel: products with ``u = gradient + weight_decay·theta``.
+
+    Args:
+        panel: (k, n), the d of the last step, with ``theta`` at ``offsets`` of every row.
+        state: of k separations.
+        buffer, momentum, nesterov: as for `lyapcuda.ops.descend_`; the buffer is written.
+        factor: float64, one element; where it isn't finite there is no step.
+
+    Returns:
+        float64 (k,). Zeros where no transform is pending, and where there is no step: then the
+        buffer, too, stays.
+    """
+    _written(buffer)
+    return _call("panel_slopes_")(
+        theta,
+        gradient,
+        offsets,
+        panel,
+        state,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        factor=factor,
+    )
+
+
+def panel_descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """``theta −= rate·u + Σ_j (rate_j − rate)·q_j·(q_j·u)/Δq²``, ``q_j = Σ_i d_i·transform[i][j]``.
+
+    ``rate_j = factor·gain·min(1/c_j, max_lr)``, ``c_j = max(|h_ema_j|, c)``, and off the tracked
+    directions ``rate`` with ``c = |h_ema_(k−1)| + residual_(k−1)``. Where no transform is pending
+    (the copies met) ``rate`` is the smallest of all.
+
+    Args:
+        slopes: what `panel_slopes_` returned with the same arguments, summed over all groups.
+        buffer: as `panel_slopes_` left it.
+
+    Returns:
+        float64 (k + 1,): rate_0 … rate_(k−1) and rate; zeros, with theta untouched, where the last
+        step, a slope or the factor was not finite.
+    """
+    _written(*theta)
+    return _call("panel_descend_")(
+        theta,
+        gradient,
+        offsets,
+        panel,
+        state,
+        slopes,
+        gain=gain,
+        max_lr=max_lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        buffer=buffer,
+        factor=factor,
+    )
 
 
 # --- panels as matrices --------------------------------------------------------------------------

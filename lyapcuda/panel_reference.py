@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda.ops import ESTIMATES
 from lyapcuda.panel_ops import panel_field, panel_fields
-from lyapcuda.reference import curvature_of_growth
+from lyapcuda.reference import curvature_of_growth, direction, learning_rate
 
 
 def panel_ascent_(
@@ -76,6 +77,21 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return factor
 
 
+def _lost(matrix: Tensor) -> int:
+    """The first row that lies in the span of those before, by the same pivots; k: none does."""
+    left = matrix.clone()
+    for p, pivot in enumerate(matrix.diag().tolist()):
+        if not float(left[p, p]) > 1e-12 * pivot:
+            return p
+        left = left - torch.outer(left[:, p], left[p]) / left[p, p]
+    return len(matrix)
+
+
+def _ask_reseed(s: dict[str, Tensor], row: int, k: int) -> None:
+    s["reseed"].fill_(row + 1.0 if row < k else 0.0)
+    s["reseeds"] += float(row < k)
+
+
 def _forms(matrix: Tensor, vectors: Tensor) -> Tensor:
     return ((matrix @ vectors) * vectors).sum(0)
 
@@ -117,8 +133,9 @@ def benettin_(
     def block(i: int, j: int) -> Tensor:
         return gram[i * k : (i + 1) * k, j * k : (j + 1) * k]
 
-    def refused() -> Tensor:
+    def refused(lost: int = k) -> Tensor:
         out = _unpack(state, k)
+        _ask_reseed(out, lost, k)
         for field in ("accepted", "pending", "again"):
             out[field].zero_()
         out["skipped"] += 1
@@ -129,11 +146,12 @@ def benettin_(
         return refused()
     cc, cy, yy = block(0, 0), block(0, 1), block(1, 1)
     cm, my, mm = block(0, moved), block(moved, 1), block(moved, moved)
-    if not (bool((cc.diag() > 0).all()) and bool((cm.diag() > 0).all())):
-        return refused()
+    good = (cc.diag() > 0) & (cm.diag() > 0)
+    if not bool(good.all()):
+        return refused(good.tolist().index(False))
     pairs = ritz((cy + cy.T) / 2, (cm + cm.T) / 2, sign)
     if pairs is None:
-        return refused()
+        return refused(_lost((cm + cm.T) / 2))
     values, u = pairs
     size = _forms(mm, u)
     squares = _forms(yy, u) - 2 * values * _forms(my, u) + values**2 * size
@@ -177,6 +195,8 @@ def benettin_(
     s["h_ema"] = torch.where(s["h_ema"].isfinite(), ema * s["h_ema"] + (1 - ema) * h, h)
     if control:
         s["beta"].fill_(_next_rate(s, values, residual, secant, sign, name, met))
+    again = met and not control
+    _ask_reseed(s, int(v[:, _lost((dd + dd.T) / 2)].abs().argmax()) if again else k, k)
     s["accepted"].fill_(1.0)
     s["steps"] += 1
     return _pack(s)
@@ -197,7 +217,7 @@ def _next_rate(
         return beta / 2
     if name == "paper":
         exponent = float(s["exponent"][0])
-        return beta / exponent if beta and exponent and math.isfinite(beta / exponent) else beta
+        return beta / exponent if beta and exponent and abs(beta / exponent) <= 1e38 else beta
     seen = secant if sign > 0 else values.abs() + residual
     largest = float(seen.max())
     if largest == 0 or not math.isfinite((math.e - 1) / largest):
@@ -207,7 +227,7 @@ def _next_rate(
     bound = max(largest, (0.98 if sign > 0 else 1.0) * float(s["bound"]))
     s["guard"].fill_(guard)
     s["bound"].fill_(bound)
-    return (math.e - 1) / max(bound, guard)
+    return min((math.e - 1) / max(bound, guard), 1e38)
 
 
 def benettin_refine_(state: Tensor, gram: Tensor, k: int) -> Tensor:
@@ -220,6 +240,8 @@ def benettin_refine_(state: Tensor, gram: Tensor, k: int) -> Tensor:
     factor = _cholesky(gram / square) if bool(gram.isfinite().all()) else None
     if factor is None:
         s["pending"].zero_()
+        if bool(gram.isfinite().all()):
+            _ask_reseed(s, _lost(gram / square), k)
         return _pack(s)
     s["r"] = factor.T @ s["r"]
     s["transform"] = torch.linalg.inv(factor.T)
@@ -262,3 +284,75 @@ def project_(w: Tensor, v: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor
     """Returns (w, products)."""
     left = w.double() - coefficients @ v.double()
     return left, torch.cat([v.double() @ left, (left @ left)[None]])
+
+
+# --- the quasi-Newton step -----------------------------------------------------------------------
+
+
+def _rates(state: Tensor, k: int, gain: float, max_lr: float) -> list[float] | None:
+    """Along the k vectors, and off them; None where there is no step."""
+    fields = _unpack(state, k)
+    h = fields["h_ema"].abs()
+    if not float(fields["accepted"]) or not math.isfinite(gain) or not bool(h.isfinite().all()):
+        return None
+    rest = float(h[-1] + fields["residual"][-1])
+    curvatures = [max(float(value), rest) for value in h]
+    off = rest if float(fields["pending"]) else max(curvatures)
+    return [learning_rate(value, gain, max_lr) for value in [*curvatures, off]]
+
+
+def panel_slopes_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    *,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (slopes, buffer)."""
+    k = panel.shape[0]
+    slopes = torch.zeros(k, dtype=torch.float64)
+    if _rates(state, k, 1.0 if factor is None else float(factor), 1.0) is None:
+        return slopes, None if buffer is None else buffer.double()
+    us, following = direction(theta, gradient, buffer=buffer, offsets=offsets, **options)
+    if float(panel_field(state, k, "pending")):
+        for u, offset in zip(us, offsets, strict=True):
+            slopes += panel[:, offset : offset + u.numel()].double() @ u.flatten()
+    return slopes, following
+
+
+def panel_descend_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    *,
+    gain: float = 1.0,
+    max_lr: float = 10.0,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor]:
+    """Returns (theta, rates)."""
+    k = panel.shape[0]
+    rates = _rates(state, k, gain * (1.0 if factor is None else float(factor)), max_lr)
+    if rates is None or not bool(slopes.isfinite().all()):
+        return [t.double() for t in theta], torch.zeros(k + 1, dtype=torch.float64)
+    us, _ = direction(theta, gradient, buffer=buffer, offsets=offsets, advance=False, **options)
+    fields = _unpack(state, k)
+    transform, size = fields["transform"], float(fields["perturbation"])
+    extra = torch.tensor([rate - rates[-1] for rate in rates[:-1]], dtype=torch.float64)
+    weights = transform @ (extra * (transform.T @ slopes) / size**2)
+    moved = []
+    for t, u, offset in zip(theta, us, offsets, strict=True):
+        step = rates[-1] * u
+        if float(fields["pending"]):
+            rows = panel[:, offset : offset + t.numel()].double()
+            step = step + (weights @ rows).view(t.shape)
+        moved.append(t.double() - step)
+    return moved, torch.tensor(rates, dtype=torch.float64)

@@ -45,6 +45,7 @@ class Readings:
     #: An end of the spectrum each; none before the first step.
     _separations: list[Separation | Benettin]
     k: int
+    every: int
     which: str
 
     def _values(self, name: str) -> Tensor:
@@ -129,6 +130,13 @@ class Readings:
         return self._scalar("skipped", 0.0)
 
     @property
+    def reseeds(self) -> Tensor:
+        """How often a separation was lost (it was nothing, or lay in the span of the others, or the
+        copies met under a ``beta`` of yours) and another, of random direction, took its place.
+        """
+        return self._scalar("reseeds", 0.0)
+
+    @property
     def perturbation(self) -> float | None:
         """Δq: as given, or as chosen at the first step (None before)."""
         if not self._separations:
@@ -171,6 +179,11 @@ class Readings:
     def history_capacity(self) -> int:
         """How many measurements `history` keeps; 0 for none."""
         return 0 if self._history is None else self._history.capacity
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step measures (``every``)."""
+        return self._calls % self.every == 0
 
     @property
     def calls(self) -> int:

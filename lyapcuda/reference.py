@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lyapcuda import _C
 from lyapcuda.ops import ESTIMATES, STATE_FIELDS, SUM_FIELDS
 
 _INDEX = {name: i for i, name in enumerate(STATE_FIELDS)}
@@ -101,7 +103,7 @@ def _secant_rate(
     s["bound"] = max(seen, (0.98 if sign > 0 else 1.0) * s["bound"])
     if sign * rayleigh < 0 and residual < abs(rayleigh):
         s["guard"] = max(s["guard"], secant)
-    s["beta"] = (math.e - 1) / max(s["bound"], s["guard"])
+    s["beta"] = min((math.e - 1) / max(s["bound"], s["guard"]), 1e38)  # what float32 holds
 
 
 def exponent_(
@@ -120,8 +122,11 @@ def exponent_(
     s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
     v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
     name = {number: key for key, number in ESTIMATES.items()}[estimate]
+    s["reseed"] = 0.0
     if not (_usable(v) and all(map(math.isfinite, losses.flatten().tolist()))):
         s.update(accepted=0.0, committed=0.0, skipped=s["skipped"] + 1)
+        if all(map(math.isfinite, [*v.values(), *losses.flatten().tolist()])):
+            s.update(reseed=1.0, reseeds=s["reseeds"] + 1)
         return torch.tensor(list(s.values()), dtype=torch.float64)
     rayleigh, residual, secant = _quotient(v)
     previous = s["rayleigh"] if math.isfinite(s["rayleigh"]) else rayleigh
@@ -138,12 +143,14 @@ def exponent_(
         side = -1.0 if alternate else 1.0
         s.update(exponent=lam, scale=side * s["perturbation"] / math.sqrt(v["dd"]), committed=1.0)
         if control and name == "paper":
-            s["beta"] = beta / lam if lam and math.isfinite(beta / lam) else beta
+            s["beta"] = beta / lam if lam and abs(beta / lam) <= 1e38 else beta
         elif control:
             _secant_rate(s, rayleigh, residual, secant, sign)
     else:
         s["committed"] = 0.0
         s["beta"] = 0.5 * beta if control else beta
+        if not control:
+            s.update(reseed=1.0, reseeds=s["reseeds"] + 1)
     s["h"] = h
     s["h_ema"] = ema * s["h_ema"] + (1 - ema) * h if math.isfinite(s["h_ema"]) else h
     s.update(accepted=1.0, steps=s["steps"] + 1)
@@ -166,6 +173,71 @@ def recenter_(
     return theta1, q
 
 
+def reseed_(
+    panel: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    state: Tensor,
+    *,
+    elements: int,
+    seed: int = 0,
+) -> Tensor:
+    """Returns the panel, or flat buffer, with the lost row replaced (in its own dtype)."""
+    panel = panel.clone()
+    fields = _C.panel_fields(len(panel)) if panel.dim() == 2 else None
+    places = fields and {name: offset for name, (offset, _) in fields.items()}
+    s = {n: float(state[i]) for n, i in (places or _INDEX).items()}
+    if not s["reseed"]:
+        return panel
+    row = panel[int(s["reseed"]) - 1] if panel.dim() == 2 else panel
+    norm = s["perturbation"]
+    if panel.dim() == 1 and s["scale"] and math.isfinite(norm / s["scale"]):
+        norm = abs(norm / s["scale"])
+    size = norm / math.sqrt(7.0 / 12.0 * elements)
+    whole, step = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & whole
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & whole
+        return x ^ (x >> 31)
+
+    key = mix((seed + step * int(s["steps"] + s["skipped"])) & whole)
+    for offset, size_of in zip(offsets, sizes, strict=True):
+        for place in range(offset, offset + size_of):
+            bits = mix((key + step * (place + 1)) & whole)
+            magnitude = 0.5 + (bits >> 12) * 2.0**-53
+            row[place] = (-magnitude if bits & 1 else magnitude) * size
+    return panel
+
+
+def direction(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    buffer: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    advance: bool = True,
+) -> tuple[list[Tensor], Tensor | None]:
+    """What a step goes along, and the next buffer; ``advance``: it is still to be made."""
+    us, following = [], None if buffer is None else buffer.double().clone()
+    for i, (t, g) in enumerate(zip(theta, gradient, strict=True)):
+        u = g.double() + weight_decay * t.double()
+        if following is not None:
+            part = following[offsets[i] : offsets[i] + t.numel()].view(t.shape)
+            if advance:
+                part.copy_(momentum * part + u)
+            u = u + momentum * part if nesterov else part.clone()
+        us.append(u)
+    return us, following
+
+
+def learning_rate(h: float, gain: float, max_lr: float) -> float:
+    return gain / h if h * max_lr > 1 else gain * max_lr
+
+
 def descend_(
     theta: Sequence[Tensor],
     gradient: Sequence[Tensor],
@@ -173,18 +245,20 @@ def descend_(
     *,
     gain: float = 1.0,
     max_lr: float = 10.0,
-    weight_decay: float = 0.0,
-) -> tuple[list[Tensor], Tensor]:
-    """Returns (theta, lr)."""
+    factor: Tensor | None = None,
+    buffer: Tensor | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Returns (theta, lr, buffer)."""
     h = float(state[_INDEX["h_ema"]])
-    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h):
-        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64)
-    lr = gain / h if h > 0 and gain / h < max_lr else max_lr
-    moved = [
-        t.double() - lr * (g.double() + weight_decay * t.double())
-        for t, g in zip(theta, gradient, strict=True)
-    ]
-    return moved, torch.tensor(lr, dtype=torch.float64)
+    times = 1.0 if factor is None else float(factor)
+    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h + times):
+        stays = None if buffer is None else buffer.double()
+        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64), stays
+    lr = learning_rate(h, gain * times, max_lr)
+    us, following = direction(theta, gradient, buffer=buffer, **options)
+    moved = [t.double() - lr * u for t, u in zip(theta, us, strict=True)]
+    return moved, torch.tensor(lr, dtype=torch.float64), following
 
 
 def lyapunov_step_(

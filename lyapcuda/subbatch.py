@@ -77,6 +77,7 @@ def beside(
     *,
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
+    check: bool = False,
 ) -> Measured:
     """Measures ``part`` without a trace, then evaluates ``whole`` as training does.
 
@@ -85,10 +86,11 @@ def beside(
         states and buffers are what one plain evaluation of ``whole`` leaves; after an exception
         everything is as it was.
     """
-    found = gradients(part, parameters, copies, names=names, modules=modules)
-    # The second evaluation may use their storage again (DDP's buckets).
-    for i, gradient in enumerate(found.g0):
-        found.g0[i] = None if gradient is None else gradient.clone()
+    found = gradients(part, parameters, copies, names=names, modules=modules, check=check)
+    # The second evaluation may use their storage again (DDP's buckets). One by one, so that there
+    # are never two of them all.
+    for i in range(len(found.g0)):
+        found.g0[i] = None if found.g0[i] is None else found.g0[i].clone()
     return Measured(found, plain_gradient(whole, parameters, names=names, modules=modules))
 
 
@@ -141,13 +143,14 @@ def accumulated(
     *,
     names: Sequence[str],
     modules: Sequence[nn.Module] = (),
+    check: bool = False,
 ) -> Measured:
     """The gradient averaged over micro-batches; the copies see the last of them.
 
     Args:
         closure: called with each batch, with the last once more for every copy.
         batches: from `shares`.
-        parameters, names, modules: as for `lyapcuda.evaluate.gradients`.
+        parameters, names, modules, check: as for `lyapcuda.evaluate.gradients`.
         copies: none to evaluate the average only.
 
     Returns:
@@ -165,12 +168,18 @@ def accumulated(
         for parameter in others:
             parameter.grad = None
         for batch, weight in batches[:-1]:
-            value, _ = evaluate(lambda b=batch: closure(b), parameters, names)
+            value = evaluate(lambda b=batch: closure(b), parameters, names)[0]
             average.add(weight)
             loss = loss + value * weight
         batch, weight = batches[-1]
         found = gradients(
-            lambda: closure(batch), parameters, copies, names=names, modules=modules, leave=True
+            lambda: closure(batch),
+            parameters,
+            copies,
+            names=names,
+            modules=modules,
+            leave=True,
+            check=check,
         )
     except BaseException:
         before.restore()

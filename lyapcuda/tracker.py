@@ -15,7 +15,7 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS, Benettin, advance, excuse
 from lyapcuda.distributed import RankError, Ranks, is_wrapper
-from lyapcuda.evaluate import Closure, Surroundings, at_a_copy, gradients, modules_of
+from lyapcuda.evaluate import Closure, Loose, Surroundings, at_a_copy, gradients, modules_of
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.history import Ring
 from lyapcuda.lyapunov import SIGNS, Separation
@@ -23,6 +23,7 @@ from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
 from lyapcuda.shards import compute_epsilon
 from lyapcuda.subbatch import Measured, accumulated, beside, shares
+from lyapcuda.turns import Turns
 
 __all__ = ["CurvatureTracker"]
 
@@ -72,6 +73,8 @@ class CurvatureTracker(Readings):
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
+        debug: evaluate the closure once more at every measurement, at θ, and raise a RuntimeError
+            where it isn't the same function twice (another minibatch). Waits for the device.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -94,6 +97,7 @@ class CurvatureTracker(Readings):
         seed: int = 0,
         model: nn.Module | Iterable[nn.Module] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        debug: bool = False,
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
@@ -126,9 +130,11 @@ class CurvatureTracker(Readings):
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
-        self._models = models
+        self._models, self._debug = models, debug
         self._process_group = process_group
-        self._beside: list[Tensor] = []  # other parameters of the optimizers we are attached to
+        # All parameters of the optimizers we are attached to, by id.
+        self._beside: dict[int, Tensor] = {}
+        self._turns = Turns("tracker.step")
         self._modules: list[nn.Module] | None = None
         self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
         self._calls = 0
@@ -169,9 +175,12 @@ class CurvatureTracker(Readings):
             gradient at θ is evaluated all the same).
 
         A loss or gradient that isn't finite leaves `h` and all of the state as they were and adds
-        to `skipped`. After an exception of the closure everything is as it was.
+        to `skipped`. After an exception of the closure everything is as it was. Another thread's
+        call waits for this one.
 
         Raises:
+            RuntimeError: the closure itself calls `step`; with ``debug``, it is another function
+                each time.
             TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
                 ``leave_grad`` (pass the part's own closure), or both of them.
         """
@@ -187,7 +196,17 @@ class CurvatureTracker(Readings):
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        measuring = self._calls % self.every == 0
+        with self._turns:
+            return self._step(closure, measure, micro, leave_grad)
+
+    def _step(
+        self,
+        closure: Closure,
+        measure: Closure | None,
+        micro: list[tuple[Any, float]] | None,
+        leave_grad: bool,
+    ) -> Tensor | None:
+        measuring = self.due
         if not measuring and not leave_grad:
             self._count()
             return None
@@ -232,7 +251,11 @@ class CurvatureTracker(Readings):
         leave: bool,
     ) -> Measured:
         parameters = [p.tensor for p in self._layout.parameters]
-        where = dict(names=[p.name for p in self._layout.parameters], modules=self._surrounding())
+        where = dict(
+            names=[p.name for p in self._layout.parameters],
+            modules=self._surrounding(),
+            check=self._debug,
+        )
         if micro is not None:
             return accumulated(closure, micro, parameters, copies, **where)
         if measure is not None and copies:
@@ -255,10 +278,11 @@ class CurvatureTracker(Readings):
         a ValueError: there is nothing to evaluate the second copy with.
         """
 
-        self._beside += [p for group in optimizer.param_groups for p in group["params"]]
-        self._modules = None
-
         def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            here = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+            if not here.keys() <= self._beside.keys():  # groups may have been added since
+                self._beside.update(here)
+                self._modules = None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 raise ValueError(
@@ -296,7 +320,7 @@ class CurvatureTracker(Readings):
 
     def _surrounding(self) -> list[nn.Module]:
         if self._modules is None:
-            self._modules = self._find_modules()
+            self._modules = [*self._find_modules(), Loose(self._beside.values())]
         return self._modules
 
     def _started(self) -> list[Separation | Benettin]:
@@ -317,7 +341,7 @@ class CurvatureTracker(Readings):
     def _find_modules(self) -> list[nn.Module]:
         """Those whose buffers are put back; sees to it who shares the parameters."""
         tensors = [p.tensor for p in self._layout.parameters]
-        holders = modules_of([*tensors, *self._beside])
+        holders = modules_of([*tensors, *self._beside.values()])
         if self._layout.ranks is None and not self._layout.sharded:
             self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
         if not self._models:
@@ -345,6 +369,21 @@ class CurvatureTracker(Readings):
         if k == 1:
             return Separation(self._layout, **options)
         return Benettin(self._layout, k, **options)
+
+    @property
+    def calls(self) -> int:
+        """How many steps were taken, measured or not."""
+        return self._calls
+
+    @property
+    def layout(self) -> FlatLayout:
+        """The tracked parameters in groups, as they lie in flat buffers."""
+        return self._layout
+
+    @property
+    def separations(self) -> list[Separation | Benettin]:
+        """What carries q from step to step, for every end of the spectrum."""
+        return self._started()
 
     @property
     def parameters(self) -> list[Tensor]:

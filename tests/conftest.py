@@ -6,6 +6,20 @@ import os
 # see it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import simt_library  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", *(name for name in simt_library.HERE if name != "simt reverse")])
+def backend(request):
+    """The ops of a test that asks for it run on every backend that can be had: the CPU's, the
+    CUDA backend on the emulator, and where there is a GPU, there."""
+    if request.param == "cpu":
+        yield request.param
+    else:
+        with simt_library.use(request.param):
+            yield request.param

@@ -211,7 +211,12 @@ def run_every_op() -> list[str]:
         for realised in (False, True):
             ops.lyapunov_step_(case.theta1, case.q, *arguments, realised=realised)
             note(case.q, *case.theta1, arguments[4])
-        note(ops.descend_(case.theta, case.g0, case.state, weight_decay=0.1), *case.theta)
+        for nesterov in (None, False, True):
+            options = {"weight_decay": 0.1}
+            if nesterov is not None:
+                options |= {"momentum": 0.9, "nesterov": nesterov, "buffer": case.p}
+                options["offsets"] = case.offsets
+            note(ops.descend_(case.theta, case.g0, case.state, **options), *case.theta, case.p)
         ops.stream_copy_(case.d, case.q)
         note(case.d)
     return written

@@ -224,6 +224,15 @@ def run_every_panel_op() -> list[str]:
         options = {"keep": 0.5, "weight_decay": 0.1, "v": case.q[0]}
         ops.difference_(case.d[0], views, case.theta, case.offsets, step, **options)
         note(case.d)
+        for name, value in {"accepted": 1.0, "pending": 1.0, "h_ema": 2.0, "residual": 0.5}.items():
+            panel_ops.panel_field(case.state, k, name).fill_(value)
+        for nesterov in (None, False, True):
+            options = {"weight_decay": 0.1}
+            if nesterov is not None:
+                options |= {"momentum": 0.9, "nesterov": nesterov, "buffer": case.p[0]}
+            newton = (case.theta, case.g0, case.offsets, case.d, case.state)
+            slopes = panel_ops.panel_slopes_(*newton, **options)
+            note(panel_ops.panel_descend_(*newton, slopes, **options), slopes, *case.theta, case.p)
     return written
 
 

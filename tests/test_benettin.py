@@ -236,12 +236,14 @@ def test_one_separation_is_exponents(sign, momentum, realised, estimate):
 COUNTERS = ("accepted", "pending", "again", "skipped")
 
 
-def check_refused(step, losses=LOSSES, **options):
+def check_refused(step, losses=LOSSES, lost=None, **options):
     before = step.state.clone()
     step.run(losses, **options)
     assert (step["accepted"], step["pending"], step["again"]) == (0, 0, 0)
     assert step["skipped"] == scalar(before, step.k, "skipped") + 1
-    for name in COUNTERS:
+    asked = (0.0, 0.0) if lost is None else (lost + 1.0, 1.0)
+    assert (step["reseed"], step["reseeds"]) == asked
+    for name in (*COUNTERS, "reseed", "reseeds"):
         value = scalar(before, step.k, name)
         panel_ops.panel_field(step.state, step.k, name).fill_(value)
     assert_same_bits(step.state, before)
@@ -269,19 +271,21 @@ def test_anything_not_finite_changes_nothing_but_the_counts(bad):
 
 
 @pytest.mark.parametrize("realised", [False, True])
-def test_a_panel_that_is_not_of_full_rank_changes_nothing_but_the_counts(realised):
+def test_a_panel_that_is_not_of_full_rank_only_counts_and_asks_for_another_row(realised):
     whole = started(3, realised=realised)
     for block in (0, 2 if realised else 0):
         for value in (0.0, -1.0):
             step = started(3, realised=realised)
             step.gram[1, block * 3 + 1] = step.gram[block * 3 + 1, 1] = value
-            check_refused(step)
+            expected = panel_reference.benettin_(step.state, step.gram, LOSSES, 3, **step.options())
+            check_refused(step, lost=1)
+            assert scalar(expected, 3, "reseed") == 2
     assert whole["pending"] == 1
     twice = orthonormal(3)
     twice[2] = twice[0]
     step = started(3)
     step.gram = Step(3, carried=twice).gram
-    check_refused(step)
+    check_refused(step, lost=2)
 
 
 def test_values_that_leave_the_range_are_refused():
@@ -309,6 +313,8 @@ def test_copies_that_met_keep_the_separations(control, rotate, momentum):
     step.run(control=control, rotate=rotate)
     assert (step["pending"], step["again"], step["accepted"], step["steps"]) == (0, 0, 1, 1)
     assert step["beta"] == (0.125 if control else 0.25)
+    # Under a rate that stays they would meet again: the third row is to be another.
+    assert (step["reseed"], step["reseeds"]) == ((0, 0) if control else (3, 1))
     for name in ("r", "transform", "exponent"):
         assert_same_bits(step[name], before[name])
     expected = curvature[:4].sort(descending=True).values
@@ -331,8 +337,8 @@ def test_the_version_of_what_is_written_counts():
 WRONG = {
     "k small": ({"k": 0}, "k: expected 1 to 32, got 0"),
     "k large": ({"k": 33}, "k: expected 1 to 32, got 33"),
-    "k other": ({"k": 2}, "state: expected 31 elements, got 48"),
-    "state dtype": ({"state": torch.zeros(48)}, "state: expected a contiguous float64"),
+    "k other": ({"k": 2}, "state: expected 33 elements, got 50"),
+    "state dtype": ({"state": torch.zeros(50)}, "state: expected a contiguous float64"),
     "gram size": ({"gram": torch.eye(9, dtype=F64)}, "gram: expected 6 x 6 elements, got 81"),
     "gram dtype": ({"gram": torch.eye(6)}, "gram: expected a contiguous float64"),
     "gram realised": ({"realised": True}, "gram: expected 9 x 9"),

@@ -78,13 +78,16 @@ def test_a_second_pass_that_fails_keeps_the_separations(bad):
     assert (step["again"], step["pending"]) == (0, 0)
     for name in ("again", "pending"):
         panel_ops.panel_field(before, 3, name).fill_(0.0)
+    if math.isfinite(bad):  # the second row is within the span of the first: another is asked for
+        panel_ops.panel_field(before, 3, "reseed").fill_(2.0)
+        panel_ops.panel_field(before, 3, "reseeds").fill_(1.0)
     assert_same_bits(step.state, before)
 
 
 WRONG = {
     "k small": ({"k": 0}, "k: expected 1 to 32, got 0"),
-    "k other": ({"k": 2}, "state: expected 31 elements, got 48"),
-    "state dtype": ({"state": torch.zeros(48)}, "state: expected a contiguous float64"),
+    "k other": ({"k": 2}, "state: expected 33 elements, got 50"),
+    "state dtype": ({"state": torch.zeros(50)}, "state: expected a contiguous float64"),
     "gram size": ({"gram": torch.eye(9, dtype=F64)}, "gram: expected 3 x 3 elements, got 81"),
     "gram dtype": ({"gram": torch.eye(3)}, "gram: expected a contiguous float64"),
 }

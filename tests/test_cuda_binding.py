@@ -120,11 +120,15 @@ def check_like_the_cpu(sizes, buffer, storage, **options):
             )
         )
     for changed in ({}, {"h_ema": -1.0}, {"h_ema": math.nan}, {"accepted": 0.0}):
-        both(
-            lambda c, changed=changed: ops.descend_(
-                c.theta, c.g0, state_with(c.state, **changed), weight_decay=0.1, gain=1.5
-            )
-        )
+        for kind in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
+
+            def descend(c, changed=changed, kind=kind):
+                beside = {"buffer": c.p, "offsets": c.offsets} if kind else {}
+                state = state_with(c.state, **changed)
+                options = {"weight_decay": 0.1, "gain": 1.5, **kind, **beside}
+                return ops.descend_(c.theta, c.g0, state, **options)
+
+            both(descend)
     both(lambda c: ops.stream_copy_(c.d, c.q))
 
 
@@ -229,7 +233,14 @@ def small_calls(device):
             "theta": case.theta,
             **flat,
         },
-        "descend_": {"theta": case.theta, "gradient": case.g0, "state": case.state},
+        "descend_": {
+            "theta": case.theta,
+            "gradient": case.g0,
+            "state": case.state,
+            "buffer": case.p,
+            "offsets": case.offsets,
+            "factor": torch.ones(1, dtype=F64),
+        },
         "stream_copy_": {"destination": case.d, "source": case.q},
     }
     step = torch.ones(1, dtype=F64)
@@ -248,9 +259,15 @@ def small_calls(device):
     square = torch.eye(4, dtype=F64)
     calls["benettin_"] = {"state": panel.state, "gram": square, "losses": losses, "k": 2}
     calls["benettin_refine_"] = {"state": panel.state, "gram": square[:2, :2].contiguous(), "k": 2}
+    newton = {"theta": panel.theta, "gradient": panel.g0, "panel": panel.d, "buffer": panel.p[0]}
+    calls["panel_slopes_"] = {**newton, "offsets": panel.offsets, "state": panel.state}
+    calls["panel_slopes_"]["factor"] = torch.ones(1, dtype=F64)
+    calls["panel_descend_"] = {**calls["panel_slopes_"], "slopes": torch.ones(2, dtype=F64)}
     calls["gram"] = {"a": panel.q, "b": panel.d, "gate": step}
     calls["combine_"] = {"panel": panel.q, "out": panel.d, "gate": step}
     calls["combine_"] |= {"matrix": square[:2, :2].contiguous()}
+    sizes = {"offsets": panel.offsets, "sizes": [t.numel() for t in panel.theta], "elements": 38}
+    calls["reseed_"] = {"panel": panel.q, "state": panel.state, "p": panel.p, **sizes}
     calls["project_"] = {"w": panel.d[0], "v": panel.q, "coefficients": torch.ones(2, dtype=F64)}
     return {
         name: {key: to(value) for key, value in arguments.items()}

@@ -23,9 +23,12 @@ MODULES = (
     "test_gram",
     "test_lyapunov_step",
     "test_panel_ascent",
+    "test_panel_descend",
     "test_panel_recenter",
+    "test_panel_slopes",
     "test_project",
     "test_recenter",
+    "test_reseed",
     "test_stream_copy",
 )
 #: What the CPU backend alone promises: nothing about threads is asked of a GPU, and a sum may end

@@ -232,6 +232,8 @@ def calls():
     frozen = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state, losses)
     square = torch.eye(6, dtype=F64, device="cuda")
     small = square[:3, :3].contiguous()
+    newton = (panel.theta, panel.g0, panel.offsets, panel.d, panel.state)
+    heavy = {"momentum": 0.9, "nesterov": True, "buffer": panel.p[0], "factor": losses[:1]}
     panels = (panel.d, panel.q, panel.g0, panel.g1, panel.offsets, panel.state)
     kept = {"keep": 0.5}
     return {
@@ -239,7 +241,10 @@ def calls():
         "exponent_": ((case.state, sums, losses), {}),
         "secant_": ((case.state, sums), {}),
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
-        "descend_": ((case.theta, case.g0, case.state), {}),
+        "descend_": (
+            (case.theta, case.g0, case.state),
+            {"momentum": 0.9, "buffer": case.p, "offsets": case.offsets, "factor": losses[:1]},
+        ),
         "stream_copy_": ((case.d, case.q), {}),
         "lyapunov_step_": (frozen, {}),
         "displace_": ((case.theta1, case.q, case.theta, case.offsets, losses[:1]), {}),
@@ -253,7 +258,13 @@ def calls():
         "benettin_refine_": ((panel.state, small, 3), {}),
         "gram": ((panel.q, panel.d), {"gate": losses[:1]}),
         "combine_": ((panel.q, panel.d, small), {}),
+        "reseed_": (
+            (panel.q, panel.offsets, [t.numel() for t in panel.theta], panel.state),
+            {"elements": 10, "p": panel.p},
+        ),
         "project_": ((panel.p[0].clone(), panel.q, small[0].contiguous()), {}),
+        "panel_slopes_": (newton, heavy),
+        "panel_descend_": ((*newton, small[0].contiguous()), heavy),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -60,6 +61,8 @@ def fails_after_backward(rank: int, how: str, options: dict, leave: bool) -> Non
 
     for _ in range(2):
         tracker.step(closure, leave_grad=True)
+    for p in model.parameters():
+        p.grad = 3 * p.grad  # another one than that of this step
     before = snapshot(model, tracker)
     wrong, calls = True, 0
     error = (ValueError, "coffee") if rank == 1 else (RankError, "rank 1 failed")
@@ -185,6 +188,7 @@ def test_errors_that_all_ranks_hear_of():
 
 def lost(rank: int, how: str, manner: str) -> None:
     """Rank 1 leaves the others alone in their collectives."""
+    lyapcuda.distributed.GRACE = timedelta(seconds=2)
     model, x, y, tracker = setting(rank, how)
     tracker.step(lambda: loss_of(model, x, y))
     before = snapshot(model, tracker)
@@ -212,7 +216,9 @@ def lost(rank: int, how: str, manner: str) -> None:
     [(3, "ddp", "dies"), (2, "fsdp", "dies"), (3, "fsdp", "raises"), (2, "ddp", "stays")],
 )
 def test_a_rank_that_leaves_the_others_alone(size, how, manner):
-    found = outcomes(size, lost, how, manner, limit=4.0, deadline=60.0)
+    # Where its process ends, the others needn't wait for their group's timeout.
+    limit = 4.0 if manner == "stays" else 80.0
+    found = outcomes(size, lost, how, manner, limit=limit, deadline=120.0)
     for rank, outcome in enumerate(found):
         if rank == 1 and manner == "dies":
             assert outcome.exit_code == 7
@@ -220,4 +226,4 @@ def test_a_rank_that_leaves_the_others_alone(size, how, manner):
         assert outcome.error is not None, f"rank {rank} hung: {outcome}"
         assert "AssertionError" not in outcome.error, outcome.error
         assert ("coffee" in outcome.error) == (rank == 1)
-        assert outcome.seconds < 45.0
+        assert outcome.seconds < 60.0

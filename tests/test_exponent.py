@@ -86,7 +86,7 @@ def check(state, sums, losses, **options):
         else:  # a few roundings, in another order
             assert math.isclose(got, value, rel_tol=8 * 2.0**-52), (name, got, value, options)
     if not actual["accepted"]:
-        for name in set(actual) - {"accepted", "committed", "skipped"}:
+        for name in set(actual) - {"accepted", "committed", "skipped", "reseed", "reseeds"}:
             assert actual[name] == before[name] or math.isnan(before[name])
         assert actual["committed"] == 0.0 and actual["skipped"] == before["skipped"] + 1
     return actual
@@ -138,6 +138,34 @@ def test_copies_that_met_keep_the_separation_and_step_less_far():
     assert (after["accepted"], after["committed"]) == (1.0, 0.0)
     assert after["scale"] == 0.1 and after["beta"] == 0.25 and after["h"] == 2.0
     assert math.isnan(after["exponent"])
+
+
+@pytest.mark.parametrize("lost", ["no separation", "copies that met", "one that was turned round"])
+@pytest.mark.parametrize("estimate", ops.ESTIMATES.values())
+def test_a_separation_that_is_lost_is_to_be_made_anew(lost, estimate):
+    q = torch.ones(4, dtype=F64)
+    state = ops.new_state("cpu", perturbation=0.1, scale=0.1, beta=0.5, steps=3.0, reseeds=1.0)
+    sums = sums_of(q, -2 * q, 0.5)
+    if lost != "copies that met":
+        sums[1 if lost == "no separation" else 4] = 0.0
+    after = check(state, sums, torch.ones(1, dtype=F64), estimate=estimate, control=False)
+    counted = lost == "copies that met"
+    assert (after["reseed"], after["reseeds"], after["accepted"]) == (1.0, 2.0, float(counted))
+    assert (after["committed"], after["scale"], after["beta"]) == (0.0, 0.1, 0.5)
+    # The next step that counts, and one that isn't finite, ask for nothing.
+    for bad in (1.0, NAN):
+        again = state.clone()
+        losses = torch.full((1,), bad, dtype=F64)
+        after = check(again, sums_of(q, 2 * q, 0.5), losses, estimate=estimate, control=False)
+        assert (after["reseed"], after["reseeds"]) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("estimate", ops.ESTIMATES.values())
+def test_a_rate_stays_one_that_float32_holds(estimate):
+    q = torch.ones(4, dtype=F64)
+    state = ops.new_state("cpu", perturbation=0.1, scale=0.1, beta=1e37)
+    after = check(state, sums_of(q, 1e-43 * q, 1e37), torch.ones(1, dtype=F64), estimate=estimate)
+    assert after["beta"] == (1e37 if estimate == 2 else 1e38)
 
 
 def test_the_scale_brings_d_back_to_the_perturbation_on_the_other_side():

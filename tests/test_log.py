@@ -204,6 +204,20 @@ def test_files_that_are_there(problem, tmp_path):
         lyapcuda.CurvatureLog(problem.tracker(k=2), path, mode="a")
     with pytest.raises(FileNotFoundError, match="no folder"):
         lyapcuda.CurvatureLog(tracker, tmp_path / "none" / "a.csv")
+    for target, content in [
+        (path, b"one line without an end"),
+        (other, b"one line without an end"),
+        (path, b"\xff\xfe binary\n"),
+    ]:
+        target.write_bytes(content)
+        with pytest.raises(ValueError, match=target.name):
+            lyapcuda.CurvatureLog(tracker, target, mode="a")
+        assert target.read_bytes() == content
+    for target, content in [(path, b""), (other, b'{"step": 1, "lo')]:
+        target.write_bytes(content)
+        with lyapcuda.CurvatureLog(tracker, target, mode="a"):
+            pass
+    assert len(read_csv(path)) == len(read_jsonl(other)) == 3
     new = tmp_path / "new.csv"
     with lyapcuda.CurvatureLog(tracker, new, mode="a"):  # nothing there to go on with
         pass
@@ -297,6 +311,27 @@ def test_tensorboard(problem, own, tmp_path):
     assert "still open" in events.Tags()["scalars"]
 
 
+def test_tensorboard_of_a_run_that_was_broken_off(problem, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = problem.tracker()
+    log = lyapcuda.CurvatureLog(tracker, lyapcuda.TensorBoardWriter(tmp_path))
+    problem.take(tracker, 4)
+    saved = tracker.state_dict()
+    problem.take(tracker, 3)  # other minibatches than those that follow the checkpoint below
+    log.close()
+    resumed = problem.tracker()
+    resumed.load_state_dict(saved)
+    with lyapcuda.CurvatureLog(resumed, lyapcuda.TensorBoardWriter(tmp_path)):
+        problem.take(resumed, 2, 4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("curvature/h")}
+    expected = resumed.history().h.float().tolist()
+    assert found == pytest.approx(dict(enumerate(expected, 1)))
+
+
 def test_tensorboard_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'lyapcuda\[tensorboard\]'"):
@@ -336,3 +371,18 @@ def test_bad_arguments_are_named(problem, targets, options, error, message, tmp_
     with pytest.raises(ValueError, match="keeps only 0"):
         lyapcuda.CurvatureLog(problem.tracker(history=0), "b.csv")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_quasi_newton_optimizers_tracker(problem):
+    optimizer = lyapcuda.LyapunovSGD(problem.model.parameters(), warmup_iterations=0, max_lr=0.2)
+    memory = Memory()
+    with lyapcuda.CurvatureLog(optimizer.tracker, memory, values={"last lr": lambda: optimizer.lr}):
+        rates = []
+        for closure in problem.closures:
+            optimizer.step(closure)
+            rates.append(float(optimizer.lr))
+    assert [row["step"] for row in memory.rows] == [1, 2, 3, 4, 5, 6]
+    # The measurement comes before the step that it sets the rate of.
+    assert [row["last lr"] for row in memory.rows] == pytest.approx(
+        [math.nan, *rates[:-1]], nan_ok=True
+    )

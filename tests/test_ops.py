@@ -12,6 +12,7 @@ import panel_support
 from lyapcuda import ops, panel_ops
 from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
 from panel_support import make_panel_case, run_every_panel_op
+from quasi_newton_support import KINDS, newton_case, step_arguments, step_options
 
 SUMS = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64)
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
@@ -23,6 +24,7 @@ def calls(buffer=torch.float32, storage=torch.float32):
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
     number = torch.tensor([0.3], dtype=F64)
+    lost = ops_support.state_with(case.state, reseed=1.0)
     gradients = (case.g1, case.g0, case.offsets, number.clone())
     whole = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state)
     return {
@@ -32,7 +34,21 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "secant_": ((case.state, SUMS.clone()), {"sign": -1}),
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
         "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
+        "descend_ with everything": (
+            (case.theta, case.g0, case.state),
+            {
+                "momentum": 0.9,
+                "nesterov": True,
+                "buffer": case.p,
+                "offsets": case.offsets,
+                "factor": torch.ones(1, dtype=F64),
+            },
+        ),
         "stream_copy_": ((case.d, case.q), {}),
+        "reseed_": (
+            (case.q, case.offsets, [t.numel() for t in case.theta], lost),
+            {"elements": 57, "p": case.p},
+        ),
         "displace_": ((case.theta1, case.q, case.theta, case.offsets, number), {}),
         "difference_": ((case.d, *gradients), {}),
         "difference_ with everything": (
@@ -67,6 +83,19 @@ def panel_calls(buffer, storage):
         "gram": ((case.q, case.d), {"gate": gate}),
         "combine_": ((case.d, case.q, torch.eye(k, dtype=F64)), {"gate": gate}),
         "project_": ((case.d[0].clone(), case.q, torch.ones(k, dtype=F64)), {}),
+        **newton_calls(storage),
+    }
+
+
+def newton_calls(storage):
+    case = newton_case(3, [5, 33, (), (2, 9)], storage)
+    step, slopes = step_arguments(case), torch.ones(3, dtype=F64)
+    everything = step_options(case, KINDS[2], factor=torch.ones(1, dtype=F64))
+    return {
+        "panel_slopes_": (step, {}),
+        "panel_slopes_ with everything": (step, everything),
+        "panel_descend_": ((*step, slopes), {}),
+        "panel_descend_ with everything": ((*step, slopes), {"max_lr": 0.1, **everything}),
     }
 
 

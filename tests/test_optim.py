@@ -191,7 +191,7 @@ def test_state_of_another_model_is_refused_and_nothing_changes():
     for bad in (saved, torch.optim.SGD(truth.model.parameters(), lr=1.0).state_dict()):
         with pytest.raises(ValueError):
             optimizer.load_state_dict(bad)
-    assert optimizer.param_groups[0]["gain"] == 1.0
+    assert optimizer.param_groups[0]["lr"] == 1.0
     after = optimizer.state_dict()
     assert torch.equal(
         after["tracker"]["separations"][0]["state"], before["tracker"]["separations"][0]["state"]
@@ -254,5 +254,7 @@ def test_a_deep_copy_goes_on_alike():
 
 
 def test_a_closure_is_needed():
-    with pytest.raises(TypeError, match="closure"):
+    with pytest.raises(RuntimeError, match="closure"):
         lyapcuda.LyapunovSGD(nn.Linear(3, 2).parameters()).step(None)
+    with pytest.raises(TypeError, match="closure"):
+        lyapcuda.LyapunovSGD(nn.Linear(3, 2).parameters()).measure(None)

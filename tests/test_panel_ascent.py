@@ -269,8 +269,8 @@ WRONG = {
     "g1 strided": ({"g1": new(40, 3).T}, "g1: expected a contiguous 2-D"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
     "offset inside": ({"offsets": [0, 9]}, r"offsets\[1\]: 9 lies inside"),
-    "state size": ({"state": panel_ops.new_panel_state("cpu", 2)}, "state: expected 48 elements"),
-    "state dtype": ({"state": torch.zeros(48)}, "state: expected a contiguous float64"),
+    "state size": ({"state": panel_ops.new_panel_state("cpu", 2)}, "state: expected 50 elements"),
+    "state dtype": ({"state": torch.zeros(50)}, "state: expected a contiguous float64"),
     "sign": ({"sign": 0}, "sign: expected 1"),
     "theta count": ({"theta": [torch.zeros(10)]}, "theta: 1 tensors"),
     "theta dtype": (

@@ -178,7 +178,7 @@ WRONG = {
     "theta count": ({"theta": [torch.zeros(10)]}, "theta: 1 tensors, but offsets has 2"),
     "theta dtype": ({"theta": [torch.zeros(10, dtype=F64)] * 2}, r"theta\[0\]: dtype"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
-    "state size": ({"state": panel_ops.new_panel_state("cpu", 4)}, "state: expected 48 elements"),
+    "state size": ({"state": panel_ops.new_panel_state("cpu", 4)}, "state: expected 50 elements"),
     "q is d": ({"q": WHOLE[:3], "d": WHOLE[:3]}, "q: shares memory with d"),
     "q in d": ({"q": WHOLE[:3], "d": WHOLE[2:5]}, "q: shares memory with d"),
     "q is copies": ({"q": WHOLE[:3], "copies": WHOLE[:3]}, "q: shares memory with copies"),

@@ -19,6 +19,7 @@ def test_the_fields_of_a_state_follow_each_other(k):
     state = panel_ops.new_panel_state("cpu", k, beta=2.0, h=torch.arange(k, dtype=F64))
     assert state.shape == (end,) and state.dtype == F64
     zero = {"bound", "guard", "pending", "again", "accepted", "steps", "skipped", "transform"}
+    zero |= {"reseed", "reseeds"}
     for name in panel_ops.panel_fields(k):
         value = panel_ops.panel_field(state, k, name)
         if name == "beta":

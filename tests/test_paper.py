@@ -118,8 +118,9 @@ def test_eigenvalues_over_the_first_epoch(tmp_path, monkeypatch):
     largest, smallest = run.run_figures([3], job)[0]["panels"]
     for panel in (largest, smallest):
         assert panel["steps"] == 6  # of 1437 rows
-        for name in ("unbiased", "printed", "exact", "unbiased_spread"):
+        for name in ("unbiased", "printed", "unbiased_spread"):
             assert len(panel[name]) == 3
+    assert len(largest["exact"]) == 3 and smallest["exact"] is None
     assert largest["unbiased"] == sorted(largest["unbiased"], reverse=True)
     assert smallest["unbiased"] == sorted(smallest["unbiased"])
     assert smallest["exponents"][0] == pytest.approx(-0.1 * smallest["unbiased"][0], rel=1e-3)
@@ -182,6 +183,21 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(
     assert main([*command, str(tmp_path / "whole")]) == 0
     whole = tmp_path / "whole" / "panels" / one_panel.name / "run.csv"
     assert (folder / "run.csv").read_bytes() == whole.read_bytes()
+
+
+def test_what_is_there_can_be_drawn_without_running_the_rest(tmp_path, monkeypatch, one_panel):
+    job = run.Job(tmp_path / "out", max_steps=3)
+    with pytest.raises(ValueError, match="out=.*: no panel of figure 1 was run"):
+        run.run_figures([1], dataclasses.replace(job, draw_only=True))
+    assert not job.out.exists()
+    run.run_figures([1], job)
+    other = Panel("mlp", "ce", lr=0.1)
+    monkeypatch.setitem(FIGURES, 1, Figure(1, "", "", (one_panel, other)))
+    (report,) = run.run_figures([1], dataclasses.replace(job, draw_only=True))
+    there, missing = report["panels"]
+    assert there["run"] and there["steps"] == 3
+    assert missing == {"name": other.name, "title": other.title, "run": False, "checks": []}
+    assert not (job.out / "panels" / other.name).exists()
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_gradients_evaluated(batch, k):
         tracker = lyapcuda.CurvatureTracker(model.parameters(), k, every=2)
         for expected in (measured, plain, measured):
             sizes.clear()
+            assert tracker.due == (expected is measured)
             step_with(tracker, mode, loss_of, batch)
             assert sizes == expected
             assert all(p.grad is not None for p in model.parameters())

@@ -356,3 +356,23 @@ def test_a_second_ctrl_c_breaks_off(tmp_path, monkeypatch):
         train(config, tmp_path / "one", resume=tmp_path / "one" / "checkpoint.pt")
     assert state_of(tmp_path / "one")["step"] == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_several_curvatures(tmp_path):
+    train(TrainConfig("linear", schedule="qn", k=3, max_steps=6), tmp_path / "whole")
+    train(TrainConfig("linear", schedule="qn", k=3, max_steps=3), tmp_path / "half")
+    train(
+        TrainConfig("linear", schedule="qn", k=3, max_steps=6),
+        tmp_path / "rest",
+        resume=tmp_path / "half" / "checkpoint.pt",
+    )
+    whole, rest = rows_of(tmp_path / "whole"), rows_of(tmp_path / "rest")
+    assert whole == rest and len(whole) == 6
+    one = train(TrainConfig("linear", schedule="qn", max_steps=6), tmp_path / "one")
+    assert whole[-1]["lr"] > 0 and whole[-1]["lr"] != one.lr  # off the leading eigenvectors
+    for bad, message in (
+        ({"schedule": "constant"}, "k must be 1"),
+        ({"estimate": "growth"}, "k=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig("linear", **{"schedule": "qn", "k": 3, **bad})

@@ -1,55 +1,57 @@
 // torch.ops.lyapcuda.descend_ on CUDA: kernels/descend.cuh.
 #include "../kernels/descend.cuh"
 
-#include <cmath>
-
+#include "../direction.h"
 #include "launch.h"
 
 namespace lyapcuda::cuda {
 namespace {
 
 Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor state, double gain,
-                double max_lr, double weight_decay) {
+                double max_lr, double weight_decay, double momentum, bool nesterov,
+                std::optional<Tensor> buffer, std::optional<std::vector<int64_t>> offsets,
+                std::optional<Tensor> factor) {
   const Device device = device_of(state, "state");
+  const StepOptions options{weight_decay, momentum, nesterov};
   check_vector(state, "state", kStateSize, device);
-  check_like(gradient, "gradient", theta, "theta");
-  STD_TORCH_CHECK(gain > 0.0 && std::isfinite(gain), "gain: expected a positive number, got ",
-                  gain);
-  STD_TORCH_CHECK(max_lr > 0.0 && std::isfinite(max_lr), "max_lr: expected a positive number, got ",
-                  max_lr);
-  for (size_t i = 0; i < theta.size(); ++i) {
-    STD_TORCH_CHECK(is_on(theta[i], device) && theta[i].is_contiguous(), "theta[", i,
-                    "]: expected a contiguous ", tensor_on(device));
-    STD_TORCH_CHECK(is_on(gradient[i], device) && gradient[i].is_contiguous(), "gradient[", i,
-                    "]: expected a contiguous ", tensor_on(device));
-    const ScalarType dtype = theta[i].scalar_type();
-    STD_TORCH_CHECK(is_buffer_dtype(dtype) || is_storage_dtype(dtype, ScalarType::Float), "theta[",
-                    i, "]: dtype ", dtype_name(dtype),
-                    " is not float32, float64, bfloat16 or float16");
-    STD_TORCH_CHECK(dtype == theta[0].scalar_type(), "theta[", i, "]: dtype ", dtype_name(dtype),
-                    " differs from theta[0]'s ", dtype_name(theta[0].scalar_type()));
+  check_parameters(theta, gradient, device);
+  check_rate(gain, max_lr);
+  check_momentum(buffer, options);
+  check_factor(factor, device);
+  STD_TORCH_CHECK(buffer.has_value() == offsets.has_value(), "buffer, offsets: give both or none");
+  if (buffer) {
+    check_buffer(*buffer, "buffer", device);
+    check_segments(theta, "theta", *offsets, *buffer, device);
   }
 
   const Launcher launcher(device);
   const Tensor used = torch::stable::new_empty(state, {});
-  const kernels::DescendArguments arguments{read<double>(state), gain, max_lr, weight_decay,
-                                            written<double>(used)};
   const ScalarType dtype = theta.empty() ? ScalarType::Float : theta[0].scalar_type();
-  const ScalarType buffer = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  with_buffer_and_storage(buffer, dtype, [&](auto* arithmetic, auto* storage) {
+  with_buffer_and_storage(buffer_dtype(dtype), dtype, [&](auto* arithmetic, auto* storage) {
     using T = std::remove_pointer_t<decltype(arithmetic)>;
     using P = std::remove_pointer_t<decltype(storage)>;
     const auto theta_data = data_of<P>(theta);
     const auto gradient_data = beside_written<P>(gradient);
     P* const* const lists[2] = {theta_data.data(), gradient_data.data()};
     const auto sizes = sizes_of(theta);
-    // Without any tensor there is one launch all the same: it writes the rate.
-    kernels::for_each_table(lists, sizes.data(), nullptr, static_cast<int64_t>(sizes.size()),
-                            [&](const kernels::DescendSegments<P>& table) {
-                              launcher.run("descend_", kernels::descend<T, P>,
-                                           blocks_for(launcher, chunks_of(table), 5),
-                                           kernels::kThreads, table, arguments);
-                            });
+    const kernels::DescendArguments<T> arguments{read<double>(state),
+                                                 factor ? read<double>(*factor) : nullptr,
+                                                 gain,
+                                                 max_lr,
+                                                 weight_decay,
+                                                 momentum,
+                                                 buffer ? written<T>(*buffer) : nullptr,
+                                                 written<double>(used)};
+    with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
+      // Without any tensor there is one launch all the same: it writes the rate.
+      kernels::for_each_table(lists, sizes.data(), offsets ? offsets->data() : nullptr,
+                              static_cast<int64_t>(sizes.size()),
+                              [&](const kernels::DirectionSegments<P>& table) {
+                                launcher.run("descend_", kernels::descend<T, P, kind()>,
+                                             blocks_for(launcher, chunks_of(table), 5),
+                                             kernels::kThreads, table, arguments);
+                              });
+    });
   });
   return used;
 }

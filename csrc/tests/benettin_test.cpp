@@ -113,7 +113,7 @@ void factors_and_solutions_multiply_back() {
       }
     }
     const Storage right = x;
-    CHECK(cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0));
+    CHECK(cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0) == k);
     solve_left(SoloTeam{}, k, l.matrix, x.matrix);
     solve_left_transposed(SoloTeam{}, k, l.matrix, y.matrix);
     solve_right(SoloTeam{}, k, l.matrix, z.matrix);
@@ -134,9 +134,9 @@ void factors_and_solutions_multiply_back() {
     }
     CHECK(same);
     b.matrix(k - 1, k - 1) = -1.0;
-    CHECK(!cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0));
+    CHECK(cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0) < k);
     b.matrix(k - 1, k - 1) = kNan;
-    CHECK(!cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0));
+    CHECK(cholesky(SoloTeam{}, k, b.matrix, l.matrix, 0.0) < k);
   }
 }
 

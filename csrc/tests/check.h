@@ -29,6 +29,7 @@ void blocks_tests();
 void simd_tests();
 void panel_tests();
 void benettin_tests();
+void quasi_newton_tests();
 
 void simt_emulator_tests();
 void simt_ascent_tests();

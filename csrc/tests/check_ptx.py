@@ -104,6 +104,16 @@ def design(name: str, arguments: list[str]) -> Design:
         loads = flat + 2 + (realised == "true") + extra  # q, g0, g1, θ, p
         blocks = 3 if flat == 2 and realised == momentum == "true" else 4
         return Design(blocks, THREADS // 32 * sums * 8, loads, flat + extra)
+    if name in ("descend", "panel_slopes", "panel_descend"):
+        buffer, storage, momentum = arguments
+        flat = SIZE[buffer] // SIZE[storage]
+        extra = flat if momentum != "0" else 0  # the momentum's buffer
+        if name == "descend":
+            return Design(5, 0, 2 + extra, 1 + extra)
+        if name == "panel_slopes":
+            return Design(4, tile(buffer, 33), 4)
+        # θ, g, the buffer, a row of the panel.
+        return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
     if name == "recenter":
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
         return Design(5, 0, flat + 1, flat + 1)
@@ -121,7 +131,6 @@ def design(name: str, arguments: list[str]) -> Design:
         "benettin": Design(1, scratch),
         "benettin_refine": Design(1, scratch),
         "ascent_finish": Design(4, THREADS // 32 * 6 * 8),
-        "descend": Design(5, 0, 2, 1),
         "stream_copy": Design(8, 0, 5, 5),  # four in flight, and what is left
         "exponent": Design(1, 0),  # one thread
         "secant": Design(1, 0),
@@ -137,7 +146,8 @@ def demangled(symbol: str) -> tuple[str, list[str]]:
     name, rest = rest[: int(found[1])], rest[int(found[1]) :]
     arguments = []
     if rest.startswith("I"):
-        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E|L(?:i|NS0_\d+GramSideE)(\d+)E|(E)"
+        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E"
+        pattern += r"|L(?:i|NS0_\d+GramSideE|NS_\d+MomentumE)(\d+)E|(E)"
         for part in re.finditer(pattern, rest[1:]):
             if part[5]:
                 break

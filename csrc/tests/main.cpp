@@ -8,6 +8,7 @@ int main() {
   simd_tests();
   panel_tests();
   benettin_tests();
+  quasi_newton_tests();
   std::printf("%ld passed, %ld failed\n", counts.passed, counts.failed);
   return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
 }

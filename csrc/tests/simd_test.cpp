@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cpu/ascent.h"
+#include "../cpu/direction.h"
 #include "../state.h"
 #include "check.h"
 #include "walled.h"
@@ -128,18 +129,24 @@ void recenter_tail(int64_t n, int64_t shift, int64_t behind, bool committed, boo
 }
 
 template <class Bodies, class T, class P>
-void descend_tail(int64_t n, int64_t shift, int64_t behind) {
+void descend_tail(int64_t n, int64_t shift, int64_t behind, Momentum kind) {
   Zeroed<P> theta(n, shift, behind), gradient(n, shift, behind);
+  Zeroed<T> buffer(n, shift, behind);
   fill(theta, n, 1);
   fill(gradient, n, 2);
-  Bodies::template descend<T, P>(theta.data(), gradient.data(), n, 0.25, 0.5);
+  fill(buffer, n, 3);
+  Bodies::template descend<T, P>({theta.data(), gradient.data(), buffer.data()}, n, 0.25,
+                                 {0.5, 0.5}, kind);
   bool same = true;
   for (int64_t i = 0; i < n; ++i) {
-    const double moved = small(i, 1) - 0.25 * (small(i, 2) + 0.5 * small(i, 1));
+    const double g = small(i, 2) + 0.5 * small(i, 1), next = 0.5 * small(i, 3) + g;
+    const double u = kind == Momentum::kNone ? g : kind == Momentum::kHeavy ? next : g + 0.5 * next;
+    const double moved = small(i, 1) - 0.25 * u;
     same = same && float(theta[i]) == float(P(static_cast<float>(moved)));
+    same = same && double(buffer[i]) == (kind == Momentum::kNone ? small(i, 3) : next);
   }
   CHECK(same);
-  CHECK(theta.whole() && gradient.whole());
+  CHECK(theta.whole() && gradient.whole() && buffer.whole());
 }
 
 template <class Bodies>
@@ -165,7 +172,9 @@ void tails_of() {
         for (bool committed : {false, true}) {
           recenter_tail<Bodies, T, P>(n, shift, behind, committed, false);
         }
-        descend_tail<Bodies, T, P>(n, shift, behind);
+        for (Momentum kind : {Momentum::kNone, Momentum::kHeavy, Momentum::kNesterov}) {
+          descend_tail<Bodies, T, P>(n, shift, behind, kind);
+        }
         copy_tail<Bodies>(n, shift, behind, false);
         if (shift != 0) continue;  // around the cache only to aligned lines
         ascent_tail<Bodies, T, P, false, false, true>(n, shift, behind);

@@ -15,6 +15,7 @@ std::vector<double> panel_state(int k, double beta) {
   at(PanelScalar::beta) = beta;
   at(PanelScalar::bound) = 0.3;
   at(PanelScalar::guard) = at(PanelScalar::steps) = at(PanelScalar::skipped) = 0.0;
+  at(PanelScalar::reseed) = at(PanelScalar::reseeds) = 0.0;
   at(PanelScalar::pending) = at(PanelScalar::again) = at(PanelScalar::accepted) = 0.0;
   return state;
 }

@@ -101,40 +101,59 @@ void recenter_over_previous() {
 }
 
 // --- descend ------------------------------------------------------------------------------------
-template <class T, class P>
-void descend_case(const Layout& layout, double h, bool accepted) {
+template <class T, class P, Momentum kMomentum>
+void descend_case(const Layout& layout, double h, bool accepted, const double* factor = nullptr) {
   std::vector<double> state = some_state();
   state[k_h_ema] = h;
   state[k_accepted] = accepted ? 1.0 : 0.0;
-  const bool go = accepted && std::isfinite(h);
-  const double lr = !go ? 0.0 : h > 0.2 ? 1.5 / h : 7.5;
-  const T rate = static_cast<T>(lr), decay = static_cast<T>(0.05);
+  const bool go = accepted && std::isfinite(h) && std::isfinite(factor_of(factor));
+  const double gain = 1.5 * factor_of(factor);
+  const double lr = !go ? 0.0 : h * 7.5 > 1.0 ? gain / h : gain * 7.5;
+  const T rate = static_cast<T>(lr), decay = static_cast<T>(0.05), heavy = static_cast<T>(0.3);
   Tensors<P> before(layout, true), gradient(layout, true);
+  Walled<T> held(layout.total, 0, 64);
+  randomise(held);
   for (const unsigned grid : {1u, 3u, 7u}) {
     for (const Order order : kOrders) {
       Tensors<P> theta(layout, false);
+      Walled<T> buffer(layout.total, 0, 64);
+      std::memcpy(buffer.data(), held.data(), layout.total * sizeof(T));
       for (int64_t s = 0; s < layout.count(); ++s) {
         for (int64_t i = 0; i < layout.sizes[s]; ++i) theta.pointers[s][i] = before[s][i];
       }
       double used = -1.0;
       P* const* const lists[2] = {theta.list(), gradient.list()};
-      kernels::for_each_table(
-          lists, layout.sizes.data(), nullptr, layout.count(), [&](const auto& table) {
-            simt::launch(grid, kThreads, order, kernels::descend<T, P>, table,
-                         kernels::DescendArguments{state.data(), 1.5, 7.5, 0.05, &used});
-          });
+      kernels::for_each_table(lists, layout.sizes.data(), layout.offsets.data(), layout.count(),
+                              [&](const auto& table) {
+                                const kernels::DescendArguments<T> arguments{
+                                    state.data(), factor, 1.5,           7.5,
+                                    0.05,         0.3,    buffer.data(), &used};
+                                simt::launch(grid, kThreads, order,
+                                             kernels::descend<T, P, kMomentum>, table, arguments);
+                              });
       CHECK(used == lr);
       bool right = true;
+      Walled<T> expected(layout.total, 0, 64);
+      std::memcpy(expected.data(), held.data(), layout.total * sizeof(T));
       for (int64_t s = 0; s < layout.count(); ++s) {
         for (int64_t i = 0; i < layout.sizes[s]; ++i) {
           const T here = value_of<T>(before[s][i]);
+          const T g = value_of<T>(gradient[s][i]) + here * decay;
           P out = before[s][i];
-          if (go) out = stored_as<P>(here - (value_of<T>(gradient[s][i]) + here * decay) * rate);
+          if (go) {
+            T u = g;
+            if (kMomentum != Momentum::kNone) {
+              T& next = expected[layout.offsets[s] + i];
+              next = next * heavy + g;
+              u = kMomentum == Momentum::kHeavy ? next : g + next * heavy;
+            }
+            out = stored_as<P>(here - u * rate);
+          }
           right = right && std::memcmp(&theta[s][i], &out, sizeof(P)) == 0;
         }
       }
-      CHECK(right);
-      CHECK(theta.whole() && gradient.whole());
+      CHECK(right && same_bits(buffer, expected));
+      CHECK(theta.whole() && gradient.whole() && buffer.whole());
     }
   }
 }
@@ -147,14 +166,19 @@ void storage_cases() {
       const Layout layout(sizes, shift);
       recenter_case<T, P>(layout, true);
       recenter_case<T, P>(layout, false);
-      descend_case<T, P>(layout, 3.7, true);
+      descend_case<T, P, Momentum::kNone>(layout, 3.7, true);
+      descend_case<T, P, Momentum::kHeavy>(layout, 3.7, true);
+      descend_case<T, P, Momentum::kNesterov>(layout, 3.7, true);
     }
   }
   const Layout small({33, 5}, 0);
-  descend_case<T, P>(small, -2.0, true);
-  descend_case<T, P>(small, kNan, true);
-  descend_case<T, P>(small, 3.7, false);
-  descend_case<T, P>(Layout({}, 0), 3.7, true);
+  const double factor = 0.25;
+  descend_case<T, P, Momentum::kNone>(small, -2.0, true);
+  descend_case<T, P, Momentum::kNone>(small, 3.7, true, &factor);
+  descend_case<T, P, Momentum::kNone>(Layout({}, 0), 3.7, true);
+  descend_case<T, P, Momentum::kHeavy>(small, kNan, true);
+  descend_case<T, P, Momentum::kHeavy>(small, 3.7, true, &kNan);
+  descend_case<T, P, Momentum::kNesterov>(small, 3.7, false);
 }
 
 // --- exponent, secant ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ void simt_transform_tests();
 void simt_panel_ascent_tests();
 void simt_benettin_tests();
 void simt_step_tests();
+void simt_quasi_newton_tests();
 void simt_huge_tests();
 }  // namespace lyapcuda::test
 
@@ -20,11 +21,17 @@ int main() {
     const char* name;
     void (*tests)();
   } families[] = {
-      {"emulator", simt_emulator_tests},   {"grid", simt_grid_tests},
-      {"ascent", simt_ascent_tests},       {"kernels", simt_kernel_tests},
-      {"probe", simt_probe_tests},         {"gram", simt_gram_tests},
-      {"transform", simt_transform_tests}, {"panel_ascent", simt_panel_ascent_tests},
-      {"benettin", simt_benettin_tests},   {"step", simt_step_tests},
+      {"emulator", simt_emulator_tests},
+      {"grid", simt_grid_tests},
+      {"ascent", simt_ascent_tests},
+      {"kernels", simt_kernel_tests},
+      {"probe", simt_probe_tests},
+      {"gram", simt_gram_tests},
+      {"transform", simt_transform_tests},
+      {"panel_ascent", simt_panel_ascent_tests},
+      {"benettin", simt_benettin_tests},
+      {"step", simt_step_tests},
+      {"quasi_newton", simt_quasi_newton_tests},
       {"huge", simt_huge_tests},
   };
   for (const auto& family : families) {

@@ -129,6 +129,7 @@ inline std::vector<double> some_state() {
   state[k_scale] = -0.37;
   state[k_beta] = 0.81;
   state[k_guard] = state[k_steps] = state[k_skipped] = 0.0;
+  state[k_reseed] = state[k_reseeds] = 0.0;
   state[k_committed] = state[k_accepted] = 1.0;
   return state;
 }

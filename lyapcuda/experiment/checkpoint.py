@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def save(path: Path, entries: dict[str, Any]) -> None:
             ``model``, ``schedule``, ``loader`` and ``rng``.
     """
     content = {"format": FORMAT, "version": VERSION, **entries}
-    replace_file(path, lambda file: torch.save(content, file))
+    # To memory first: torch.save hides an error of the file behind one of its own.
+    serialised = io.BytesIO()
+    torch.save(content, serialised)
+    replace_file(path, lambda file: file.write(serialised.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class TrainConfig:
         schedule: ``constant``, ``cyclic`` or ``qn``.
         lr: the learning rate (constant) or its peak (cyclic).
         gain: ``lr = gain / h0`` under ``qn``.
+        k: curvatures that ``qn`` uses: with more than one, each along its own eigenvector.
         cycle_epochs, cycle_ratio: length of a cycle, and its highest rate over its lowest (cyclic).
         warmup: measurements before the first step at most, at the initial weights (``qn``).
         epochs: length of the run.
@@ -66,6 +67,7 @@ class TrainConfig:
     schedule: str = "constant"
     lr: float = 0.1
     gain: float = 1.0
+    k: int = 1
     cycle_epochs: float = 4.0
     cycle_ratio: float = 10.0
     warmup: int = 100
@@ -101,12 +103,16 @@ class TrainConfig:
             raise ValueError(f"cycle_ratio must be at least 1, got {self.cycle_ratio}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
-        for name in ("epochs", "max_steps", "batch_size", "every"):
+        for name in ("epochs", "max_steps", "batch_size", "every", "k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
+        if self.k > 1 and self.schedule != "qn":
+            raise ValueError(f"k must be 1 with schedule={self.schedule}, got {self.k}")
+        if self.k > 1 and self.estimate not in (None, "rayleigh"):
+            raise ValueError(f"estimate must be rayleigh with k={self.k}, got {self.estimate}")
         if self.schedule == "qn" and self.every != 1:
             raise ValueError(
                 f"every must be 1 with schedule=qn, which needs each measurement, got {self.every}"
@@ -130,7 +136,8 @@ class TrainConfig:
             classes=dataset.classes,
             batch_size=self.batch_size or (128 if digits else 512),
             augment=not digits if self.augment is None else self.augment,
-            estimate=self.estimate or ("growth" if self.schedule == "qn" else "rayleigh"),
+            estimate=self.estimate
+            or ("growth" if self.schedule == "qn" and self.k == 1 else "rayleigh"),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -84,16 +84,16 @@ class RunLog:
         """
         if not self._waiting:
             return None
-        waiting, self._waiting = self._waiting, []
-        table = torch.stack([values for *_, values in waiting]).tolist()
+        table = torch.stack([values for *_, values in self._waiting]).tolist()
         diverged, lines = None, []
-        for (step, epoch, _), values in zip(waiting, table, strict=True):
+        for (step, epoch, _), values in zip(self._waiting, table, strict=True):
             lines.append(csv_line([step, epoch, *values]))
             self.last = dict(zip(COLUMNS, (step, epoch, *values), strict=True))
             if not math.isfinite(self.last["loss"]):
                 diverged = step
                 break
         self._file.add(lines)
+        self._waiting = []
         return diverged
 
     def sync(self) -> None:

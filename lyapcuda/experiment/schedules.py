@@ -113,6 +113,7 @@ class QuasiNewton(Schedule):
         self.optimizer = LyapunovSGD(
             model.parameters(),
             gain=config.gain,
+            k=config.k,
             weight_decay=config.weight_decay,
             perturbation=config.perturbation,
             estimate=config.estimate,

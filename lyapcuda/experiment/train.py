@@ -32,7 +32,8 @@ class TrainResult:
         csv, png, checkpoint: its files; a run that diverged early may have left no checkpoint.
         step: steps taken in all, those before a resume included.
         loss: training loss of the last step.
-        accuracy: share of test rows classified rightly; None if interrupted or diverged.
+        accuracy: share of test rows classified rightly; None if interrupted, diverged or not asked
+            for.
         h, h_low, h_high: the last curvature and its interval.
         lr: the last learning rate.
         interrupted: whether Ctrl-C ended it.
@@ -83,6 +84,7 @@ def train(
     checkpoint_every: int = 1,
     progress: bool = False,
     overwrite: bool = False,
+    accuracy: bool = True,
 ) -> TrainResult:
     """Train a model and write ``run.csv``, ``run.png`` and ``checkpoint.pt``.
 
@@ -97,6 +99,7 @@ def train(
         checkpoint_every: epochs between checkpoints; there is always one at the end.
         progress: show a progress bar.
         overwrite: replace another run in ``out``.
+        accuracy: classify the test rows at the end.
 
     Raises:
         FileNotFoundError: the data, the checkpoint or its CSV is missing.
@@ -130,7 +133,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         log = RunLog(out / CSV, rows)
         try:
-            return run.train(out, log, checkpoint_every, bar)
+            return run.train(out, log, checkpoint_every, bar, accuracy)
         finally:
             log.close()
             if bar is not None:
@@ -179,7 +182,9 @@ class _Run:
             raise ValueError(f"{path}: damaged checkpoint: {reason}") from error
         self.step = saved["step"]
 
-    def train(self, out: Path, log: RunLog, checkpoint_every: int, bar: Any) -> TrainResult:
+    def train(
+        self, out: Path, log: RunLog, checkpoint_every: int, bar: Any, classify: bool
+    ) -> TrainResult:
         per_epoch = self.loader.steps_per_epoch
         diverged: int | None = None
 
@@ -214,7 +219,7 @@ class _Run:
             title = (self.config.model, self.config.loss, self.config.schedule)
             png = plots.plot_run(log.path, out / PNG, plots.title_of(*title))
         interrupted, accuracy = interrupt.asked, None
-        if diverged is None and not interrupted:
+        if classify and diverged is None and not interrupted:
             try:
                 accuracy = evaluate(self.model, self.dataset, self.dataset.test)
             except KeyboardInterrupt:  # everything is saved; a resume evaluates again
@@ -236,9 +241,10 @@ class _Run:
         loss_of = LOSSES[self.config.loss]
         loss = self.schedule.step(lambda: loss_of(self.model(images), labels))
         tracker = self.schedule.tracker
-        low, high = tracker.interval.unbind()
-        h = tracker.h
-        return [loss, tracker.exponent, tracker.beta, h, low, high, 1.0 / h, self.schedule.lr]
+        # With several curvatures the columns are those of the largest.
+        low, high = tracker.interval.reshape(-1, 2)[0].unbind()
+        h, exponent = tracker.h.reshape(-1)[0], tracker.exponent.reshape(-1)[0]
+        return [loss, exponent, tracker.beta, h, low, high, 1.0 / h, self.schedule.lr]
 
 
 def after(

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
     add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="default runs/paper")
     add("--overwrite", action="store_true", help="run these figures' panels anew")
+    add("--draw-only", action="store_true", help="run nothing: draw the panels that are there")
     add("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         device=arguments.device,
         overwrite=arguments.overwrite,
+        draw_only=arguments.draw_only,
         progress=not arguments.no_progress,
     )
     try:

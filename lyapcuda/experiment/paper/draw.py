@@ -35,7 +35,14 @@ class RunPicture:
     def draw(self, axes: Any) -> list[Any]:
         """Draw on axes; returns the curves."""
         faithful = self.panel.faithful
-        return draw_curves(axes, self.columns, unbiased=faithful, width=0.9, labels=False)
+        lines = draw_curves(axes, self.columns, unbiased=faithful, width=0.9, labels=False)
+        # A cold start's 1/h0 of thousands, and spikes, would press the rest together.
+        rate = self.columns["lr"]
+        rate = rate[np.isfinite(rate) & (rate > 0)]
+        if len(rate) and axes.get_yscale() == "log":
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, rate.min() / 20), min(high, 10 * max(1.0, rate.max())))
+        return lines
 
     @property
     def title(self) -> str:
@@ -88,7 +95,27 @@ class SpectrumPicture:
         return self.panel.title
 
 
-def draw_figure(figure: Figure, pictures: Sequence[RunPicture | SpectrumPicture], to: Path) -> None:
+@dataclass(frozen=True)
+class Missing:
+    """The place of a panel that wasn't run."""
+
+    panel: Panel | Spectrum
+    horizontal = ""
+
+    def draw(self, axes: Any) -> list[Any]:
+        """Say so; there are no curves."""
+        axes.text(0.5, 0.5, "not run", ha="center", va="center", fontsize=_FONT)
+        axes.set(xticks=[], yticks=[])
+        return []
+
+    @property
+    def title(self) -> str:
+        return self.panel.title
+
+
+def draw_figure(
+    figure: Figure, pictures: Sequence[RunPicture | SpectrumPicture | Missing], to: Path
+) -> None:
     """Draw a figure of the paper and write it as PNG.
 
     Args:
@@ -111,8 +138,10 @@ def draw_figure(figure: Figure, pictures: Sequence[RunPicture | SpectrumPicture]
     for axes in sheet.axes:  # the loss's too
         axes.tick_params(which="both", labelsize=_FONT - 1)
         if axes.get_yscale() == "log":
-            axes.yaxis.set_major_formatter(_tick)
-            axes.yaxis.set_minor_formatter(_tick)
+            low, high = axes.get_ylim()
+            tick = _tick if high / low > 10 else _every_tick
+            axes.yaxis.set_major_formatter(tick)
+            axes.yaxis.set_minor_formatter(tick)
     sheet.legend(
         handles.values(),
         handles,
@@ -127,6 +156,10 @@ def draw_figure(figure: Figure, pictures: Sequence[RunPicture | SpectrumPicture]
 def _tick(value: float, _: int) -> str:
     # "5 × 10⁻¹" is too wide, and there is no room for every one.
     return f"{value:g}" if f"{value:.0e}"[0] in "125" else ""
+
+
+def _every_tick(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def _save(sheet: Any, file: BinaryIO) -> None:

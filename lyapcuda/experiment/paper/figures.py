@@ -139,6 +139,7 @@ class Scale:
         epochs, batch_size, max_steps, cycle_epochs, warmup: as in TrainConfig.
         exact_batches: minibatches after the last step, over whose mean loss h0 is computed by
             Lanczos on exact products; 0 for no such check.
+        accuracy: whether to classify the test rows at the end.
     """
 
     epochs: int
@@ -147,6 +148,7 @@ class Scale:
     cycle_epochs: float = 4.0
     warmup: int = 100
     exact_batches: int = 4
+    accuracy: bool = True
 
 
 _SMALL = ("mlp", "lenet1", "resnet0")
@@ -265,14 +267,14 @@ _FULL_RESNET18 = Scale(epochs=150, batch_size=512)
 #: Of the digits there are 1437: batches of 512 would be three steps an epoch.
 _DIGITS_BATCH = 128
 #: Minutes for a figure on two cores: fewer steps and, for convolutions, smaller batches. Where that
-#: is less than an epoch (158 steps of 64 for two classes, 3125 of 16 for ten) the cycles are short
-#: enough for the run to see two of them.
+#: is less than an epoch (156 steps of 64 for two classes, 3125 of 16 for ten) the cycles are short
+#: enough for the run to see two of them. ResNet-18 would be minutes at its 10 000 test rows.
 _QUICK = {
     "linear": Scale(10, 512),
     "mlp": Scale(15, 512),
     "lenet1": Scale(4, 128, cycle_epochs=1.0),
-    "resnet0": Scale(1, 64, max_steps=60, cycle_epochs=0.19, warmup=20, exact_batches=1),
-    "resnet18": Scale(1, 16, max_steps=10, cycle_epochs=0.002, warmup=6, exact_batches=0),
+    "resnet0": Scale(1, 64, 40, cycle_epochs=0.127, warmup=20, exact_batches=0),
+    "resnet18": Scale(1, 16, 8, cycle_epochs=0.00128, warmup=4, exact_batches=0, accuracy=False),
 }
 _QUICK_DIGITS = {
     "linear": Scale(10, _DIGITS_BATCH),

@@ -16,6 +16,8 @@ from ..models import build
 from ..train import usable_device
 from .figures import Spectrum
 
+# Measurements at the initial weights, at most.
+_WARMUP = 10
 # Of the exact values, relative.
 _TOL = 1e-2
 
@@ -25,8 +27,7 @@ def first_epoch(
 ) -> dict[str, Any]:
     """Algorithm 1 with the orthogonalisation of App. C, at every step of the first epoch.
 
-    As for the paper's quasi-Newton runs it begins at the initial weights, without training, for as
-    many steps again.
+    As for the paper's quasi-Newton runs it begins at the initial weights, without training.
 
     Args:
         panel: how many eigenvalues, of which end.
@@ -66,7 +67,7 @@ def first_epoch(
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
     printed, unbiased = [], []
-    for step in range(-steps, steps):
+    for step in range(-min(steps, _WARMUP), steps):
         batch = loader.next()
         tracker.step(lambda: closure(batch), leave_grad=True)  # noqa: B023
         if step >= 0:

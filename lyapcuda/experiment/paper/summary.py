@@ -43,7 +43,8 @@ def of_run(panel: Panel, columns: dict[str, np.ndarray], done: dict[str, Any]) -
 
     Returns:
         Plain values. ``alpha_h_printed`` and ``alpha_h`` are medians of α·h0 over the last half of
-        the steps, by Algorithm 1 as printed and unbiased; ``factor`` that of their ratio.
+        the steps, by Algorithm 1 as printed and unbiased; ``factor`` that of their ratio. Of a run
+        that diverged they are NaN: it overflows.
     """
     alpha, loss, exponent = (columns[name] for name in ("lr", "loss", "exponent"))
     steps = len(loss)
@@ -79,6 +80,9 @@ def of_run(panel: Panel, columns: dict[str, np.ndarray], done: dict[str, Any]) -
         numbers["alpha_exact"] = float(alpha[-1]) * done["exact"]
         if panel.faithful:
             numbers["printed_over_exact"] = numbers["h_last"] / done["exact"]
+    if done["diverged"]:
+        measured = ("exponent", "exponent_spread", "h_last", "alpha_h_printed", "alpha_h", "factor")
+        numbers |= {name: math.nan for name in measured if name in numbers}
     trained = not done["diverged"] and numbers["loss_last"] < numbers["loss_first"]
     checks = [_check("trains" if panel.trains else "does not train", trained == panel.trains)]
     if panel.trains and panel.faithful and panel.schedule == "constant":
