@@ -1,6 +1,6 @@
 """LyapunovSGD, with one curvature and with several, against SGD and Adam.
 
-    python bench/optimizers.py [--data DIR] [--models mlp ...] [--steps 200] [--out OUT]
+    python bench/optimizers.py [--data DIR] [--models mlp ...] [--warmup N] [--out OUT]
 
 Every method starts from the same parameters and sees the same minibatches. SGD and Adam get the
 best of a grid of learning rates, chosen by the loss after all steps (so their rows are the best of
@@ -99,7 +99,7 @@ def loss_after(run: Run, gradients: float = math.inf) -> float:
 
 
 def compare(
-    dataset: Dataset, model: str, batch: int, steps: int, seeds: int
+    dataset: Dataset, model: str, batch: int, steps: int, seeds: int, warmup: int | None
 ) -> dict[str, tuple[float, float, int]]:
     """Method → loss by steps, loss by gradients, gradients spent in all steps."""
     out: dict[str, tuple[float, float, int]] = {}
@@ -118,6 +118,8 @@ def compare(
     for rate in ADAM_RATES:
         note(f"Adam {rate:g}", runs(lambda m, r=rate: torch.optim.Adam(m.parameters(), lr=r)))
     for name, options in OURS.items():
+        if warmup is not None:
+            options = {**options, "warmup_iterations": warmup}
         note(name, runs(lambda m, o=options: LyapunovSGD(m.parameters(), **o)))
     return out
 
@@ -149,6 +151,7 @@ def main() -> None:
     add("--steps", type=int, default=200)
     add("--batch", type=int, default=128)
     add("--seeds", type=int, default=2)
+    add("--warmup", type=int, help="of LyapunovSGD, at most; default its own")
     add("--out", type=Path, help="write OUT.json and OUT.md")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -160,11 +163,16 @@ def main() -> None:
         "",
         f"Machine: {cpu_name()}, one thread; {what}, {arguments.steps} steps",
     ]
-    lines[-1] += f" of {arguments.batch}, {arguments.seeds} seeds. Made by `bench/optimizers.py`."
+    lines[-1] += f" of {arguments.batch}, {arguments.seeds} seeds"
+    if arguments.warmup is not None:
+        lines[-1] += f", at most {arguments.warmup} measurements of warm-up"
+    lines[-1] += ". Made by `bench/optimizers.py`."
     lines += ["", " ".join(" ".join(__doc__.split("\n\n")[2:]).split()), ""]
     report = {}
     for model in arguments.models:
-        found = compare(dataset, model, arguments.batch, arguments.steps, arguments.seeds)
+        found = compare(
+            dataset, model, arguments.batch, arguments.steps, arguments.seeds, arguments.warmup
+        )
         report[model] = found
         lines += [f"## {model} ({MODELS[model]})", "", *table(found), ""]
         if arguments.out:
