@@ -41,7 +41,7 @@ class Tool:
         describe: a setting, in words.
         run: (problem, k, setting, seed) → the k values, largest magnitude first.
         ours: lyapcuda.
-        least: the settings, numbers of products, that are fewer than k are passed over.
+        least: the settings, numbers of products, that are fewer than 2k are passed over.
         usual: on a loss with kinks, where a tool that takes differences doesn't get nearer to the
             reference with better settings, this one is measured. None: exact products.
         only: the problem that it is for.
@@ -269,9 +269,9 @@ TOOLS = {
 
 
 def reference(problem: Problem, k: int, tol: float = 1e-4) -> dict[str, Any]:
-    """The k largest by magnitude: ARPACK in float64 on exact products (double backward; attention
-    by its plain formula). Residuals are at most ``tol`` of the values, so the values' own errors
-    are of the order of tol².
+    """The k largest by magnitude: ARPACK on exact products (double backward; attention by its plain
+    formula), see `Problem.double`. Residuals are at most ``tol`` of the values, so the values' own
+    errors are of the order of tol².
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -285,12 +285,12 @@ def reference(problem: Problem, k: int, tol: float = 1e-4) -> dict[str, Any]:
     def product(vector: np.ndarray) -> np.ndarray:
         nonlocal count
         count += 1
-        pieces = torch.from_numpy(vector.reshape(-1)).split(sizes)
+        pieces = torch.from_numpy(vector.reshape(-1)).to(gradient[0].dtype).split(sizes)
         parts = [v.view_as(p) for v, p in zip(pieces, parameters, strict=True)]
         rows = torch.autograd.grad(gradient, parameters, parts, retain_graph=True)
-        return torch.cat([row.reshape(-1) for row in rows]).numpy()
+        return torch.cat([row.reshape(-1) for row in rows]).double().numpy()
 
-    flat = torch.cat([g.detach().reshape(-1) for g in gradient])
+    flat = torch.cat([g.detach().reshape(-1) for g in gradient]).double()
     noise = torch.randn(len(flat), dtype=flat.dtype, generator=torch.Generator().manual_seed(1234))
     start = (flat / flat.norm() + noise / noise.norm()).numpy()
     operator = LinearOperator((len(flat),) * 2, matvec=product, dtype=np.float64)
