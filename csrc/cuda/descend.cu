@@ -1,8 +1,7 @@
 // torch.ops.lyapcuda.descend_ on CUDA: kernels/descend.cuh.
 #include "../kernels/descend.cuh"
 
-#include "../direction.h"
-#include "launch.h"
+#include "direction.h"
 
 namespace lyapcuda::cuda {
 namespace {

@@ -1,8 +1,7 @@
 // torch.ops.lyapcuda.panel_descend_ on CUDA: kernels/panel_descend.cuh.
 #include "../kernels/panel_descend.cuh"
 
-#include "../direction.h"
-#include "launch.h"
+#include "direction.h"
 
 namespace lyapcuda::cuda {
 namespace {

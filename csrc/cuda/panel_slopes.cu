@@ -1,9 +1,8 @@
 // torch.ops.lyapcuda.panel_slopes_ on CUDA: kernels/panel_slopes.cuh.
 #include "../kernels/panel_slopes.cuh"
 
-#include "../direction.h"
 #include "../kernels/project.cuh"
-#include "launch.h"
+#include "direction.h"
 
 namespace lyapcuda::cuda {
 namespace {
