@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,3 +72,48 @@ def stage(
 def test_resume_on_another_number_of_ranks(tmp_path, options, route):
     for i, (size, how) in enumerate(route):
         on_ranks(size, stage, how, options, str(tmp_path), 3 * i)
+
+
+def optimizer_steps(model, optimizer, x, y, count: int) -> list[torch.Tensor]:
+    """The parameters after so many steps, whole."""
+    for _ in range(count):
+        optimizer.step(lambda: loss_of(model, x, y))
+    found = [p.detach() for p in model.parameters()]
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in found]
+
+
+def optimizer_goes_on(rank: int, how: str, options: dict, folder: str) -> None:
+    """LyapunovSGD through DCP, into a new model and optimizer."""
+    single, x, y = build("mlp", torch.float64, SAMPLES)
+    half = SAMPLES // dist.get_world_size()
+    part = x[rank * half : (rank + 1) * half], y[rank * half : (rank + 1) * half]
+
+    def new(model):
+        return lyapcuda.LyapunovSGD(model.parameters(), gain=0.5, warmup_iterations=6, **options)
+
+    model = wrap(copy.deepcopy(single), how)
+    alone, shared = new(single), new(model)
+    optimizer_steps(single, alone, x, y, 3)
+    optimizer_steps(model, shared, *part, 3)
+    state = {"model": get_model_state_dict(model), "optimizer": get_state_dict(shared)}
+    dcp.save(state, checkpoint_id=folder)
+    model = wrap(copy.deepcopy(single), how)
+    shared = new(model)
+    if options.get("momentum"):  # a fresh optimizer has no buffers yet to load into
+        optimizer_steps(model, shared, *part, 1)
+    state = {"model": get_model_state_dict(model), "optimizer": get_state_dict(shared)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_state_dict(shared, state["optimizer"])
+    truth = optimizer_steps(single, alone, x, y, 2)
+    found = optimizer_steps(model, shared, *part, 2)
+    torch.testing.assert_close(found, truth, rtol=1e-7, atol=1e-9)
+
+
+def optimizers(rank: int, folder: str) -> None:
+    optimizer_goes_on(rank, "ddp", {}, f"{folder}/ddp")
+    optimizer_goes_on(rank, "fsdp", {"k": 3, "momentum": 0.5}, f"{folder}/fsdp")
+
+
+def test_an_optimizer_goes_on(tmp_path):
+    on_ranks(2, optimizers, str(tmp_path))

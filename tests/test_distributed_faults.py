@@ -206,7 +206,7 @@ def lost(rank: int, how: str, manner: str) -> None:
     except Exception:
         assert same(before, snapshot(model, tracker))
         if rank == 1 and manner == "stays":
-            time.sleep(9.0)
+            time.sleep(7.0)
         raise
     raise AssertionError("no error")
 

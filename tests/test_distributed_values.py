@@ -72,13 +72,18 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
 
 
 def measured(
-    model: nn.Module, x: Tensor, y: Tensor, make: Callable[[], object], train: bool
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    make: Callable[[], object],
+    train: bool,
+    steps: int = STEPS,
 ) -> Tensor:
     """(steps, 3, k): h, residual and exponent at every step of a small training run."""
     tracker = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     rows = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         tracker.step(lambda: loss_of(model, x, y), leave_grad=train)
         if train:
             optimizer.step()
@@ -87,7 +92,7 @@ def measured(
                 [tracker.h.reshape(-1), tracker.residual.reshape(-1), tracker.exponent.reshape(-1)]
             )
         )
-    assert int(tracker.steps.max()) == STEPS and int(tracker.skipped.max()) == 0
+    assert int(tracker.steps.max()) == steps and int(tracker.skipped.max()) == 0
     return torch.stack(rows)
 
 
@@ -130,3 +135,26 @@ CASES = [
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_values_of_one_process(size):
     on_ranks(size, many, CASES)
+
+
+def bf16(rank: int) -> None:
+    """bf16 parameters round θ + q and the gradients: near the float32 values of the same θ."""
+    batch, steps = 64, 30
+    model, x, y = build("mlp", torch.bfloat16, batch * dist.get_world_size())
+    wide = copy.deepcopy(model).float()
+    mine = slice(rank * batch, (rank + 1) * batch)
+
+    def late(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        make = lambda: lyapcuda.CurvatureTracker(net.parameters(), k=3)  # noqa: E731
+        found = measured(net, x, y, make, False, steps)
+        assert equal_everywhere(found)
+        return found[-10:, 0].mean(0)
+
+    truth = late(wide, x.float(), y.float())
+    for how in ("ddp", "fsdp"):
+        found = late(wrap(copy.deepcopy(model), how), x[mine], y[mine])
+        torch.testing.assert_close(found, truth, rtol=2e-2, atol=0)
+
+
+def test_16_bit_parameters():
+    on_ranks(2, bf16)
