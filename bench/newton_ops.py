@@ -30,7 +30,7 @@ def eager_step(theta: Tensor, g: Tensor, d: Tensor, rates: Tensor, rest: float) 
     return theta - (rest * g + along @ d)
 
 
-def forms(n: int, k: int) -> dict[str, Callable[[], object]]:
+def forms(n: int, k: int, compile: bool) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     theta, g = (torch.randn(n, generator=generator) for _ in range(2))
     d = torch.randn(k, n, generator=generator) / n**0.5
@@ -41,7 +41,7 @@ def forms(n: int, k: int) -> dict[str, Callable[[], object]]:
     )  # fmt: skip
     rates, rest = (1e-9 / h).float(), 2e-10  # θ stays finite, however often
     copy, step = torch.empty_like(g), torch.empty_like(g)
-    slopes, compiled = torch.empty(k), torch.compile(eager_step, dynamic=False)
+    slopes = torch.empty(k)
 
     def ours() -> None:
         call = ([theta], [g], [0], d, state)
@@ -52,17 +52,20 @@ def forms(n: int, k: int) -> dict[str, Callable[[], object]]:
         torch.mv(d.T, slopes.mul_(rates - rest), out=step)
         theta.sub_(step).sub_(g, alpha=rest)
 
-    return {
+    out = {
         "copy": lambda: ops.stream_copy_(copy, g),
         "ours": ours,
         "eager": lambda: eager_step(theta, g, d, rates, rest),
         "tuned": tuned,
-        "compiled": lambda: compiled(theta, g, d, rates, rest),
     }
+    if compile:
+        compiled = torch.compile(eager_step, dynamic=False)
+        out["compiled"] = lambda: compiled(theta, g, d, rates, rest)
+    return out
 
 
-def measure(n: int, k: int, seconds: float) -> dict[str, float]:
-    candidates = forms(n, k)
+def measure(n: int, k: int, seconds: float, compile: bool) -> dict[str, float]:
+    candidates = forms(n, k, compile)
     for run in candidates.values():
         run()
         run()
@@ -83,6 +86,7 @@ def main() -> None:
     add("--k", type=int, nargs="+", default=[5, 10])
     add("--threads", type=int, nargs="+", default=[1])
     add("--seconds", type=float, default=10.0, help="of measuring, for each case")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--out", type=Path, help="write OUT.json and OUT.md")
     arguments = parser.parse_args()
     machine = f"{cpu_name()}, torch {torch.__version__}, {ops.build_info()['simd']}"
@@ -97,17 +101,13 @@ def main() -> None:
         for n in arguments.numel:
             for k in arguments.k:
                 torch._dynamo.reset()
-                seconds = measure(n, k, arguments.seconds)
+                seconds = measure(n, k, arguments.seconds, not arguments.no_compile)
                 rate = (8 * k + 20) * n / seconds["ours"] / 1e9
                 copy = COPY_BYTES * n / seconds["copy"] / 1e9
-                ratios = [
-                    seconds[form] / seconds["ours"] for form in ("eager", "tuned", "compiled")
-                ]
-                lines.append(
-                    f"| {n:.0e} | {k} | {threads} | {rate:.1f} | {rate / copy:.0%} | "
-                    + " | ".join(f"{ratio:.1f}×" for ratio in ratios)
-                    + " |"
-                )
+                others = [seconds.get(form) for form in ("eager", "tuned", "compiled")]
+                ratios = [f"{t / seconds['ours']:.1f}×" if t else "–" for t in others]
+                cells = [f"{n:.0e}", f"{k}", f"{threads}", f"{rate:.1f}", f"{rate / copy:.0%}"]
+                lines.append(f"| {' | '.join(cells + ratios)} |")
                 print(lines[-1], flush=True)
                 rows.append({"numel": n, "k": k, "threads": threads, "seconds": seconds})
     lines += ["", "The last three columns: their time over ours. Made by `bench/newton_ops.py`."]
