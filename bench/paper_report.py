@@ -37,7 +37,7 @@ def run_row(panel: dict[str, Any]) -> list[str]:
             f"rises {panel['loss_rises']} of 9"
         )
     return [
-        panel["title"],
+        panel["title"] + ("" if panel["finished"] else " (unfinished)"),
         f"{panel['steps']} × {panel['config']['batch_size']}",
         f"{number(panel['loss_first'])} → "
         + ("diverged" if panel["diverged"] else number(panel["loss_last"])),
@@ -104,7 +104,7 @@ def section(report: dict[str, Any]) -> list[str]:
     if runs:
         lines += table([run_row(panel) for panel in runs])
     for panel in report["panels"]:
-        if "alpha_h" not in panel:
+        if "unbiased" in panel:
             lines += spectrum(panel)
     missing = [panel["title"] for panel in report["panels"] if not panel["run"]]
     if missing:

@@ -191,11 +191,13 @@ def test_what_is_there_can_be_drawn_without_running_the_rest(tmp_path, monkeypat
         run.run_figures([1], dataclasses.replace(job, draw_only=True))
     assert not job.out.exists()
     run.run_figures([1], job)
-    other = Panel("mlp", "ce", lr=0.1)
-    monkeypatch.setitem(FIGURES, 1, Figure(1, "", "", (one_panel, other)))
+    other, half = Panel("mlp", "ce", lr=0.1), Panel("linear", "ce", lr=0.2)
+    training.train(run.Job(job.out, max_steps=2).config(half), job.out / "panels" / half.name)
+    monkeypatch.setitem(FIGURES, 1, Figure(1, "", "", (one_panel, other, half)))
     (report,) = run.run_figures([1], dataclasses.replace(job, draw_only=True))
-    there, missing = report["panels"]
-    assert there["run"] and there["steps"] == 3
+    there, missing, unfinished = report["panels"]
+    assert there["run"] and there["steps"] == 3 and there["finished"]
+    assert unfinished["steps"] == 2 and not unfinished["finished"] and not unfinished["checks"]
     assert missing == {"name": other.name, "title": other.title, "run": False, "checks": []}
     assert not (job.out / "panels" / other.name).exists()
 

@@ -48,6 +48,8 @@ class RunPicture:
     def title(self) -> str:
         if self.numbers["diverged"]:
             return f"{self.panel.title} (diverged)"
+        if not self.numbers["finished"]:
+            return f"{self.panel.title} (unfinished)"
         return self.panel.title
 
 
@@ -137,6 +139,7 @@ def draw_figure(
             axes.set_xlabel(picture.horizontal, fontsize=_FONT)
     for axes in sheet.axes:  # the loss's too
         axes.tick_params(which="both", labelsize=_FONT - 1)
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         if axes.get_yscale() == "log":
             low, high = axes.get_ylim()
             tick = _tick if high / low > 10 else _every_tick

@@ -38,7 +38,8 @@ class Job:
         epochs, max_steps, batch_size: instead of the scale's, for every panel.
         seed, device: as in TrainConfig.
         overwrite: run panels anew that the folder already holds.
-        draw_only: run nothing: pictures and summaries of the panels that are there.
+        draw_only: run nothing: pictures and summaries of the panels that are there, of unfinished
+            ones as far as they got.
         progress: show progress bars.
     """
 
@@ -111,7 +112,7 @@ def _figure(figure: Figure, job: Job, runs: _Runs, say: Callable[[str], None]) -
     panels, pictures = [], []
     for place, panel in enumerate(figure.panels, 1):
         say(f"figure {figure.number}, {place}/{len(figure.panels)}: {panel.title}")
-        done = runs.found(panel) if job.draw_only else runs.done(panel)
+        done = runs.so_far(panel) if job.draw_only else runs.done(panel)
         if done is None:
             say("    not run")
             pictures.append(draw.Missing(panel))
@@ -123,6 +124,10 @@ def _figure(figure: Figure, job: Job, runs: _Runs, say: Callable[[str], None]) -
         else:
             columns = plots.read_columns(runs.folder(panel) / CSV)
             numbers = summary.of_run(panel, columns, done)
+            finished = done.get("finished", True)
+            numbers["finished"] = finished
+            if not finished:  # a claim is about the whole run
+                numbers["checks"] = []
             pictures.append(draw.RunPicture(panel, columns, numbers))
         config = {name: value for name, value in done["config"].items() if name not in _ELSEWHERE}
         panels.append(
@@ -202,6 +207,18 @@ class _Runs:
                 "--overwrite"
             )
         return done
+
+    def so_far(self, panel: Panel | Spectrum) -> dict[str, Any] | None:
+        """What a finished run left, or as much as there is of an unfinished one, or None."""
+        done = self.found(panel)
+        if done is not None or not (self.folder(panel) / CSV).exists():
+            return done
+        columns = plots.read_columns(self.folder(panel) / CSV)
+        if not len(columns["loss"]):
+            return None
+        config = self.job.config(panel)
+        nothing = {"diverged": False, "accuracy": None, "exact": None, "finished": False}
+        return {"config": _plain(config.resolved(self._loaded(config)[0])), **nothing}
 
     def done(self, panel: Panel | Spectrum) -> dict[str, Any]:
         """What a run of the panel left; runs it if need be."""
