@@ -107,6 +107,25 @@ def test_any_number_at_either_end(k, which, method, dtype, tol):
     assert_intervals_hold(result, truth.eigenvalues)
 
 
+def test_against_scipy_on_exact_products():
+    """A net too large for a dense Hessian: 12,965 parameters."""
+    from scipy.sparse.linalg import eigsh
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 100), nn.Tanh(), nn.Linear(100, 32), nn.Linear(32, 1))
+    x, y = torch.randn(128, 96), torch.randn(128, 1)
+
+    def closure():
+        return nn.functional.mse_loss(model(x), y)
+
+    operator = lyapcuda.HessianOperator(closure, model.parameters(), mode="exact")
+    start = np.ones(operator.shape[0])
+    exact = eigsh(operator.to_scipy(), 5, which="LA", tol=1e-6, v0=start)[0]
+    result = lyapcuda.eigsh(closure, model.parameters(), 5)
+    assert bool(result.converged.all())
+    np.testing.assert_allclose(result.eigenvalues, exact[::-1], rtol=1e-3)
+
+
 def test_double_precision_goes_beyond_what_single_can():
     truth = case("gelu_mlp", seed=5, dtype=torch.float64)
     result = lyapcuda.eigsh(truth.closure, truth.model.parameters(), 3, mode="exact", tol=1e-9)
