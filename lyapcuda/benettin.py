@@ -79,11 +79,18 @@ class Benettin:
         }
         self._fields = panel_ops.panel_fields(k)
         self._groups = [_GroupPanel(group, k, momentum) for group in layout.groups]
+        self._perturbation = perturbation
         size = chosen_perturbation(layout, perturbation)
         self._randomise(seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self.state = panel_ops.new_panel_state(layout.device, k, perturbation=size, beta=start)
+
+    def coarsen(self, epsilon: float) -> None:
+        """As `lyapcuda.lyapunov.Separation.coarsen`."""
+        if epsilon > self.layout.epsilon():
+            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=4)
+            self._field("perturbation").fill_(size)
 
     def _randomise(self, seed: int, size: float) -> None:
         """Fills every q_j with normal numbers of a generator of our own, of norm ``size``."""

@@ -175,10 +175,12 @@ def eigsh(
     rows = _rows(k, ncv, n, method)
     start = None if v0 is None else _start_vector(v0, operator)
     if difference is None and mode == "difference":
-        operator.choose_difference(coarse=tol < _MARGIN * _accuracy(layout, "forward"))
+        operator.choose_difference(coarse=tol < _MARGIN * _accuracy(operator, "forward"))
+    elif mode == "difference":
+        operator.gradient()  # which shows the precision of the loss
     kind = "exact" if mode == "exact" else operator.difference
     rounding = torch.finfo(layout.dtype).eps
-    accuracy = rounding if kind == "exact" else _accuracy(layout, kind)
+    accuracy = rounding if kind == "exact" else _accuracy(operator, kind)
     goal = Goal(k, which, tol, accuracy, rounding, n)
     generators = [
         torch.Generator(group.device).manual_seed(seed + i) for i, group in enumerate(layout.groups)
@@ -211,9 +213,9 @@ def eigsh(
 # --- arguments -----------------------------------------------------------------------------------
 
 
-def _accuracy(layout: FlatLayout, difference: str) -> float:
+def _accuracy(operator: HessianOperator, difference: str) -> float:
     factor, power = _ACCURACY[difference]
-    return factor * layout.epsilon() ** power
+    return factor * operator.epsilon**power
 
 
 def _whole(name: str, value: Any, least: int) -> None:

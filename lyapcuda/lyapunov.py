@@ -72,8 +72,9 @@ def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0)
     return math.log((abs(trace) + math.sqrt(discriminant)) / 2.0)
 
 
-def default_perturbation(layout: FlatLayout) -> float:
-    """Δq in the parameters' precision: ε^(1/3)·max(‖θ‖, √N/100)/4.
+def default_perturbation(layout: FlatLayout, epsilon: float | None = None) -> float:
+    """Δq for gradients computed to ``epsilon`` (default: in the parameters' precision):
+    ε^(1/3)·max(‖θ‖, √N/100)/4.
 
     Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq,
     but of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is
@@ -82,19 +83,31 @@ def default_perturbation(layout: FlatLayout) -> float:
     Δq still.
     """
     size = max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
-    return layout.epsilon() ** (1.0 / 3.0) * size / 4.0
+    epsilon = layout.epsilon() if epsilon is None else epsilon
+    return epsilon ** (1.0 / 3.0) * size / 4.0
 
 
-def chosen_perturbation(layout: FlatLayout, perturbation: float | None) -> float:
-    """Δq: the user's, with a warning where rounding would swallow it, or the default."""
-    advised = default_perturbation(layout)
+def chosen_perturbation(
+    layout: FlatLayout,
+    perturbation: float | None,
+    epsilon: float | None = None,
+    *,
+    stacklevel: int = 6,
+) -> float:
+    """Δq: the user's, with a warning where rounding would swallow it, or the default for gradients
+    computed to ``epsilon``.
+    """
+    advised = default_perturbation(layout, epsilon)
     if perturbation is None:
         return advised
     if perturbation < max(layout.epsilon() * layout.norm(), advised / 30.0):
         warnings.warn(
             f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
-            f"of gradients will be rounding for a good part; {advised:.1g} is advised",
-            stacklevel=6,
+            f"of gradients will be rounding for a good part; {advised:.1g} is advised"
+            if epsilon is None
+            else f"perturbation={perturbation:g} is small for a loss computed to {epsilon:.1g} "
+            f"(autocast): {advised:.1g} is advised",
+            stacklevel=stacklevel,
         )
     return perturbation
 
@@ -150,9 +163,18 @@ class Separation:
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
+        self._perturbation = perturbation
         size = chosen_perturbation(layout, perturbation)
         norm = self._randomise(seed)
         self.state = ops.new_state(layout.device, perturbation=size, scale=size / norm, beta=start)
+
+    def coarsen(self, epsilon: float) -> None:
+        """Takes a larger Δq from the next q on, where the loss turned out to be computed more
+        coarsely than the parameters are stored (to ``epsilon``, under autocast).
+        """
+        if epsilon > self.layout.epsilon():
+            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=4)
+            self.state[ops.STATE_FIELDS.index("perturbation")] = size
 
     def _randomise(self, seed: int) -> float:
         """Fills q with normal numbers of a generator of our own; returns the norm."""

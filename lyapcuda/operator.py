@@ -16,6 +16,7 @@ from lyapcuda.batches import Batches
 from lyapcuda.evaluate import Closure, RandomStates, modules_of
 from lyapcuda.fixed_loss import gradients_at, second_derivative
 from lyapcuda.flat import FlatGroup, FlatLayout, Parameters, select_by_name
+from lyapcuda.precision import COARSE, graph_nodes, loss_epsilon
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "separation_size"]
 
@@ -34,16 +35,18 @@ _KINKS = (
     *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
 )
-# Types with a larger ε than this are 16-bit.
-_COARSE = 1e-4
 # Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
 _LEAST = 0.3
 
 
-def separation_size(layout: FlatLayout, difference: str, kinked: bool = False) -> float:
-    """Δq for a difference of gradients in the parameters' precision."""
+def separation_size(
+    layout: FlatLayout, difference: str, kinked: bool = False, epsilon: float | None = None
+) -> float:
+    """Δq for a difference of gradients that are computed to ``epsilon`` (default: the parameters'
+    precision).
+    """
     factor, power = _SIZES[difference]
-    norm, epsilon = layout.norm(), layout.epsilon()
+    norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon
     # The second scale stands in for parameters that start at zero.
     size = max(norm, 1e-2 * math.sqrt(layout.numel)) / layout.numel**0.25
     least = _KINKED * size if kinked else 0.0
@@ -54,17 +57,7 @@ def has_kinks(loss: Any) -> bool:
     """Whether the loss was computed with functions whose derivative jumps, as far as one can see:
     autograd's graph doesn't show the inside of compiled or checkpointed parts.
     """
-    start = getattr(loss, "grad_fn", None)
-    nodes, seen = [start] if start is not None else [], set()
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith(_KINKS):
-            return True
-        nodes += [following for following, _ in node.next_functions if following is not None]
-    return False
+    return any(node.name().startswith(_KINKS) for node in graph_nodes(loss))
 
 
 class _GroupBuffers:
@@ -152,6 +145,9 @@ class HessianOperator:
         self._fixed = perturbation is not None
         #: Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
         self.kinked: bool | None = None
+        #: ε of the coarsest type that the loss is computed in, 16 bits under autocast; as far as
+        #: the graph shows it, and at least the parameters' own.
+        self.epsilon = self.layout.epsilon()
         self._warn_if_small(perturbation)
         self._closure = closure
         self._parameters = [p.tensor for p in self.layout.parameters]
@@ -315,25 +311,28 @@ class HessianOperator:
             loss = self._closure(*batch)
             if self.kinked is None:
                 self.kinked = has_kinks(loss)
+                self.epsilon = max(self.epsilon, loss_epsilon(loss))
             return loss
 
         gradients_at(watched, self._parameters, [(None, self._ordered(buffers))], **self._context)
         self._versions = versions
         self.gradient_evaluations += 1
         if self.perturbation is None:
-            self.perturbation = separation_size(self.layout, self.difference, self.kinked)
+            self.perturbation = separation_size(
+                self.layout, self.difference, self.kinked, self.epsilon
+            )
         return buffers
 
     def choose_difference(self, coarse: bool) -> None:
-        """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters,
-        and for losses with kinks, they always are.
+        """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters
+        or arithmetic, and for losses with kinks, they always are.
         """
         self.gradient()
-        if not (coarse or self.kinked or self.layout.epsilon() > _COARSE):
+        if not (coarse or self.kinked or self.epsilon > COARSE):
             return
         self.difference = "central"
         if not self._fixed:
-            self.perturbation = separation_size(self.layout, "central", self.kinked)
+            self.perturbation = separation_size(self.layout, "central", self.kinked, self.epsilon)
         if self._batches is not None:
             for part in self._buffers:
                 part.minus_copies = part.group.new_buffer(part.group.dtype)

@@ -19,6 +19,7 @@ from lyapcuda.evaluate import Closure, Loose, Surroundings, at_a_copy, gradients
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.history import Ring
 from lyapcuda.lyapunov import SIGNS, Separation
+from lyapcuda.precision import loss_epsilon
 from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
 from lyapcuda.shards import compute_epsilon
@@ -51,7 +52,8 @@ class CurvatureTracker(Readings):
             of k values: from the outer end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
-            (`lyapcuda.lyapunov.default_perturbation`); the paper's is 5e-2.
+            (`lyapcuda.lyapunov.default_perturbation`), or that of autocast where autograd's graph
+            shows it; the paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
@@ -138,6 +140,8 @@ class CurvatureTracker(Readings):
         self._modules: list[nn.Module] | None = None
         self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
         self._calls = 0
+        # ε of the coarsest type seen in the loss; None once Δq has been adapted to it.
+        self._coarsest: float | None = 0.0
         self._history = Ring(history, self._layout.device, ks) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
 
@@ -216,6 +220,8 @@ class CurvatureTracker(Readings):
         try:
             evaluated = self._evaluate(closure, measure, micro, copies, leave_grad)
             if measuring:
+                for separation in separations:
+                    separation.coarsen(self._coarsest or 0.0)
                 advance(separations, evaluated.found)
         except BaseException as error:
             for separation in separations:
@@ -226,6 +232,8 @@ class CurvatureTracker(Readings):
             elif before is not None:
                 excuse(separations)
             raise
+        if measuring:
+            self._coarsest = None
         evaluated.leave()
         self._count()
         if measuring:
@@ -250,6 +258,8 @@ class CurvatureTracker(Readings):
         copies: list[list[Tensor]],
         leave: bool,
     ) -> Measured:
+        if copies and self._coarsest is not None:
+            closure, measure = self._watched(closure), measure and self._watched(measure)
         parameters = [p.tensor for p in self._layout.parameters]
         where = dict(
             names=[p.name for p in self._layout.parameters],
@@ -262,6 +272,16 @@ class CurvatureTracker(Readings):
             return beside(measure, closure, parameters, copies, **where)
         found = gradients(closure, parameters, copies, leave=leave, **where)
         return Measured(found, found.loss0)
+
+    def _watched(self, closure: Closure) -> Closure:
+        """The closure, with an eye on the precision its loss is computed in."""
+
+        def watched(*batch: Any) -> Tensor | float:
+            loss = closure(*batch)
+            self._coarsest = max(self._coarsest or 0.0, loss_epsilon(loss))
+            return loss
+
+        return watched
 
     def _count(self) -> None:
         self._calls += 1
@@ -461,6 +481,7 @@ class CurvatureTracker(Readings):
             raise
         if not saved:
             self._separations = []
+        self._coarsest = None if saved else 0.0
         self._calls = int(calls)
         if self._history is not None:
             self._history.restart(self._calls)
