@@ -434,6 +434,11 @@ class FlatLayout:
         part = torch.tensor([square], dtype=torch.float64, device=self.device)
         return math.sqrt(self.reduce(part).item())
 
+    @property
+    def largest(self) -> float:
+        """What every flat buffer can hold."""
+        return min(torch.finfo(group.buffer_dtype).max for group in self.groups)
+
     def epsilon(self) -> float:
         """Machine epsilon of the coarsest dtype that a parameter has, or is computed with."""
         return max(self.compute_epsilon, *(torch.finfo(group.dtype).eps for group in self.groups))

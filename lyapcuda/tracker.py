@@ -121,6 +121,11 @@ class CurvatureTracker(Readings):
             raise ValueError(
                 f"process_group={process_group!r}: DTensor parameters have a mesh of their own"
             )
+        for name, value in (("perturbation", perturbation), ("beta", beta)):
+            if value is not None and value > self._layout.largest:
+                raise ValueError(
+                    f"{name}={value!r}: above {self._layout.largest:.4g}, which q holds"
+                )
         if k > self._layout.numel:
             raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
         if which == "BE" and k < 2:

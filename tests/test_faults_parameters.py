@@ -53,6 +53,17 @@ def test_a_duplicate_across_groups_is_named():
         lyapcuda.LyapunovSGD([{"params": [theta]}, {"params": [theta]}])
 
 
+@pytest.mark.parametrize("name", ["beta", "perturbation"])
+def test_a_rate_or_size_that_the_buffers_cannot_hold_is_named(name):
+    wide, narrow = (nn.Parameter(torch.ones(3, dtype=t)) for t in (F64, torch.bfloat16))
+    for params in ([narrow], [wide, narrow]):
+        with pytest.raises(ValueError, match=f"{name}=1e[+]39: above 3.403e[+]38"):
+            lyapcuda.CurvatureTracker(params, **{name: 1e39})
+    lyapcuda.CurvatureTracker([wide], **{name: 1e39})
+    with pytest.raises(ValueError, match=f"{name}=tensor.0.1000.: expected a positive"):
+        lyapcuda.CurvatureTracker([wide], **{name: torch.tensor(0.1)})
+
+
 # --- of which kind -------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """reseed_: another separation where one was lost, the same bits on every backend."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lyapcuda import ops, panel_ops, reference
+from lyapcuda.flat import FlatLayout
 from ops_support import F32, F64, assert_same_bits, make_case, state_with, threads
 from panel_support import make_panel_case
 
@@ -106,6 +108,18 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
             ops.reseed_(case.q, case.offsets, sizes_of(case), state, elements=200008)
         results.append(case.q)
     assert_same_bits(*results)
+
+
+def test_every_group_and_shard_has_a_seed_of_its_own():
+    parameters = [torch.ones(3, dtype=dtype, requires_grad=True) for dtype in (F32, F64)]
+    layout, seen = FlatLayout(parameters), []
+    for shard in (None, 0, 1, 7):
+        layout.ranks = None if shard is None else SimpleNamespace(shard=shard)
+        for seed in (0, 2**63 - 1):
+            seen.append(layout.seeds(seed))
+    assert seen[:2] == seen[2:4] == [[0, 1], [2**63 - 1, 0]]
+    rest = sum(seen[2:], [])
+    assert len(set(rest)) == len(rest) - 3 and all(0 <= seed < 2**63 for seed in rest)
 
 
 def test_the_version_of_what_is_written_counts():
