@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,16 @@ class Counts:
 
     faults: int = 0
     tests: int = 0
-    cases: Counter[str] = field(default_factory=Counter)
+    cases: dict[str, int] = field(default_factory=dict)
     inputs: int = 0
     steps: int = 0
+
+    def add(self, other: Counts) -> None:
+        self.tests += other.tests
+        self.inputs += other.inputs
+        self.steps += other.steps
+        for outcome, count in other.cases.items():
+            self.cases[outcome] = self.cases.get(outcome, 0) + count
 
     def line(self) -> str:
         outcomes = ", ".join(f"{self.cases[name]} {name}" for name in sorted(self.cases))
@@ -66,7 +72,7 @@ class Recorder:
         counts = self.of.setdefault(name, Counts(tests=1))
         recorded = dict(report.user_properties)
         if report.when == "call" or report.outcome != "passed":
-            counts.cases[report.outcome] += 1
+            counts.cases[report.outcome] = counts.cases.get(report.outcome, 0) + 1
             counts.inputs += int(recorded.get("inputs", report.outcome != "skipped"))
             counts.steps += int(recorded.get("steps", 0)) + self._steps
         self._steps = 0
@@ -76,19 +82,11 @@ def summary(faults: list[fault_table.Fault], of: dict[str, Counts]) -> tuple[Cou
     """All counts, every test once, and a line for every fault."""
     total, lines = Counts(faults=len(faults)), []
     for name in dict.fromkeys(test for fault in faults for test in fault.tests):
-        counts = of.get(name, Counts())
-        total.tests += counts.tests
-        total.cases += counts.cases
-        total.inputs += counts.inputs
-        total.steps += counts.steps
+        total.add(of.get(name, Counts()))
     for fault in faults:
         row = Counts()
         for name in fault.tests:
-            counts = of.get(name, Counts())
-            row.tests += counts.tests
-            row.cases += counts.cases
-            row.inputs += counts.inputs
-            row.steps += counts.steps
+            row.add(of.get(name, Counts()))
         lines.append(f"{fault.name}: {row.line()}")
     return total, lines
 
