@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lyapcuda.interrupts import allowed, deferred
 from lyapcuda.shards import in_place, is_sharded, local, reset, reshard
 
 __all__ = [
@@ -163,6 +164,7 @@ class Surroundings:
         ]
         self._random = RandomStates((p.device for p in parameters), generators)
 
+    @deferred()
     def restore(self) -> None:
         """Everything but the tracked parameters' own gradients, bitwise."""
         self._random.restore()
@@ -184,6 +186,7 @@ class Surroundings:
                 gradient.data.copy_(value)
             parameter.grad = gradient
 
+    @deferred()
     def restore_gradients(self) -> None:
         for parameter, gradient, value in self._gradients:
             if value is not None:
@@ -205,6 +208,14 @@ def pointing_to(
     parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
     """Has the parameters hold ``copies``; θ itself is not written, but where it is sharded."""
+    with deferred(), _pointing_to(parameters, copies, modules), allowed():
+        yield
+
+
+@contextmanager
+def _pointing_to(
+    parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> Iterator[None]:
     token = _displaced.set(True)
     if any(is_sharded(p) for p in parameters):
         try:
@@ -243,7 +254,7 @@ def evaluate(
         parameter.grad = None
     # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
     torch.clear_autocast_cache()
-    with torch.enable_grad():
+    with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
         if all(p.grad is None for p in parameters):

@@ -18,6 +18,7 @@ from lyapcuda.distributed import RankError, Ranks, is_wrapper
 from lyapcuda.evaluate import Closure, Loose, Surroundings, at_a_copy, gradients, modules_of
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.history import Ring
+from lyapcuda.interrupts import allowed, deferred
 from lyapcuda.lyapunov import SIGNS, Separation
 from lyapcuda.precision import loss_epsilon
 from lyapcuda.readings import Readings
@@ -205,7 +206,7 @@ class CurvatureTracker(Readings):
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        with self._turns:
+        with deferred(), self._turns:
             return self._step(closure, measure, micro, leave_grad)
 
     def _step(
@@ -244,8 +245,9 @@ class CurvatureTracker(Readings):
         if measuring:
             if self._history is not None:
                 self._history.record(evaluated.loss, separations)
-            for hook in tuple(self._hooks.values()):
-                hook(self)
+            with allowed():
+                for hook in tuple(self._hooks.values()):
+                    hook(self)
         return evaluated.loss
 
     def _before_exchange(self) -> Surroundings | None:

@@ -1,0 +1,69 @@
+"""Ctrl-C only where it can do no harm: inside the user's closure, or after everything is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["allowed", "deferred"]
+
+
+class _Note:
+    """A handler of SIGINT that notes it down for the one it stands in for."""
+
+    def __init__(self, instead_of: Callable[[int, FrameType | None], Any]) -> None:
+        self.instead_of = instead_of
+        self._asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def deliver(self) -> None:
+        if self._asked:
+            self._asked = False
+            self.instead_of(signal.SIGINT, None)
+
+
+def _handler() -> Any:
+    """The present one; None where signals don't arrive in Python."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.getsignal(signal.SIGINT)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a Ctrl-C waits for the end, or for `allowed`."""
+    before = _handler()
+    if not callable(before) or isinstance(before, _Note):
+        yield
+        return
+    note = _Note(before)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, note.instead_of)
+        note.deliver()
+
+
+@contextmanager
+def allowed() -> Iterator[None]:
+    """Inside `deferred`: here a Ctrl-C may arrive after all."""
+    note = _handler()
+    if not isinstance(note, _Note):
+        yield
+        return
+    signal.signal(signal.SIGINT, note.instead_of)
+    try:
+        note.deliver()
+        yield
+    finally:
+        now = signal.getsignal(signal.SIGINT)
+        if callable(now) and not isinstance(now, _Note):  # what is inside may have set its own
+            note.instead_of = now
+        signal.signal(signal.SIGINT, note)
