@@ -15,7 +15,7 @@ from lyapcuda import ops, panel_ops
 from lyapcuda.arguments import fraction, non_negative, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS
 from lyapcuda.descent import Descent
-from lyapcuda.evaluate import Closure
+from lyapcuda.evaluate import Closure, capturing
 from lyapcuda.flat import FlatLayout, Parameters
 from lyapcuda.optimizer_state import WholeStateOptimizer
 from lyapcuda.scaling import Unscaled, found_inf
@@ -317,9 +317,15 @@ class LyapunovSGD(WholeStateOptimizer):
             gradient. Where the loss or a gradient isn't finite, no parameter changes.
 
         Raises:
-            RuntimeError: no closure, and nothing was measured since the last step; or the gradients
-                are a GradScaler's, which `measure` wasn't told of.
+            RuntimeError: no closure, and nothing was measured since the last step; the gradients
+                are a GradScaler's, which `measure` wasn't told of; or a CUDA graph is being
+                captured, and a group isn't ``capturable``.
         """
+        if capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() inside the capture of a CUDA graph, but a group has capturable=False: the "
+                "graph would keep the learning rate of now; make it LyapunovSGD(capturable=True)"
+            )
         overflow = getattr(self, "found_inf", None)
         if closure is None and not self._measured:
             raise RuntimeError(
