@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lyapcuda.arguments import choice
 from lyapcuda.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.evaluate import Closure
-from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.flat import FlatLayout
 from lyapcuda.lanczos import lanczos
 from lyapcuda.lobpcg import lobpcg
 from lyapcuda.operator import DIFFERENCES, HessianOperator
+from lyapcuda.parameters import Parameters
 from lyapcuda.ritz import WHICH, Goal, Verdict
 from lyapcuda.subspace import MAX_COPIES, merged, subspace
 

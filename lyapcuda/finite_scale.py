@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lyapcuda.arguments import positive
 from lyapcuda.eigsh import EigenResult
 from lyapcuda.evaluate import Closure
-from lyapcuda.flat import Parameters
 from lyapcuda.operator import HessianOperator
+from lyapcuda.parameters import Parameters
 
 __all__ = ["FiniteScale", "finite_scale"]
 

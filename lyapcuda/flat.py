@@ -8,28 +8,21 @@ where it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lyapcuda import _C
-from lyapcuda.arguments import non_negative
 from lyapcuda.distributed import Ranks
+from lyapcuda.parameters import BUFFER_DTYPES, Parameters, collect
 from lyapcuda.shards import is_sharded, local, shard_of, whole
 
 __all__ = [
     "ALIGNMENT",
-    "BACKENDS",
     "FlatGroup",
     "FlatLayout",
-    "Parameters",
-    "TrackedParameter",
-    "select_by_name",
 ]
 
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
@@ -37,133 +30,6 @@ __all__ = [
 ALIGNMENT = 32
 # Bytes: where torch's own tensors start.
 _LINE = 64
-
-#: Device types that this build has ops for.
-BACKENDS = tuple(_C.build_info()["backend"].split(", "))
-
-#: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either.
-Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
-
-_BUFFER_DTYPE = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
-
-
-@dataclass(frozen=True)
-class TrackedParameter:
-    """One parameter: its name for messages, the tensor, and the weight decay that acts on it."""
-
-    name: str
-    tensor: Tensor
-    weight_decay: float = 0.0
-    #: Which of the user's groups it came in; 0 where there are none.
-    group: int = 0
-
-
-def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParameter]:
-    """The parameters that take part: each once, frozen ones left out, all of them checked.
-
-    Args:
-        params: tensors, (name, tensor) pairs, or mappings with a "params" entry (and perhaps a
-            "weight_decay" of their own), as for torch.optim.
-        weight_decay: for parameters whose group has none.
-
-    Raises:
-        TypeError: something that is no tensor, an integer or complex parameter.
-        ValueError: no parameter at all, none that requires a gradient, a non-leaf one, or one that
-            is in several groups.
-    """
-    if isinstance(params, Tensor):
-        raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params={params!r}: expected an iterable of tensors")
-    found: dict[int, TrackedParameter] = {}
-    group_of: dict[int, int] = {}
-    seen = 0
-    for number, entry in enumerate(params):
-        group = entry if isinstance(entry, Mapping) else {"params": [entry]}
-        if "params" not in group:
-            raise ValueError(f"params: a group without 'params', only {sorted(group)}")
-        members = group["params"]
-        for member in [members] if isinstance(members, Tensor) else members:
-            name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
-            seen += 1
-            decay = group.get("weight_decay", weight_decay)
-            non_negative("weight_decay", decay)
-            if _check_parameter(name, tensor):
-                # As in torch.optim. Tied weights of one group (or of none) count once.
-                if isinstance(entry, Mapping) and group_of.setdefault(id(tensor), number) != number:
-                    raise ValueError(f"params: {name} appears in more than one group")
-                of = number if isinstance(entry, Mapping) else 0
-                found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
-    if not seen:
-        raise ValueError("params: empty, there is nothing to measure")
-    if not found:
-        raise ValueError(f"params: none of the {seen} parameters requires a gradient")
-    return list(found.values())
-
-
-def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]:
-    """Those of `params` whose names match: the same (name, tensor) pairs or groups, fewer of them.
-
-    Args:
-        params: (name, tensor) pairs, or groups of those.
-        select: a shell pattern ("layer4.*"), or several.
-
-    Raises:
-        TypeError: parameters without names.
-        ValueError: a pattern that matches none.
-    """
-    patterns = [select] if isinstance(select, str) else list(select)
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"select={select!r}: expected a pattern or a list of patterns")
-    matched: set[str] = set()
-
-    def chosen(member: Any) -> bool:
-        if not isinstance(member, tuple):
-            raise TypeError(
-                f"select={select!r}: needs names; pass model.named_parameters() as params"
-            )
-        hits = {pattern for pattern in patterns if fnmatchcase(member[0], pattern)}
-        matched.update(hits)
-        return bool(hits)
-
-    kept: list[Any] = []
-    for entry in params:
-        if not isinstance(entry, Mapping):
-            kept += [entry] if chosen(entry) else []
-            continue
-        members = entry["params"]
-        members = [m for m in ([members] if isinstance(members, Tensor) else members) if chosen(m)]
-        kept += [{**entry, "params": members}] if members else []
-    for pattern in patterns:
-        if pattern not in matched:
-            raise ValueError(f"select: no parameter's name matches {pattern!r}")
-    return kept
-
-
-def _check_parameter(name: str, tensor: Any) -> bool:
-    """Raises for what can't be tracked; False for a frozen parameter, which just takes no part."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"params: {name} is a {type(tensor).__name__}, expected a tensor")
-    what = f"params: {name} of shape {tuple(tensor.shape)}"
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{what} has layout {tensor.layout}, expected a dense (strided) tensor")
-    if tensor.dtype not in _BUFFER_DTYPE:
-        raise TypeError(
-            f"{what} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16"
-        )
-    if tensor.requires_grad and not tensor.is_leaf:
-        raise ValueError(f"{what} is not a leaf: it was computed, so it never gets a .grad")
-    if tensor.device.type not in BACKENDS:
-        raise ValueError(f"{what} is on {tensor.device}; this build serves {', '.join(BACKENDS)}")
-    layout = zip(tensor.stride(), tensor.shape, strict=True)
-    if any(stride == 0 and size > 1 for stride, size in layout):
-        raise ValueError(f"{what} is expanded: its elements share memory")
-    return tensor.requires_grad
 
 
 def squared_norm(tensor: Tensor) -> float:
@@ -225,7 +91,7 @@ class FlatGroup:
     @property
     def buffer_dtype(self) -> torch.dtype:
         """float64 for float64 parameters, float32 for all others."""
-        return _BUFFER_DTYPE[self.dtype]
+        return BUFFER_DTYPES[self.dtype]
 
     @property
     def rounds(self) -> bool:

@@ -15,7 +15,8 @@ from lyapcuda.arguments import choice, positive
 from lyapcuda.batches import Batches
 from lyapcuda.evaluate import Closure, RandomStates, modules_of
 from lyapcuda.fixed_loss import gradients_at, second_derivative
-from lyapcuda.flat import FlatGroup, FlatLayout, Parameters, select_by_name
+from lyapcuda.flat import FlatGroup, FlatLayout
+from lyapcuda.parameters import Parameters, select_by_name
 from lyapcuda.precision import COARSE, graph_nodes, loss_epsilon
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "separation_size"]

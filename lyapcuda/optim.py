@@ -16,8 +16,9 @@ from lyapcuda.arguments import fraction, non_negative, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS
 from lyapcuda.descent import Descent
 from lyapcuda.evaluate import Closure, capturing
-from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.flat import FlatLayout
 from lyapcuda.optimizer_state import WholeStateOptimizer
+from lyapcuda.parameters import Parameters
 from lyapcuda.scaling import Unscaled, found_inf
 from lyapcuda.tracker import CurvatureTracker
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from lyapcuda import panel_ops
 from lyapcuda.arguments import positive, whole
 from lyapcuda.evaluate import Closure
-from lyapcuda.flat import Parameters
 from lyapcuda.operator import HessianOperator
+from lyapcuda.parameters import Parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,13 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
+from lyapcuda.attach import measure_within
 from lyapcuda.benettin import MAX_SEPARATIONS, Benettin, advance, excuse
 from lyapcuda.distributed import RankError, Ranks, is_wrapper
-from lyapcuda.evaluate import Closure, Loose, Surroundings, at_a_copy, gradients, modules_of
-from lyapcuda.flat import FlatLayout, Parameters
+from lyapcuda.evaluate import Closure, Loose, Surroundings, gradients, modules_of
+from lyapcuda.flat import FlatLayout
 from lyapcuda.history import Ring
 from lyapcuda.interrupts import allowed, deferred
 from lyapcuda.lyapunov import SIGNS, Separation
+from lyapcuda.parameters import Parameters
 from lyapcuda.precision import loss_epsilon
 from lyapcuda.readings import Readings
 from lyapcuda.saved import require_entries
@@ -305,32 +307,17 @@ class CurvatureTracker(Readings):
         a ValueError: there is nothing to evaluate the second copy with.
         """
 
-        def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            here = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-            if not here.keys() <= self._beside.keys():  # groups may have been added since
-                self._beside.update(here)
-                self._modules = None
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            if closure is None:
-                raise ValueError(
-                    "optimizer.step() was called without a closure: an attached CurvatureTracker "
-                    "needs optimizer.step(closure); or call tracker.step(closure) yourself"
-                )
-            measured = False
+        def measured(closure: Closure) -> Tensor | None:
+            return self.step(closure, measure=measure, leave_grad=True)
 
-            def measured_closure() -> Tensor | float:
-                nonlocal measured
-                # A line search evaluates again, another tracker's copy elsewhere: not for us.
-                if measured or at_a_copy():
-                    return closure()
-                measured = True
-                return self.step(closure, measure=measure, leave_grad=True)
+        return measure_within(optimizer, measured, self._notice)
 
-            # Hooks see the optimizer as args[0].
-            others = {name: value for name, value in kwargs.items() if name != "closure"}
-            return (optimizer, measured_closure, *args[2:]), others
-
-        return optimizer.register_step_pre_hook(measure_first)
+    def _notice(self, parameters: Iterable[Tensor]) -> None:
+        """Takes down whose gradients to put back; groups may be added to an optimizer later."""
+        here = {id(p): p for p in parameters}
+        if not here.keys() <= self._beside.keys():
+            self._beside.update(here)
+            self._modules = None
 
     def register_step_hook(self, hook: Callable[[CurvatureTracker], None]) -> RemovableHandle:
         """Calls ``hook(tracker)`` after every measurement: the step is complete by then, but an

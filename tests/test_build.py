@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lyapcuda import _C, flat, ops
+from lyapcuda import _C, ops, parameters
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,8 +91,8 @@ def test_build_info_says_what_runs():
     assert info["threads"] == torch.get_num_threads()
 
 
-def test_build_info_and_flat_name_the_backends_that_have_ops():
+def test_build_info_and_parameters_name_the_backends_that_have_ops():
     table = torch._C._dispatch_dump("lyapcuda::ascent_")
     registered = {key for key in ("CPU", "CUDA") if re.search(rf"^{key}: ", table, re.MULTILINE)}
-    assert {name.upper() for name in flat.BACKENDS} == registered
-    assert ops.build_info()["backend"] == ", ".join(flat.BACKENDS)
+    assert {name.upper() for name in parameters.BACKENDS} == registered
+    assert ops.build_info()["backend"] == ", ".join(parameters.BACKENDS)
