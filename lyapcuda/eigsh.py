@@ -135,9 +135,10 @@ def eigsh(
         maxiter: iterations at most. Default 300.
         v0: (n,) start vector. Default: a random one, mixed half and half with g(θ), which is known
             anyway and lies in the leading eigenspace for a good part.
-        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors.
-            "lyapunov": k copies that climb side by side (Benettin), about 3k vectors; the mode of
-            the trackers, at a frozen θ. "LM" and "BE" climb twice, up and down.
+        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors; it
+            can't tell what it has overlooked, least of all an end with "LM". "lyapunov": k copies
+            that climb side by side (Benettin), about 3k vectors; the mode of the trackers, at a
+            frozen θ. "LM" and "BE" climb twice, up and down.
         ncv: vectors that Lanczos keeps before it restarts. Default max(2k + 1, 20), or n up to 64.
         seed: of the random vectors; the global random states are not touched.
         verify: before believing, put in a random vector orthogonal to everything found. Lanczos

@@ -179,7 +179,9 @@ def lanczos(
         grown = state.fresh[: state.size]
         fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < _GROWN else None
         verdict = goal.judge(ritz, fresh)
-        if look and not state.injected and 1 < state.size < n and verdict.done.any():
+        # Only beside values that would be believed: where the differences themselves aren't good
+        # for the tolerance (kinks), no further product makes them so.
+        if look and not state.injected and 1 < state.size < n and verdict.converged.any():
             verdict = goal.without_hidden(verdict, ritz.values, state.growth)
         history.append((verdict.values, verdict.residuals))
         report(verdict)

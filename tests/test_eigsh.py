@@ -92,9 +92,12 @@ def test_double_precision_central_to_a_millionth(name, which, method):
 INDEFINITE = ("attention", "gelu_mlp", "tanh_mlp")
 
 
-@pytest.mark.parametrize("method", KRYLOV)
+# LOBPCG, which takes longest, at every third k, so at each of the nets.
+@pytest.mark.parametrize(
+    ("method", "k"),
+    [*(("lanczos", k) for k in range(1, 15)), *(("lobpcg", k) for k in (1, 5, 9, 13, 14))],
+)
 @pytest.mark.parametrize("which", ["LA", "SA"])
-@pytest.mark.parametrize("k", range(1, 15))
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
 def test_any_number_at_either_end(k, which, method, dtype, tol):
     truth = case(INDEFINITE[k % 3], seed=k, dtype=dtype)
