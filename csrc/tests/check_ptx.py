@@ -26,6 +26,8 @@ SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
 PRODUCTS = 13
 #: Of enum GramSide: rows of the tile, threads and blocks.
 SIDES = {"0": (32, 256, 3), "1": (128, 512, 1), "2": (64, 256, 2), "3": (256, 512, 1)}
+#: Bytes of the state vector (csrc/state.h).
+STATE = 18 * 8
 #: Bytes of an element.
 SIZE = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
@@ -85,7 +87,7 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         flat = SIZE[buffer] // SIZE[storage]
         chunk = THREADS * 16 * flat  # bytes of d
         sums = THREADS // 32 * (6 + (0 if realised == "true" else 4)) * 8
-        shared = 45056 // chunk * chunk + 16 * 8 + sums
+        shared = 45056 // chunk * chunk + STATE + sums
         # q twice (it may have to stay), g0, g1, θ; then θ.
         return Design(4, shared, 2 * flat + 3 + (realised == "true"), flat + 1)
     return None
@@ -134,6 +136,7 @@ def design(name: str, arguments: list[str]) -> Design:
         "stream_copy": Design(8, 0, 5, 5),  # four in flight, and what is left
         "exponent": Design(1, 0),  # one thread
         "secant": Design(1, 0),
+        "reseed": Design(4, 0),  # stores a number at a time: nearly always it only returns
     }[name]
 
 
