@@ -89,7 +89,7 @@ class Benettin:
     def coarsen(self, epsilon: float) -> None:
         """As `lyapcuda.lyapunov.Separation.coarsen`."""
         if epsilon > self.layout.epsilon():
-            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=4)
+            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=5)
             self._field("perturbation").fill_(size)
 
     def _randomise(self, seed: int, size: float) -> None:

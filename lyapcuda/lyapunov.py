@@ -173,7 +173,7 @@ class Separation:
         coarsely than the parameters are stored (to ``epsilon``, under autocast).
         """
         if epsilon > self.layout.epsilon():
-            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=4)
+            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=5)
             self.state[ops.STATE_FIELDS.index("perturbation")] = size
 
     def _randomise(self, seed: int) -> float:
