@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lyapcuda.arguments import choice
+from lyapcuda.arguments import choice, whole
 from lyapcuda.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout
@@ -220,24 +220,19 @@ def _accuracy(operator: HessianOperator, difference: str) -> float:
     return factor * operator.epsilon**power
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
-
-
 def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, seed: Any) -> None:
-    _whole("k", k, 1)
+    whole("k", k, 1)
     choice("which", which, WHICH)
     choice("method", method, METHODS)
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < tol < 1:
         raise ValueError(f"tol={tol!r}: expected a number in (0, 1)")
     if maxiter is not None:
-        _whole("maxiter", maxiter, 1)
+        whole("maxiter", maxiter, 1)
     if ncv is not None:
-        _whole("ncv", ncv, 2)
+        whole("ncv", ncv, 2)
         if method != "lanczos":
             raise ValueError(f"ncv={ncv}: only for method='lanczos'")
-    _whole("seed", seed, 0)
+    whole("seed", seed, 0)
     if seed >= 2**63:
         raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
 
