@@ -208,16 +208,14 @@ LYAPCUDA_HOST_DEVICE inline double ritz_residual(const BenettinScratch& s, int i
 // The Ritz values and their error bars, as exponent_step has them for one separation.
 template <class Team>
 LYAPCUDA_HOST_DEVICE inline void take_ritz(const Team& team, const PanelFields& state,
-                                           const BenettinScratch& s, bool alternate) {
+                                           const BenettinScratch& s,
+                                           const ExponentOptions& options) {
   for (int i = team.rank; i < state.k; i += team.size) {
     const double ritz = s.ritz[i], residual = ritz_residual(s, i);
-    const double previous = state(PanelVector::rayleigh, i);
-    const bool known = std::isfinite(previous);
-    const bool paired = alternate && known;
-    const double apart = known ? mul(0.5, std::fabs(ritz - previous)) : 0.0;
-    state(PanelVector::center, i) = paired ? mul(0.5, ritz + previous) : ritz;
-    state(PanelVector::width, i) =
-        (paired ? mul(0.5, residual + state(PanelVector::residual, i)) : residual) + apart;
+    const Bar bar = error_bar(ritz, residual, state(PanelVector::rayleigh, i),
+                              state(PanelVector::residual, i), options.estimate, options.alternate);
+    state(PanelVector::center, i) = bar.center;
+    state(PanelVector::width, i) = bar.width;
     state(PanelVector::rayleigh, i) = ritz;
     state(PanelVector::residual, i) = residual;
   }
@@ -325,7 +323,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
     return;
   }
 
-  take_ritz(team, state, s, step.alternate);
+  take_ritz(team, state, s, step);
   const double beta = state(PanelScalar::beta), rate = mul(step.sign, beta);
   int met = k;
   const bool parted = orthonormalise(team, k, PanelNext{gram, rate}, s, &met);
@@ -343,7 +341,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
     if (parted && beta != 0.0) {  // (β = 0: nothing was stepped, so nothing grew)
       const double lambda = std::log(s.l(i, i) / std::sqrt(s.cc[i]));
       state(PanelVector::exponent, i) = lambda;
-      if (step.estimate != Estimate::kRayleigh) {
+      if (of_growth(step.estimate)) {
         const double measured = curvature_of_growth(lambda, rate, step.momentum, step.estimate);
         if (std::isfinite(measured)) h = measured;
       }

@@ -12,7 +12,8 @@ namespace lyapcuda {
 enum class Estimate : int64_t {
   kRayleigh = 0,  // ρ, the mean of two sides: unbiased, signed
   kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
-  kPaper = 2      // the paper's λ/β, which converges to h/(e − 1) under its own control
+  kPaper = 2,     // the paper's λ/β, which converges to h/(e − 1) under its own control
+  kSchwarz = 3    // y·y/(q·y) of the step alone: the Rayleigh quotient half a step on
 };
 
 struct ExponentOptions {
@@ -73,6 +74,46 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
   return {rayleigh, variance > 0.0 ? std::sqrt(variance) : 0.0, std::sqrt(yy / qq)};
 }
 
+// Whether h is read off the growth λ; else off the quotients.
+LYAPCUDA_HOST_DEVICE inline bool of_growth(Estimate estimate) {
+  return estimate == Estimate::kGrowth || estimate == Estimate::kPaper;
+}
+
+struct Bar {
+  double center, width;
+};
+
+// s = y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r], and ‖y − sq‖/‖q‖: within so much of any s
+// there is an eigenvalue.
+LYAPCUDA_HOST_DEVICE inline Bar schwarz_bar(double rayleigh, double residual) {
+  const double size = std::fabs(rayleigh), larger = size > residual ? size : residual;
+  if (!(size > 0.0)) return {rayleigh, residual};
+  const double ratio = residual / larger;
+  return {rayleigh + std::copysign(mul(residual, ratio), rayleigh),
+          mul(residual, std::sqrt(1.0 + mul(ratio, ratio)))};
+}
+
+// The error bar of a step, whose middle is h unless that is read off the growth.
+//
+// The mean over both sides of θ (but of the Schwarz quotient, which doesn't wait for the other
+// side): one-sided errors of y, of odd order in Δq, cancel. They do so in ½(y − y') as well, whose
+// residual is at most the mean of the two; what the quotients differ by is added for the case that
+// q or the minibatch, not the side, is why.
+LYAPCUDA_HOST_DEVICE inline Bar error_bar(double rayleigh, double residual, double previous,
+                                          double previous_residual, Estimate estimate,
+                                          bool alternate) {
+  const bool known = std::isfinite(previous);
+  if (estimate == Estimate::kSchwarz) {
+    const Bar now = schwarz_bar(rayleigh, residual);
+    const Bar before = schwarz_bar(previous, previous_residual);
+    const double apart = known ? 0.5 * std::fabs(now.center - before.center) : 0.0;
+    return {now.center, now.width + apart};
+  }
+  const double apart = known ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
+  if (!known || !alternate) return {rayleigh, residual + apart};
+  return {0.5 * (rayleigh + previous), 0.5 * (residual + previous_residual) + apart};
+}
+
 // How much of the bound an ascent keeps a step: h0 may fall while training goes on. A descent keeps
 // all of it: there the bound is h0, which q must not come back to.
 constexpr double kAscentMemory = 0.98;
@@ -129,15 +170,10 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
     return;
   }
   const Quotient found = quotient(sums);
-  // The mean over both sides of θ: one-sided errors of y, of odd order in Δq, cancel. They do so in
-  // ½(y − y') as well, whose residual is at most the mean of the two; what the quotients differ by
-  // is added for the case that q or the minibatch, not the side, is why.
-  const double previous = state[k_rayleigh];
-  const bool known = std::isfinite(previous);
-  const bool paired = options.alternate && known;
-  state[k_center] = paired ? 0.5 * (found.rayleigh + previous) : found.rayleigh;
-  state[k_width] = (paired ? 0.5 * (found.residual + state[k_residual]) : found.residual) +
-                   (known ? 0.5 * std::fabs(found.rayleigh - previous) : 0.0);
+  const Bar bar = error_bar(found.rayleigh, found.residual, state[k_rayleigh], state[k_residual],
+                            options.estimate, options.alternate);
+  state[k_center] = bar.center;
+  state[k_width] = bar.width;
   state[k_rayleigh] = found.rayleigh;
   state[k_residual] = found.residual;
 
@@ -146,7 +182,7 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
   const bool parted = dd > kMet * sums[kSumQQ];
   const double lambda = 0.5 * std::log(dd / sums[kSumQQ]);
   double h = state[k_center];
-  if (options.estimate != Estimate::kRayleigh && parted) {
+  if (of_growth(options.estimate) && parted) {
     const double measured =
         curvature_of_growth(lambda, options.sign * beta, options.momentum, options.estimate);
     if (std::isfinite(measured)) h = measured;

@@ -1,4 +1,4 @@
-// The mark of a function that host and device code both call.
+// What host and device code both call: the mark of such a function, and their product.
 #pragma once
 
 #ifdef __CUDACC__
@@ -6,3 +6,16 @@
 #else
 #define LYAPCUDA_HOST_DEVICE
 #endif
+
+namespace lyapcuda {
+
+// A product that no compiler contracts with a sum.
+LYAPCUDA_HOST_DEVICE inline double mul(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+}  // namespace lyapcuda

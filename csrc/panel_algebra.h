@@ -18,15 +18,6 @@ struct SoloTeam {
   void sync() const {}
 };
 
-// A product that no compiler contracts with a sum.
-LYAPCUDA_HOST_DEVICE inline double mul(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // A row-major matrix in scratch memory. The odd row length keeps columns apart in shared memory's
 // banks.
 struct Matrix {

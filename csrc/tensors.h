@@ -150,7 +150,7 @@ inline void check_sign(int64_t sign) {
 // What the steps of one separation and of several have in common.
 inline void check_step_options(int64_t sign, int64_t estimate, double momentum, double ema) {
   check_sign(sign);
-  STD_TORCH_CHECK(estimate >= 0 && estimate <= 2, "estimate: expected 0, 1 or 2, got ", estimate);
+  STD_TORCH_CHECK(estimate >= 0 && estimate <= 3, "estimate: expected 0 to 3, got ", estimate);
   STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
   STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
 }

@@ -48,9 +48,9 @@ class Benettin:
     `lyapcuda.lyapunov.Separation`. Memory at rest: two panels of k·N floats; for 16-bit parameters
     one more of those, with momentum two more.
 
-    With ``estimate="rayleigh"`` the separations are turned to the Ritz vectors at every step, which
-    leaves their span alone: q_i then belongs to value i. The other estimates keep Benettin's own
-    basis, whose exponents they are read from.
+    With an estimate from quotients ("rayleigh", "schwarz") the separations are turned to the Ritz
+    vectors at every step, which leaves their span alone: q_i then belongs to value i. The other
+    estimates keep Benettin's own basis, whose exponents they are read from.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Benettin:
             "realised": any(group.rounds for group in layout.groups),
             "control": beta is None,
             "alternate": estimate != "paper",
-            "rotate": estimate == "rayleigh",
+            "rotate": estimate in ops.OF_QUOTIENTS,
             "ema": ema,
         }
         self._fields = panel_ops.panel_fields(k)

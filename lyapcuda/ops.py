@@ -20,6 +20,7 @@ from lyapcuda import _C
 
 __all__ = [
     "ESTIMATES",
+    "OF_QUOTIENTS",
     "STATE_FIELDS",
     "SUM_FIELDS",
     "ascent_",
@@ -44,7 +45,9 @@ SUM_FIELDS = ("dd", "qq", "qy", "yy", "carried_q", "carried_y")
 #: Fields of a new state that are 0.
 _ZERO = ("bound", "guard", "accepted", "steps", "skipped", "reseed", "reseeds")
 #: How `h` is read off a step, by name, as the ops number them.
-ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2}
+ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3}
+#: Those that q and y alone tell, whatever the rate of the map; the others are read off its growth.
+OF_QUOTIENTS = ("rayleigh", "schwarz")
 
 
 #: Where the ops are looked up, at every call: the tests put another backend's library here.

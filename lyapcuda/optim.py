@@ -62,7 +62,8 @@ class LyapunovSGD(WholeStateOptimizer):
             (e^λ − 1)/β: where q is no eigenvector (noise, kinks, the first steps) it lies above the
             Rayleigh quotient, so the steps err on the short side. Measured on the digits runs, the
             Rayleigh quotient made two of six diverge at gain 1, this none. k > 1 needs "rayleigh",
-            which alone gives eigenvectors: the Ritz values' residuals keep the steps short there.
+            the default there, or "schwarz", which alone give eigenvectors: the Ritz values'
+            residuals keep the steps short there.
         perturbation, ema, seed: see `CurvatureTracker`.
 
     Raises:
@@ -102,8 +103,11 @@ class LyapunovSGD(WholeStateOptimizer):
         whole("k", k)
         if k > MAX_SEPARATIONS:
             raise ValueError(f"k={k}: expected at most {MAX_SEPARATIONS}")
-        if k > 1 and estimate not in (None, "rayleigh"):
-            raise ValueError(f"estimate={estimate!r}: with k={k} it has to be 'rayleigh'")
+        if k > 1 and estimate not in (None, *ops.OF_QUOTIENTS):
+            raise ValueError(
+                f"estimate={estimate!r}: with k={k} it has to be one of "
+                f"{', '.join(ops.OF_QUOTIENTS)}, which give eigenvectors"
+            )
         if estimate is None:
             estimate = "growth" if k == 1 else "rayleigh"
         defaults = {

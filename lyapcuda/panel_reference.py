@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lyapcuda.ops import ESTIMATES
 from lyapcuda.panel_ops import panel_field, panel_fields
-from lyapcuda.reference import curvature_of_growth, direction, learning_rate
+from lyapcuda.reference import curvature_of_growth, direction, error_bar, learning_rate
 
 
 def panel_ascent_(
@@ -162,11 +162,12 @@ def benettin_(
     if not bool((before > 0).all()):
         return refused()
 
-    known = s["rayleigh"].isfinite()
-    paired = known & alternate
-    apart = torch.where(known, (values - s["rayleigh"]).abs() / 2, 0.0)
-    s["center"] = torch.where(paired, (values + s["rayleigh"]) / 2, values)
-    s["width"] = torch.where(paired, (residual + s["residual"]) / 2, residual) + apart
+    past = s["rayleigh"].tolist(), s["residual"].tolist()
+    bars = [
+        error_bar(*numbers, name, alternate)
+        for numbers in zip(values.tolist(), residual.tolist(), *past, strict=True)
+    ]
+    s["center"], s["width"] = torch.tensor(bars, dtype=torch.float64).unbind(1)
     s["rayleigh"], s["residual"] = values, residual
 
     beta = float(s["beta"])
@@ -184,7 +185,7 @@ def benettin_(
         s["transform"] = torch.linalg.solve_triangular(s["r"], scaled, upper=True, left=False)
         if beta != 0:
             s["exponent"] = (s["r"].diag() / before.sqrt()).log()
-            if name != "rayleigh":
+            if name in ("growth", "paper"):
                 for i in range(k):
                     found = curvature_of_growth(float(s["exponent"][i]), rate, momentum, name)
                     h[i] = found if math.isfinite(found) else h[i]

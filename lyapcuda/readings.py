@@ -21,8 +21,9 @@ __all__ = ["Readings", "joined", "schwarz"]
 
 def schwarz(rayleigh: Tensor, residual: Tensor) -> Tensor:
     """The Schwarz quotient y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r]."""
-    larger = torch.maximum(residual, rayleigh.abs()).clamp_min(torch.finfo(residual.dtype).tiny)
-    return rayleigh + rayleigh.sign() * residual**2 / larger
+    larger = torch.maximum(residual, rayleigh.abs())
+    beyond = torch.where(larger > 0, residual * (residual / larger), 0.0)
+    return rayleigh + rayleigh.sign() * beyond
 
 
 def joined(ends: Sequence[Tensor]) -> Tensor:
@@ -103,6 +104,8 @@ class Readings:
         Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
         last), which look from opposite sides of θ; half its length is the mean of their residuals
         plus half their difference. On a changing minibatch that holds the change as well.
+        With ``estimate="schwarz"`` the middle is `h`, the last Schwarz quotient s, and half the
+        length ‖y − sq‖/‖q‖ plus half of what s has changed: up to first order in Δq.
         """
         center, width = self._values("center"), self._values("width")
         return torch.stack([center - width, center + width], dim=-1)

@@ -106,6 +106,35 @@ def _secant_rate(
     s["beta"] = min((math.e - 1) / max(s["bound"], s["guard"]), 1e38)  # what float32 holds
 
 
+def schwarz_bar(rayleigh: float, residual: float) -> tuple[float, float]:
+    """The Schwarz quotient ρ + r²/ρ, at most r away from ρ, and the residual around it."""
+    if rayleigh == 0:
+        return 0.0, residual
+    beyond = min(residual, residual**2 / abs(rayleigh))
+    return rayleigh + math.copysign(beyond, rayleigh), math.hypot(residual, beyond)
+
+
+def error_bar(
+    rayleigh: float,
+    residual: float,
+    previous: float,
+    previous_residual: float,
+    estimate: str,
+    alternate: bool,
+) -> tuple[float, float]:
+    """Middle and half-length of the error bar, from this step's quotient and the last one's."""
+    known = math.isfinite(previous)
+    if estimate == "schwarz":
+        center, width = schwarz_bar(rayleigh, residual)
+        if known:
+            width += abs(center - schwarz_bar(previous, previous_residual)[0]) / 2
+        return center, width
+    apart = abs(rayleigh - previous) / 2 if known else 0.0
+    if known and alternate:
+        return (rayleigh + previous) / 2, (residual + previous_residual) / 2 + apart
+    return rayleigh, residual + apart
+
+
 def exponent_(
     state: Tensor,
     sums: Tensor,
@@ -129,15 +158,12 @@ def exponent_(
             s.update(reseed=1.0, reseeds=s["reseeds"] + 1)
         return torch.tensor(list(s.values()), dtype=torch.float64)
     rayleigh, residual, secant = _quotient(v)
-    previous = s["rayleigh"] if math.isfinite(s["rayleigh"]) else rayleigh
-    paired = alternate and math.isfinite(s["rayleigh"])
-    h, beta = (rayleigh + previous) / 2 if alternate else rayleigh, s["beta"]
-    spread = (residual + s["residual"]) / 2 if paired else residual
-    s.update(center=h, width=spread + abs(rayleigh - previous) / 2)
-    s.update(rayleigh=rayleigh, residual=residual)
+    h, width = error_bar(rayleigh, residual, s["rayleigh"], s["residual"], name, alternate)
+    beta = s["beta"]
+    s.update(center=h, width=width, rayleigh=rayleigh, residual=residual)
     if v["dd"] > 1e-14 * v["qq"]:
         lam = 0.5 * math.log(v["dd"] / v["qq"])
-        if name != "rayleigh":
+        if name in ("growth", "paper"):
             measured = curvature_of_growth(lam, sign * beta, momentum, name)
             h = measured if math.isfinite(measured) else h
         side = -1.0 if alternate else 1.0

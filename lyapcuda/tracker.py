@@ -62,6 +62,9 @@ class CurvatureTracker(Readings):
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
             unbiased and signed; the mean of the last two, which look from opposite sides of θ.
             For k > 1 the Ritz values, which are the Rayleigh quotients within the span of all q.
+            "schwarz": y·y/(q·y) of the last step alone, half a step nearer to the eigenvector: the
+            best where h0 moves or ``every`` > 1, and of sub-batches their own h0; one-sided in Δq.
+            Not for ``which="SA"`` where no eigenvalue is negative: it errs outward of ρ.
             "growth": the exact inversion (e^λ − 1)/β of the growth. "paper": Algorithm 1 as printed
             (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1); as printed, a single
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.

@@ -129,6 +129,22 @@ def test_a_rate_of_zero_falls_back_on_the_rayleigh_quotient(estimate, momentum):
     assert after["h"] == 3.0 == after["rayleigh"] and after["exponent"] == 0.0
 
 
+@pytest.mark.parametrize("rayleigh", [2.0, -2.0, 0.5, 0.0])
+def test_schwarz_is_the_quotient_of_the_step_alone(rayleigh):
+    q, across = torch.eye(4, dtype=F64)[:2]
+    state = ops.new_state(
+        "cpu", perturbation=0.1, scale=0.1, beta=0.3, rayleigh=5.0, residual=3.0, h_ema=1.0
+    )
+    sums = sums_of(q, rayleigh * q + across, 0.3)
+    after = check(state, sums, torch.ones(1, dtype=F64), estimate=3, ema=0.5)
+    # y·y/(q·y), but at most a residual away from ρ; at ρ = 0 it has no side to lie on.
+    s = {2.0: 2.5, -2.0: -2.5, 0.5: 1.5, 0.0: 0.0}[rayleigh]
+    assert after["h"] == after["center"] == pytest.approx(s, rel=1e-14)
+    assert after["h_ema"] == pytest.approx((s + 1.0) / 2)
+    before = 5.0 + 9.0 / 5.0
+    assert after["width"] == pytest.approx(math.hypot(1.0, s - rayleigh) + abs(s - before) / 2)
+
+
 def test_copies_that_met_keep_the_separation_and_step_less_far():
     q = torch.ones(4, dtype=F64)
     state = ops.new_state("cpu", perturbation=0.1, scale=0.1, beta=0.5)
@@ -295,8 +311,8 @@ WRONG = {
 WRONG_EXPONENT = {
     "losses dtype": ({"losses": torch.zeros(2)}, "losses: expected"),
     "losses strided": ({"losses": torch.zeros(4, dtype=F64)[::2]}, "losses: expected"),
-    "estimate": ({"estimate": 3}, "estimate: expected 0, 1 or 2"),
-    "estimate negative": ({"estimate": -1}, "estimate: expected 0, 1 or 2"),
+    "estimate": ({"estimate": 4}, "estimate: expected 0 to 3"),
+    "estimate negative": ({"estimate": -1}, "estimate: expected 0 to 3"),
     "momentum one": ({"momentum": 1.0}, "momentum: expected"),
     "momentum negative": ({"momentum": -0.1}, "momentum: expected"),
     "momentum nan": ({"momentum": NAN}, "momentum: expected"),

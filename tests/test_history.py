@@ -15,6 +15,7 @@ MODES = [
     {},
     {"which": "SA", "momentum": 0.3, "beta": 0.05},
     {"estimate": "paper"},
+    {"estimate": "schwarz", "k": 2},
     {"k": 3},
     {"k": 2, "momentum": 0.3},
     {"k": 2, "which": "BE"},

@@ -28,7 +28,7 @@ from ops_support import (
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
 OPTIONS = [
     {"sign": sign, "estimate": estimate, "alternate": alternate, "ema": 0.5}
-    for sign, estimate, alternate in itertools.product((1, -1), (0, 1, 2), (True, False))
+    for sign, estimate, alternate in itertools.product((1, -1), (0, 1, 2, 3), (True, False))
 ]
 
 
@@ -217,7 +217,7 @@ WRONG = {
     "state size": ({"state": torch.zeros(15, dtype=F64)}, "state: expected"),
     "losses dtype": ({"losses": torch.zeros(2)}, "losses: expected"),
     "sign": ({"sign": 2}, "sign: expected 1"),
-    "estimate": ({"estimate": 3}, "estimate: expected 0, 1 or 2, got 3"),
+    "estimate": ({"estimate": 4}, "estimate: expected 0 to 3, got 4"),
     "ema": ({"ema": 1.0}, "ema: expected"),
 }
 

@@ -161,7 +161,7 @@ def descend_(d: Drawn) -> None:
 def lyapunov_step_(d: Drawn) -> None:
     case = d.case()
     losses = torch.tensor([0.5, float("nan") if d.flags[2] else 0.25], dtype=F64)
-    options = dict(sign=d.sign, realised=d.flags[0], weight_decay=0.5, ema=0.5, estimate=d.k % 3)
+    options = dict(sign=d.sign, realised=d.flags[0], weight_decay=0.5, ema=0.5, estimate=d.k % 4)
     rest = (case.g0, case.g1, case.theta, case.offsets)
     theta1, q, state = reference.lyapunov_step_(case.q, *rest, case.state, losses, **options)
     untouched, before = Untouched(case), case.q.clone()
@@ -229,7 +229,7 @@ def numbers(d: Drawn) -> torch.Tensor:
 def exponent_(d: Drawn) -> None:
     state, sums = make_case([], beta=0.25).state, numbers(d)
     losses = torch.tensor([0.5, float("inf") if d.variant == 9 else 0.25], dtype=F64)
-    options = dict(sign=d.sign, estimate=d.k % 3, momentum=0.5 * (d.variant % 2), ema=0.5)
+    options = dict(sign=d.sign, estimate=d.k % 4, momentum=0.5 * (d.variant % 2), ema=0.5)
     options |= dict(control=d.flags[0], alternate=d.flags[1])
     exact = reference.exponent_(state, sums, losses, **options)
     ops.exponent_(state, sums, losses, **options)
@@ -273,7 +273,7 @@ def panel_recenter_(d: Drawn) -> None:
 
 def benettin_(d: Drawn) -> None:
     options = dict(control=d.flags[0], alternate=d.flags[1], rotate=d.flags[2], ema=0.5)
-    check_benettin(random_step(random.Random(d.seed), d.k), estimate=d.variant % 3, **options)
+    check_benettin(random_step(random.Random(d.seed), d.k), estimate=d.variant % 4, **options)
 
 
 def benettin_refine_(d: Drawn) -> None:

@@ -54,6 +54,14 @@ def test_it_needs_far_fewer_steps_than_one_curvature_where_few_are_large():
     assert steps[1] < 40 and steps[0] == 400
 
 
+def test_schwarz_quotients_give_the_same_rates():
+    theta, closure = quadratic([100.0, 10.0, 1.0, 0.5])
+    optimizer = exact([theta], k=2, estimate="schwarz", warmup_tol=1e-9)
+    settle(optimizer, closure, 60)
+    optimizer.step(closure)
+    assert optimizer.rates[:2].tolist() == pytest.approx([1e-2, 1e-1], rel=1e-3)
+
+
 def test_it_is_the_pseudo_inverse_on_a_net():
     """The step against dense eigenvectors of the Hessian, on a smooth net."""
     truth = case("tanh_mlp", seed=1, dtype=torch.float64)
@@ -142,7 +150,7 @@ def test_steps_between_measurements_use_the_last_directions():
         ({"k": 0}, "k=0"),
         ({"k": 33}, "k=33"),
         ({"k": 9}, "k=9: there are only 8"),
-        ({"k": 2, "estimate": "growth"}, "estimate='growth'"),
+        ({"k": 2, "estimate": "growth"}, "estimate='growth': .* one of rayleigh, schwarz"),
         ({"every": 0}, "every=0"),
         ({"momentum": -0.1}, "momentum=-0.1"),
     ],

@@ -113,7 +113,7 @@ def test_one_gradient_more_with_leave_grad_and_every(problem):
     assert [loss is None for loss in losses] == [False, True, True, True] * 2
 
 
-@pytest.mark.parametrize("estimate", ["rayleigh", "growth", "paper"])
+@pytest.mark.parametrize("estimate", ["rayleigh", "growth", "paper", "schwarz"])
 @pytest.mark.parametrize("bad", ["loss", "gradient", "float"])
 def test_not_finite_leaves_h_and_the_state_as_they_were(problem, estimate, bad):
     model, batches = problem

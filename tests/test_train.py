@@ -376,3 +376,4 @@ def test_several_curvatures(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig("linear", **{"schedule": "qn", "k": 3, **bad})
+    assert TrainConfig("linear", schedule="qn", k=3, estimate="schwarz").estimate == "schwarz"

@@ -243,3 +243,65 @@ def test_the_schwarz_quotient_stays_within_the_residual():
     flat = lyapcuda.CurvatureTracker([theta])
     flat.step(lambda: theta.sum())
     assert float(flat.schwarz) == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_schwarz_as_the_estimate(k, which):
+    """h, its average and its interval follow the quotient; the separations are the same bits."""
+    theta, closure, matrix = quadratic(np.linspace(-6, 5, 40), 1)
+    values = torch.linalg.eigvalsh(torch.from_numpy(matrix))
+    options = {"k": k, "which": which}
+    plain = lyapcuda.CurvatureTracker([theta], **options)
+    tracker = lyapcuda.CurvatureTracker([theta], estimate="schwarz", ema=0.5, **options)
+    mean = None
+    for step in range(30):
+        before = tracker.h
+        plain.step(closure)
+        tracker.step(closure)
+        h, (low, high) = tracker.h, tracker.interval.unbind(-1)
+        torch.testing.assert_close(h, plain.schwarz, rtol=1e-14, atol=0)
+        mean = h if mean is None else (mean + h) / 2
+        torch.testing.assert_close(tracker.h_ema, mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close((low + high) / 2, h, rtol=1e-12, atol=1e-12)
+        away = (values[:, None] - h.reshape(-1)).abs().amin(0)
+        slack = 1e-5 if step == 0 else 0.0  # one-sided
+        assert bool((away <= (high - low).reshape(-1) / 2 + slack).all())
+        shift = torch.hypot(tracker.residual, h - tracker.rayleigh)
+        shift = shift if step == 0 else shift + (h - before).abs() / 2
+        torch.testing.assert_close((high - low) / 2, shift, rtol=1e-9, atol=1e-12)
+    for i in range(k):
+        assert torch.equal(plain.vector(i)[0], tracker.vector(i)[0])
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_every_schwarz_interval_contains_an_eigenvalue(which):
+    missed = []
+    for seed in range(12):
+        truth = case(NAMES[seed % 4], seed=seed, dtype=torch.float64)
+        tracker = lyapcuda.CurvatureTracker(
+            truth.model.parameters(), which=which, seed=seed, estimate="schwarz"
+        )
+        for step in range(25):
+            tracker.step(truth.closure)
+            low, high = tracker.interval.tolist()
+            inside = (truth.eigenvalues >= low) & (truth.eigenvalues <= high)
+            if step and not bool(inside.any()):
+                missed.append((seed, step))
+    assert missed == []
+
+
+def test_schwarz_follows_where_the_mean_of_two_sides_lags():
+    """One measurement in ten of a curvature that moves: what `every` is for."""
+    scale = torch.ones((), dtype=torch.float64)
+    theta, closure, _ = quadratic(np.append(np.linspace(0, 3, 30), 7.0), 2)
+    errors = {}
+    for estimate in ("rayleigh", "schwarz"):
+        tracker = lyapcuda.CurvatureTracker([theta], every=10, estimate=estimate)
+        errors[estimate] = []
+        for step in range(300):
+            scale.fill_(1.01**step)
+            tracker.step(lambda: closure() * scale)
+            if step % 10 == 0 and step >= 100:
+                errors[estimate].append(abs(float(tracker.h) / (7.0 * float(scale)) - 1))
+    assert max(errors["schwarz"]) < 1e-3 < 0.03 < min(errors["rayleigh"])

@@ -186,7 +186,8 @@ void scalars_are_those_of_the_header() {
   const double losses[2] = {1.0, 2.0};
   for (const double dd : {4.0, 1e-20, std::numeric_limits<double>::infinity()}) {
     const double sums[kSumSize] = {dd, 1.1, 2.5, 7.0, 1.0, 2.4};
-    for (const Estimate estimate : {Estimate::kRayleigh, Estimate::kGrowth, Estimate::kPaper}) {
+    for (const Estimate estimate :
+         {Estimate::kRayleigh, Estimate::kGrowth, Estimate::kPaper, Estimate::kSchwarz}) {
       const ExponentOptions options{1.0, estimate, 0.5, true, true, 0.9};
       std::vector<double> expected = some_state(), state = some_state();
       for (int step = 0; step < 3; ++step) {

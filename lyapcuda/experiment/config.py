@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .data import DIGITS, Dataset
 from .models import MODELS
 
-ESTIMATES = ("rayleigh", "growth", "paper")
+ESTIMATES = ("rayleigh", "growth", "paper", "schwarz")
 SCHEDULE_NAMES = ("constant", "cyclic", "qn")
 # Where a run may go on differently from how it began.
 _FREE_ON_RESUME = ("epochs", "max_steps", "device")
@@ -48,8 +48,8 @@ class TrainConfig:
         batch_size: default 128 for digits, 512 for CIFAR-10.
         weight_decay: part of the loss, and of its curvature.
         perturbation: length of the separation; default: chosen by the tracker.
-        estimate: ``rayleigh``, ``growth`` or ``paper``; default ``growth`` under ``qn``, whose
-            steps it keeps on the short side, else ``rayleigh``.
+        estimate: ``rayleigh``, ``schwarz``, ``growth`` or ``paper``; default ``growth`` under
+            ``qn``, whose steps it keeps on the short side, else ``rayleigh``.
         every: measure on every n-th step (not under ``qn``, which needs every one).
         classes: labels to train on; default all ten, but planes and cars for CIFAR-10 with any
             model except resnet18, as in the paper.
@@ -111,8 +111,10 @@ class TrainConfig:
             raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
         if self.k > 1 and self.schedule != "qn":
             raise ValueError(f"k must be 1 with schedule={self.schedule}, got {self.k}")
-        if self.k > 1 and self.estimate not in (None, "rayleigh"):
-            raise ValueError(f"estimate must be rayleigh with k={self.k}, got {self.estimate}")
+        if self.k > 1 and self.estimate not in (None, "rayleigh", "schwarz"):
+            raise ValueError(
+                f"estimate must be rayleigh or schwarz with k={self.k}, got {self.estimate}"
+            )
         if self.schedule == "qn" and self.every != 1:
             raise ValueError(
                 f"every must be 1 with schedule=qn, which needs each measurement, got {self.every}"
