@@ -20,7 +20,7 @@ import torch
 
 import lyapcuda
 from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import default_perturbation
+from lyapcuda.perturbation import default_perturbation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nets import NAMES, case  # noqa: E402

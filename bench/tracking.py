@@ -1,36 +1,42 @@
 """What tracking costs beside a training step, and how near the tracked h0 is to an exact value.
 
-    python bench/tracking.py cost [--rounds 12] [--models mlp lenet1]
-    python bench/tracking.py accuracy DIR [--epochs 12] [--lr 0.1]
+    python bench/tracking.py cost [--models mlp lenet1 resnet18] [--rounds N] [--threads 2]
+    python bench/tracking.py accuracy DIR [--epochs 12]
 
-cost: training steps (zero_grad, backward, SGD) at batch 512, plain and tracked in every mode, in
-blocks of ten, the modes in turns. Reported are the fastest block of a mode over the fastest plain
+cost: training steps (zero_grad, backward, SGD) plain and tracked in every mode, in blocks (of ten
+steps; for ResNet-18, whose step takes seconds, of one, and without the modes that don't measure at
+every step), the modes in turns. Reported are the fastest block of a mode over the fastest plain
 one, and the median over the rounds of a block's time over that of the same round's plain block.
-Times are the process's CPU time on one thread.
+Times are wall clock, with one thread the process's CPU time. A model is reported on again without
+the others: tracking_cost.json keeps the last run of each.
 
-accuracy: CIFAR-10 planes/cars (a folder as for `lyapcuda train`), an MLP of 3 layers of 200 with
-GELU (smooth: the exact Hessian is that of the differences), batch 512, SGD without momentum, weight
-decay 5e-4, cross-entropy. After one epoch of warm-up at the initial θ, trackers in every mode
-follow one run, each by its own measurements of the run's minibatches. Exact values are the largest
-eigenvalue of the Hessian (Lanczos, products by double backward) of
+accuracy: CIFAR-10 planes/cars (a folder as for `lyapcuda train`), batch 512, SGD without momentum,
+weight decay 5e-4, cross-entropy; three runs: an MLP of 3 layers of 200 at learning rates 0.1 and
+0.03, LeNet-1 at 0.05, with GELU (smooth: the exact Hessian is that of the differences). After one
+epoch of warm-up at the initial θ, trackers in every mode follow each run by their own measurements
+of its minibatches; in "2 steps" they take two on each. Exact values are the largest eigenvalue of
+the Hessian (Lanczos, products by double backward) of
 - the expected loss, for which a fixed set of 2048 augmented pictures stands in, and the minibatch
   of the step: at steps drawn at random, so that a tracker that measures now and then is judged by
   what it still says in between;
 - what the mode itself measured (the minibatch, or its part), at those and more steps, as far as it
   measured there.
-Reported are the medians over the run of tracked/exact and of |tracked/exact − 1|. Both commands
-write to bench/results/tracking_*.md.
+Reported are the medians over the run of tracked/exact and of |tracked/exact − 1|: of h (the mean of
+the last two Rayleigh quotients), ρ (the last one), the Schwarz quotient s (`estimate="schwarz"`),
+and √(ρ·s) = ‖y‖/‖q‖ ("secant"). Both commands write to bench/results/tracking_*.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +60,13 @@ TENTH = 0.1
 Step = Callable[[], object]
 
 
-def stepping(name: str, batch: int) -> dict[str, Step]:
+#: Model → batch size, steps in a block.
+BATCHES = {"mlp": (512, 10), "lenet1": (512, 10), "resnet18": (64, 1)}
+
+
+def stepping(name: str) -> dict[str, Step]:
     """A training step of one model in every mode."""
+    batch, length = BATCHES[name]
     torch.manual_seed(0)
     model = build(name, 3, 32, 10)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
@@ -92,7 +103,15 @@ def stepping(name: str, batch: int) -> dict[str, Step]:
             (loss_of(part_of) * (len(part_of[1]) / batch)).backward()
         optimizer.step()
 
-    return {
+    def backward() -> None:
+        optimizer.zero_grad()
+        loss_of((x, y)).backward()
+
+    def tenth() -> None:
+        optimizer.zero_grad()
+        loss_of(part).backward()
+
+    steps = {
         "plain": plain,
         "every=1": mode(whole),
         "every=10": mode(whole, every=10),
@@ -100,64 +119,114 @@ def stepping(name: str, batch: int) -> dict[str, Step]:
         "a tenth, measure=": mode(whole, measure=lambda: loss_of(part)),
         "a tenth, batches=": mode(loss_of, batches=(rest, part)),
         "plain, accumulated as rest + tenth": accumulated,
+        "(the gradient alone)": backward,
+        "(the gradient of a tenth alone)": tenth,
     }
+    skipped = () if length > 1 else ("every=10", "every=5, a half, batches= where due")
+    return {mode: step for mode, step in steps.items() if mode not in skipped}
+
+
+def time_of(step: Step, steps: int) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(steps):
+        step()
+    return clock() - start
+
+
+def measured_cost(name: str, rounds: int) -> dict[str, Any]:
+    steps, length = stepping(name), BATCHES[name][1]
+    found: dict[str, list[float]] = {mode: [] for mode in steps}
+    for step in steps.values():
+        time_of(step, 3 if length > 1 else 2)
+    for number in range(rounds):
+        order = list(steps)
+        random.Random(number).shuffle(order)
+        for mode in order:
+            found[mode].append(time_of(steps[mode], length) / length)
+    return {"threads": torch.get_num_threads(), "seconds": found}
+
+
+def cost_table(name: str, run: dict[str, Any]) -> list[str]:
+    found = run["seconds"]
+    base = found["plain"]
+    lines = [
+        f"## {name}, batch {BATCHES[name][0]}",
+        "",
+        "| mode | fastest blocks | median | quartiles |",
+        "|---" * 4 + "|",
+    ]
+    for mode in list(found)[1:]:
+        over = [a / b for a, b in zip(found[mode], base, strict=True)]
+        low, middle, high = statistics.quantiles(over, n=4)
+        fastest = min(found[mode]) / min(base)
+        lines.append(f"| {mode} | {fastest:.3f} | {middle:.3f} | {low:.3f}–{high:.3f} |")
+    step = f"{min(base) * 1e3:.1f} ms (fastest block), {run['threads']} thread(s)"
+    gradient = min(found["(the gradient alone)"])
+    left = (min(found["every=1"]) - min(base) - gradient) / min(base)
+    text = f"A plain step: {step}. every=1 less a step and a gradient: {left:.1%} of a step."
+    return [*lines, "", f"{text} {len(base)} rounds.", ""]
 
 
 def cost(rounds: int, names: list[str]) -> list[str]:
-    lines = []
+    path = RESULTS / "tracking_cost.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
-        steps = stepping(name, BATCH)
-        found: dict[str, list[float]] = {mode: [] for mode in steps}
-        for step in steps.values():
-            for _ in range(3):
-                step()
-        for number in range(rounds):
-            order = list(steps)
-            random.Random(number).shuffle(order)
-            taken = {}
-            for mode in order:
-                start = time.process_time()
-                for _ in range(10):
-                    steps[mode]()
-                taken[mode] = time.process_time() - start
-            for mode in steps:
-                found[mode].append(taken[mode])
-        base = found["plain"]
-        lines += [
-            f"## {name}",
-            "",
-            "| mode | fastest blocks | median | quartiles |",
-            "|---" * 4 + "|",
-        ]
-        for mode in list(steps)[1:]:
-            ratios = [a / b for a, b in zip(found[mode], base, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            fastest = min(found[mode]) / min(base)
-            lines.append(f"| {mode} | {fastest:.3f} | {middle:.3f} | {low:.3f}–{high:.3f} |")
-        lines += ["", f"A plain step: {min(base) / 10 * 1e3:.1f} ms (fastest block).", ""]
-    return lines
+        runs[name] = measured_cost(name, rounds)
+        rounded = [[round(t, 6) for t in times] for times in runs[name]["seconds"].values()]
+        runs[name]["seconds"] = dict(zip(runs[name]["seconds"], rounded, strict=True))
+        path.write_text(json.dumps(runs, indent=1))
+    return [line for name in BATCHES if name in runs for line in cost_table(name, runs[name])]
 
 
 # --- accuracy ------------------------------------------------------------------------------------
 
-#: Mode → (options, share of the minibatch measured).
-MODES: dict[str, tuple[dict, float]] = {
-    "every=1": ({}, 1.0),
-    "every=10": ({"every": 10}, 1.0),
-    "a tenth": ({}, TENTH),
-    "every=2, a fifth": ({"every": 2}, 0.2),
-    "every=5, a half": ({"every": 5}, 0.5),
+
+@dataclass(frozen=True)
+class Mode:
+    """How one of the trackers measures: its options, the share of the minibatch, steps on each."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    steps: int = 1
+
+    @property
+    def every(self) -> int:
+        return self.options.get("every", 1)
+
+    @property
+    def own(self) -> str:
+        """The exact value of what it measures."""
+        return "minibatch" if self.share == 1.0 else f"part {self.share}"
+
+
+MODES = {
+    "every=1": Mode(),
+    "every=10": Mode({"every": 10}),
+    "a tenth": Mode(share=TENTH),
+    "every=2, a fifth": Mode({"every": 2}, share=0.2),
+    "every=5, a half": Mode({"every": 5}, share=0.5),
+    # What more gradients, or momentum, would bring.
+    "every=10, 2 steps": Mode({"every": 10}, steps=2),
+    "every=10, k=2": Mode({"every": 10, "k": 2}),
+    "a tenth, 2 steps": Mode(share=TENTH, steps=2),
+    "every=2, a tenth, 2 steps": Mode({"every": 2}, share=TENTH, steps=2),
+    "a tenth, k=2": Mode({"k": 2}, share=TENTH),
+    "a tenth, momentum=0.3": Mode({"momentum": 0.3}, share=TENTH),
 }
+OWN = sorted({mode.own for mode in MODES.values()} - {"minibatch"})
 EXACT = ("expected", "minibatch")
 #: What is compared: label → the tracker's property.
 VALUES = {"h": "h", "ρ": "rayleigh", "Schwarz": "schwarz"}
+#: Model, learning rate, seed.
+RUNS = [("mlp", 0.1, 0), ("mlp", 0.03, 1), ("lenet1", 0.05, 2)]
 
 
-def smooth_mlp(dataset) -> nn.Module:
-    model = build("mlp", dataset.in_channels, dataset.image_size, 2)
-    for name, module in list(model.named_modules()):
+def smooth(name: str, dataset) -> nn.Module:
+    model = build(name, dataset.in_channels, dataset.image_size, 2)
+    for path, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
-            model.set_submodule(name, nn.GELU())
+            model.set_submodule(path, nn.GELU())
     return model
 
 
@@ -165,34 +234,36 @@ def part_of(batch: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]
     return batch if share == 1.0 else lyapcuda.split_batch(batch, share)[1]
 
 
-def follow(folder: str, lr: float, epochs: int, points: int, out: Path) -> None:
+def follow(folder: str, run: tuple[str, float, int], epochs: int, points: int, out: Path) -> None:
     """Writes a row a step to a CSV."""
-    torch.manual_seed(0)
+    name, lr, seed = run
+    torch.manual_seed(seed)
     dataset = load(folder, (0, 1))
-    model = smooth_mlp(dataset)
-    loader = BatchLoader(dataset, BATCH, seed=0, augment=True)
-    source = BatchLoader(dataset, BATCH, seed=1, augment=True)
+    model = smooth(name, dataset)
+    loader = BatchLoader(dataset, BATCH, seed=seed, augment=True)
+    source = BatchLoader(dataset, BATCH, seed=seed + 100, augment=True)
     fixed = [torch.cat(column) for column in zip(*(source.next() for _ in range(4)), strict=True)]
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=DECAY)
     parameters = list(model.parameters())
-    trackers = {
-        mode: lyapcuda.CurvatureTracker(parameters, weight_decay=DECAY, **options)
-        for mode, (options, _) in MODES.items()
-    }
+    trackers = {}
+    for label, mode in MODES.items():
+        options = {key: value for key, value in mode.options.items() if key != "every"}
+        trackers[label] = lyapcuda.CurvatureTracker(parameters, weight_decay=DECAY, **options)
 
     def loss_of(batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    def measure(batch) -> None:
-        for mode, (_, share) in MODES.items():
-            part = part_of(batch, share)
-            trackers[mode].step(lambda part=part: loss_of(part))
+    def measure(step: int, batch) -> None:
+        for label, mode in MODES.items():
+            part = part_of(batch, mode.share)
+            for _ in range(mode.steps if step % mode.every == 0 else 0):
+                trackers[label].step(lambda part=part: loss_of(part))
 
-    for _ in range(loader.steps_per_epoch):
-        measure(loader.next())
+    for step in range(loader.steps_per_epoch):
+        measure(step, loader.next())
     total = epochs * loader.steps_per_epoch
     anywhere = set(random.Random(0).sample(range(total), points))
-    measured = set(random.Random(1).sample(range(0, total, 10), points // 2))
+    measured = set(random.Random(1).sample(range(0, total, 10), min(points // 2, total // 10)))
     starts: dict[str, Any] = {}
 
     def exact(name: str, data: tuple[Tensor, Tensor]) -> float:
@@ -201,25 +272,24 @@ def follow(folder: str, lr: float, epochs: int, points: int, out: Path) -> None:
         )
         return found
 
-    values = [f"{mode}, {what}" for mode in MODES for what in ("own", *VALUES, "low", "high")]
-    file = LineFile(out, [csv_line(["step", "loss", *EXACT, *values])])
+    values = [f"{label}, {what}" for label in MODES for what in (*VALUES, "low", "high")]
+    file = LineFile(out, [csv_line(["step", "loss", *EXACT, *OWN, *values])])
     for step in range(total):
         batch = loader.next()
-        measure(batch)
-        row = dict.fromkeys((*EXACT, *values), math.nan)
+        measure(step, batch)
+        row = dict.fromkeys((*EXACT, *OWN, *values), math.nan)
         if step in anywhere:
             row["expected"] = exact("expected", fixed)
-            row["minibatch"] = exact("minibatch", batch)
-        for mode, (options, share) in MODES.items():
-            if step in anywhere | measured and step % options.get("every", 1) == 0:
-                whole = share == 1.0 and math.isfinite(row["minibatch"])
-                row[f"{mode}, own"] = (
-                    row["minibatch"] if whole else exact(f"{share}", part_of(batch, share))
-                )
-            tracker = trackers[mode]
+        if step in anywhere | measured:
+            for mode in MODES.values():
+                if step % mode.every == 0 or mode.share == 1.0 and step in anywhere:
+                    if math.isnan(row[mode.own]):
+                        row[mode.own] = exact(mode.own, part_of(batch, mode.share))
+        for label, tracker in trackers.items():
             for what, name in VALUES.items():
-                row[f"{mode}, {what}"] = float(getattr(tracker, name))
-            row[f"{mode}, low"], row[f"{mode}, high"] = tracker.interval.tolist()
+                row[f"{label}, {what}"] = float(getattr(tracker, name).reshape(-1)[0])
+            low, high = tracker.interval.reshape(-1, 2)[0].tolist()
+            row[f"{label}, low"], row[f"{label}, high"] = low, high
         optimizer.zero_grad()
         loss = loss_of(batch)
         loss.backward()
@@ -227,7 +297,7 @@ def follow(folder: str, lr: float, epochs: int, points: int, out: Path) -> None:
         numbers = [float(loss.detach()), *row.values()]
         file.add([csv_line([step, *(f"{v:.5g}" for v in numbers)])])
         if step in anywhere | measured:
-            print(step, {k: round(v, 2) for k, v in row.items() if v == v}, flush=True)
+            print(step, {k: round(row[k], 2) for k in (*EXACT, *OWN)}, flush=True)
 
 
 def average(values: list[float], every: int, past: float) -> list[float]:
@@ -241,45 +311,92 @@ def average(values: list[float], every: int, past: float) -> list[float]:
     return out
 
 
-def accuracy(path: Path) -> list[str]:
+Rows = list[dict[str, float]]
+
+
+def rows_of(path: Path) -> Rows:
     with path.open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def ratios(rows: Rows, label: str, what: str, past: float, name: str, due: bool) -> list[float]:
+    """tracked/exact at the steps with an exact value; ``due``: only where the mode measures."""
+    every = MODES[label].every
+    if what == "secant":  # √(ρ·s)
+        pairs = ((row[f"{label}, ρ"], row[f"{label}, Schwarz"]) for row in rows)
+        column = [math.sqrt(max(a * b, 0.0)) for a, b in pairs]
+    else:
+        column = [row[f"{label}, {what}"] for row in rows]
+    column = average(column, every, past)
+    return [
+        value / row[name]
+        for step, (value, row) in enumerate(zip(column, rows, strict=True))
+        if math.isfinite(row[name]) and not (due and step % every)
+    ]
+
+
+def off(found: list[float]) -> float:
+    return statistics.median(abs(ratio - 1) for ratio in found)
+
+
+def summary(runs: dict[str, Rows]) -> list[str]:
+    """The Schwarz quotient's error in all runs, mode by mode."""
+    columns = [("own", True), ("minibatch", True), ("minibatch", False), ("expected", False)]
+    head = ["its own, where it measured", "the minibatch, where it measured"]
+    head += ["the minibatch, at any step", "the expected loss, at any step"]
+    lines = [
+        f"Schwarz quotient: median of |tracked/exact − 1| in the runs {', '.join(runs)}:",
+        "",
+        "| mode | " + " | ".join(head) + " |",
+        "|---" * 5 + "|",
+    ]
+    for label, mode in MODES.items():
+        cells = []
+        for name, due in columns:
+            of = mode.own if name == "own" else name
+            errors = [off(ratios(rows, label, "Schwarz", 0.0, of, due)) for rows in runs.values()]
+            cells.append(", ".join(f"{error:.3f}" for error in errors))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def accuracy(title: str, rows: Rows) -> list[str]:
     at = [i for i, row in enumerate(rows) if math.isfinite(row[EXACT[0]])]
-    lines = [f"{len(rows)} steps, exact values at {len(at)} of them: ", ""]
+    first = f"{len(rows)} steps, exact values at {len(at)} of them: "
     for name in EXACT:
         found = [rows[i][name] for i in at]
-        lines[0] += f"{name} {found[0]:.3g} at first, {max(found):.3g} at most; "
-    lines[0] = lines[0].rstrip("; ") + "."
-    lines += [
+        first += f"{name} {found[0]:.3g} at first, {max(found):.3g} at most; "
+    lines = [
+        f"## {title}",
+        "",
+        first.rstrip("; ") + ".",
+        "",
         "Median of tracked/exact, and of |tracked/exact − 1|:",
         "",
         "| mode | value | expected | error | minibatch | error | its own | error |",
         "|---" * 8 + "|",
     ]
-    for mode, (options, _) in MODES.items():
-        own = [i for i, row in enumerate(rows) if math.isfinite(row[f"{mode}, own"])]
-        for what, past in (*((w, 0.0) for w in VALUES), ("h", 0.5), ("Schwarz", 0.5)):
-            column = [row[f"{mode}, {what}"] for row in rows]
-            column = average(column, options.get("every", 1), past)
-            line = f"| {mode} | {what}{f', averaged with ema={past}' if past else ''} |"
-            for name, where in (("expected", at), ("minibatch", at), (f"{mode}, own", own)):
-                ratios = [column[i] / rows[i][name] for i in where]
-                error = statistics.median(abs(r - 1) for r in ratios)
-                line += f" {statistics.median(ratios):.3f} | {error:.3f} |"
+    for label, mode in MODES.items():
+        averaged = [(what, 0.5) for what in ("h", "secant", "Schwarz")]
+        for what, past in (*((w, 0.0) for w in (*VALUES, "secant")), *averaged):
+            line = f"| {label} | {what}{f', averaged with ema={past}' if past else ''} |"
+            for name, due in (("expected", False), ("minibatch", False), (mode.own, True)):
+                found = ratios(rows, label, what, past, name, due)
+                line += f" {statistics.median(found):.3f} | {off(found):.3f} |"
             lines.append(line)
     lines += ["", "Exact value inside the interval:", ""]
-    for mode in MODES:
+    for label in MODES:
         inside = [
-            sum(rows[i][f"{mode}, low"] <= rows[i][name] <= rows[i][f"{mode}, high"] for i in at)
+            sum(rows[i][f"{label}, low"] <= rows[i][name] <= rows[i][f"{label}, high"] for i in at)
             for name in EXACT
         ]
         both = ", ".join(f"{n} {name}" for n, name in zip(inside, EXACT, strict=True))
-        lines.append(f"- {mode}: {both}, of {len(at)}")
+        lines.append(f"- {label}: {both}, of {len(at)}")
     return [*lines, ""]
 
 
 def report(name: str, title: str, lines: list[str]) -> None:
-    machine = f"Machine: {cpu_name()}, one thread, torch {torch.__version__}."
+    machine = f"Machine: {cpu_name()}, torch {torch.__version__}."
     text = [f"# {title}", "", __doc__.split("\n\n", 2)[2].strip(), "", machine, "", *lines]
     (RESULTS / f"{name}.md").write_text("\n".join(text))
     print("\n".join(lines))
@@ -290,22 +407,27 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     costs = commands.add_parser("cost")
     costs.add_argument("--rounds", type=int, default=12)
-    costs.add_argument("--models", nargs="+", default=["mlp", "lenet1"])
+    costs.add_argument("--models", nargs="+", default=["mlp", "lenet1"], choices=BATCHES)
+    costs.add_argument("--threads", type=int, default=2)
     accurate = commands.add_parser("accuracy")
-    accurate.add_argument("folder", metavar="DIR", help="or a CSV of an earlier run, to report on")
+    accurate.add_argument("folder", metavar="DIR", nargs="?", help="none: report on the CSVs again")
     accurate.add_argument("--epochs", type=int, default=12)
-    accurate.add_argument("--lr", type=float, default=0.1)
     accurate.add_argument("--points", type=int, default=24, help="steps with exact values")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     if arguments.command == "cost":
+        torch.set_num_threads(arguments.threads)
         lines = cost(arguments.rounds, arguments.models)
         return report("tracking_cost", "What tracking costs", lines)
-    path = Path(arguments.folder)
-    if path.is_dir():
-        path = RESULTS / "tracking_accuracy.csv"
-        follow(arguments.folder, arguments.lr, arguments.epochs, arguments.points, path)
-    report("tracking_accuracy", "Tracked h0 beside exact values", accuracy(path))
+    torch.set_num_threads(1)
+    runs, lines = {}, []
+    for run in RUNS:
+        title = f"{run[0]}, learning rate {run[1]}"
+        path = RESULTS / f"tracking_accuracy_{run[0]}_{run[1]}.csv"
+        if arguments.folder is not None:
+            follow(arguments.folder, run, arguments.epochs, arguments.points, path)
+        runs[title] = rows_of(path)
+        lines += accuracy(title, runs[title])
+    report("tracking_accuracy", "Tracked h0 beside exact values", [*summary(runs), *lines])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from lyapcuda import ops, panel_ops
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
-from lyapcuda.lyapunov import Separation, chosen_perturbation
+from lyapcuda.lyapunov import Separation, reseed_, state_on
+from lyapcuda.perturbation import chosen_perturbation
 from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = ["MAX_SEPARATIONS", "Benettin", "advance", "excuse"]
@@ -116,9 +117,6 @@ class Benettin:
         """One field of the state (float64 on the device; (k,) or 0-dim), a copy."""
         return self._field(name).clone()
 
-    def _state_on(self, device: torch.device) -> Tensor:
-        return self.state if device == self.state.device else self.state.to(device)
-
     def restart_average(self) -> None:
         """Lets h_ema begin anew at the present h."""
         self._field("h_ema").copy_(self._field("h"))
@@ -132,7 +130,7 @@ class Benettin:
             part.group.check()
         for part in self._groups:
             group = part.group
-            state = self._state_on(group.device)
+            state = state_on(self.state, group.device)
             panel_ops.panel_recenter_(
                 part.q,
                 part.copies,
@@ -184,7 +182,7 @@ class Benettin:
                 group.segments([found.g0[i] for i in group.positions]),
                 part.copies,
                 group.offsets,
-                self._state_on(group.device),
+                state_on(self.state, group.device),
                 sign=self._sign,
                 weight_decay=group.weight_decay,
                 **moved,
@@ -200,17 +198,8 @@ class Benettin:
         skip = ranks is not None and ranks.reads_back(self.state.device)
         if not skip or self._field("again"):
             panel_ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
-        for part, seed in zip(self._groups, self.layout.seeds(self._seed), strict=True):
-            group = part.group
-            ops.reseed_(  # a launch, but where a separation was lost
-                part.q,
-                group.offsets,
-                group.sizes,
-                self._state_on(group.device),
-                elements=self.layout.numel,
-                seed=seed,
-                p=part.p,
-            )
+        panels, momenta = [part.q for part in self._groups], [part.p for part in self._groups]
+        reseed_(self.layout, panels, momenta, self.state, self._seed)
 
     def _second_gram(self) -> Tensor:
         """The first part of the second pass of CholeskyQR, where the diagonal of R asked for it:
@@ -218,7 +207,7 @@ class Benettin:
         """
         total = None
         for part in self._groups:
-            state = self._state_on(part.q.device)
+            state = state_on(self.state, part.q.device)
             transform, again = self._field("transform", state), self._field("again", state)
             panel_ops.combine_(part.d, part.d, transform, gate=again)
             if part.p_next is not None:
@@ -238,7 +227,7 @@ class Benettin:
 
     def _settled(self, part: _GroupPanel, now: Tensor, following: Tensor) -> Tensor:
         """The rows of a panel as the next `place` will leave them, a copy."""
-        state = self._state_on(now.device)
+        state = state_on(self.state, now.device)
         out = now.clone()
         panel_ops.combine_(
             out, following, self._field("transform", state), gate=self._field("pending", state)
@@ -319,7 +308,8 @@ def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> N
     if ranks is not None:
         sums, losses = ranks.exchange(sums, losses)
     for separation, total, span in zip(separations, sums, spans, strict=True):
-        separation.conclude(total, torch.cat([losses[:1], losses[span]]))
+        alone = len(separations) == 1
+        separation.conclude(total, losses if alone else torch.cat([losses[:1], losses[span]]))
 
 
 def excuse(separations: Sequence[Separation | Benettin]) -> None:

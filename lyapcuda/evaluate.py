@@ -9,32 +9,26 @@ written, and put back.
 
 from __future__ import annotations
 
-import gc
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.interrupts import allowed, deferred
-from lyapcuda.shards import in_place, is_sharded, local, reset, reshard
+from lyapcuda.shards import in_place, is_sharded, local, reset
+from lyapcuda.surroundings import Surroundings
 
 __all__ = [
     "Closure",
     "Gradients",
-    "RandomStates",
     "at_a_copy",
     "gradients",
-    "modules_of",
     "plain_gradient",
-    "untracked",
 ]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
@@ -55,143 +49,6 @@ class Gradients:
         """Those of ``count`` copies from the ``first`` on."""
         span = slice(first, first + count)
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
-
-
-def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """Every living module that holds one of the parameters, directly or in a child, with children.
-
-    Their buffers are what a forward pass may change. A parameter doesn't know its module, so this
-    asks the garbage collector: once for a tracker, some tens of milliseconds.
-    """
-    tracked = {id(p) for p in parameters}
-    found: dict[int, nn.Module] = {}
-    # type(), not isinstance(): some objects answer the latter by importing half a library.
-    candidates = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
-    candidates = [m for m in candidates if "_modules" in m.__dict__]
-    if any(is_sharded(p) for p in parameters):
-        reshard(candidates)  # after a forward pass alone, FSDP2 has other parameters in place
-    for candidate in candidates:
-        if any(id(p) in tracked for p in candidate.parameters()):
-            found.update((id(m), m) for m in candidate.modules())
-    return list(found.values())
-
-
-def _value_of(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
-
-
-class RandomStates:
-    """The global random states of Python, NumPy and torch, as they are now.
-
-    Args:
-        devices: whose states are kept besides the CPU's.
-        generators: of the user's own, kept as well.
-    """
-
-    def __init__(
-        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()
-    ) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._devices = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in set(devices)
-            if device.type not in ("cpu", "meta")
-        }
-        self._generators = [(generator, generator.get_state()) for generator in generators]
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        for generator, state in self._generators:
-            generator.set_state(state)
-
-
-class Loose(nn.Module):
-    """Parameters that may be in no module, as if they were in one: their gradients are put back."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._loose = list(parameters)  # (tensors of any class: not registered)
-
-    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
-        return iter(self._loose)
-
-
-def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The modules' other parameters that a backward() may give a gradient."""
-    tracked = {id(p) for p in parameters}
-    others = {id(p): p for m in modules for p in m.parameters(recurse=False)}
-    return [p for p in others.values() if id(p) not in tracked and p.requires_grad]
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-class Surroundings:
-    """What an evaluation may change besides its result: random states, buffers, other gradients."""
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        modules: Sequence[nn.Module],
-        generators: Iterable[torch.Generator] = (),
-    ) -> None:
-        if capturing():
-            raise RuntimeError(
-                "a measurement can't be captured in a CUDA graph: it reads and restores random "
-                "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
-            )
-        # DDP may have gradients lie in its buckets, which the next evaluation writes.
-        buckets = any(
-            isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
-        )
-        self._gradients = [(p, p.grad, _value_of(p.grad) if buckets else None) for p in parameters]
-        # Accumulation is in place, so the values of other parameters' gradients are kept as well.
-        self._other_gradients = [
-            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
-            for p in untracked(parameters, modules)
-        ]
-        # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
-        self._buffers = [
-            (module, {name: (b, _value_of(b)) for name, b in module._buffers.items()})
-            for module in modules
-        ]
-        self._random = RandomStates((p.device for p in parameters), generators)
-
-    @deferred()
-    def restore(self) -> None:
-        """Everything but the tracked parameters' own gradients, bitwise."""
-        self._random.restore()
-        for module, buffers in self._buffers:
-            for buffer, value in buffers.values():
-                if buffer is None:
-                    continue
-                # .data: a graph the user still holds may have saved this buffer, and finds it
-                # unchanged.
-                if buffer.shape == value.shape:
-                    buffer.data.copy_(value)
-                else:
-                    buffer.data = value.clone()
-            if not isinstance(module, torch.jit.ScriptModule):  # its buffers can't be replaced
-                module._buffers.clear()
-                module._buffers.update((name, buffer) for name, (buffer, _) in buffers.items())
-        for parameter, gradient, value in self._other_gradients:
-            if gradient is not None:
-                gradient.data.copy_(value)
-            parameter.grad = gradient
-
-    @deferred()
-    def restore_gradients(self) -> None:
-        for parameter, gradient, value in self._gradients:
-            if value is not None:
-                gradient.data.copy_(value)
-            parameter.grad = gradient
 
 
 #: True while a closure is evaluated at θ + q.
@@ -246,6 +103,10 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
+def _appeared(parameters: Sequence[Tensor]) -> bool:
+    return any(p.grad is not None for p in parameters)
+
+
 def evaluate(
     closure: Closure, parameters: Sequence[Tensor], names: Sequence[str]
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -257,7 +118,7 @@ def evaluate(
     with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
-        if all(p.grad is None for p in parameters):
+        if not _appeared(parameters):
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
@@ -265,19 +126,23 @@ def evaluate(
                     "torch.inference_mode)?"
                 )
             loss.backward()
-            if all(p.grad is None for p in parameters):
+            if not _appeared(parameters):
                 raise ValueError(
                     "closure: its loss gives none of the tracked parameters a gradient: were they "
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients = [None if p.grad is None else local(p.grad) for p in parameters]
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is not None and gradient.layout != torch.strided:
-            raise TypeError(
-                f"closure: the gradient of {name} has layout {gradient.layout}; only dense "
-                "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
-            )
+    gradients: list[Tensor | None] = []
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient = parameter.grad
+        if gradient is not None:
+            gradient = local(gradient)
+            if gradient.layout is not torch.strided:
+                raise TypeError(
+                    f"closure: the gradient of {name} has layout {gradient.layout}; only dense "
+                    "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
+                )
+        gradients.append(gradient)
     value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
     return value.reshape(()), gradients
 
@@ -307,6 +172,14 @@ def _check_same(
             "take the minibatch from the loader outside of the closure, and random numbers from "
             "the global generators"
         )
+
+
+@torch.no_grad()
+def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients in the memory of other tensors like them, as far as there are any."""
+    there = [c for c, g in zip(to, gradients, strict=True) if g is not None]
+    torch._foreach_copy_(there, [g for g in gradients if g is not None])  # as torch.optim does
+    return [c if g is not None else None for c, g in zip(to, gradients, strict=True)]
 
 
 def gradients(
@@ -348,9 +221,7 @@ def gradients(
             # θ + q is no longer needed, so its gradient takes its place. By reference it wouldn't
             # be safe: storage may be used again (DDP's buckets, a closure that writes .grad), and
             # memory would hold one gradient more for every copy.
-            found.append(
-                [g if g is None else c.copy_(g.detach()) for c, g in zip(copy, there, strict=True)]
-            )
+            found.append(_moved(there, copy))
             del there
             losses.append(loss)
             before.restore()

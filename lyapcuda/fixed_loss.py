@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda.batches import Batches
-from lyapcuda.evaluate import Closure, RandomStates, Surroundings, check_loss, evaluate, pointing_to
+from lyapcuda.evaluate import Closure, check_loss, evaluate, pointing_to
+from lyapcuda.surroundings import RandomStates, Surroundings
 
 __all__ = ["Point", "gradients_at", "second_derivative"]
 

@@ -68,6 +68,8 @@ class FlatGroup:
     positions: list[int]
     offsets: list[int] = field(init=False)
     strides: list[tuple[int, ...]] = field(init=False)
+    #: How many elements each segment has.
+    sizes: list[int] = field(init=False)
     #: Elements of a flat buffer, the gaps between segments included.
     length: int = field(init=False)
 
@@ -82,11 +84,7 @@ class FlatGroup:
             for t in held
         ]
         self._shapes = [t.shape for t in held]
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many elements each segment has."""
-        return [shape.numel() for shape in self._shapes]
+        self.sizes = [t.numel() for t in held]
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -158,7 +156,7 @@ class FlatGroup:
     def _segment(self, i: int, tensor: Tensor | None) -> Tensor:
         strides = self.strides[i]
         if tensor is None:
-            return torch.zeros(self._shapes[i].numel(), dtype=self.dtype, device=self.device)
+            return torch.zeros(self.sizes[i], dtype=self.dtype, device=self.device)
         tensor = local(tensor).detach()
         if tensor.dtype != self.dtype or tensor.stride() != strides:
             if tensor.dtype == self.dtype and tensor.is_contiguous() and _is_standard(self, i):

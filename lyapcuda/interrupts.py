@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import signal
+import _signal  # signal.py's own wrap these in enums, which takes as long as all the rest here
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from signal import SIGINT
 from types import FrameType
 from typing import Any
 
 __all__ = ["allowed", "deferred"]
+
+_SIGINT = SIGINT.value
 
 
 class _Note:
@@ -25,14 +28,14 @@ class _Note:
     def deliver(self) -> None:
         if self._asked:
             self._asked = False
-            self.instead_of(signal.SIGINT, None)
+            self.instead_of(_SIGINT, None)
 
 
 def _handler() -> Any:
     """The present one; None where signals don't arrive in Python."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    return signal.getsignal(signal.SIGINT)
+    return _signal.getsignal(_SIGINT)
 
 
 @contextmanager
@@ -43,11 +46,11 @@ def deferred() -> Iterator[None]:
         yield
         return
     note = _Note(before)
-    signal.signal(signal.SIGINT, note)
+    _signal.signal(_SIGINT, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, note.instead_of)
+        _signal.signal(_SIGINT, note.instead_of)
         note.deliver()
 
 
@@ -58,12 +61,12 @@ def allowed() -> Iterator[None]:
     if not isinstance(note, _Note):
         yield
         return
-    signal.signal(signal.SIGINT, note.instead_of)
+    _signal.signal(_SIGINT, note.instead_of)
     try:
         note.deliver()
         yield
     finally:
-        now = signal.getsignal(signal.SIGINT)
+        now = _signal.getsignal(_SIGINT)
         if callable(now) and not isinstance(now, _Note):  # what is inside may have set its own
             note.instead_of = now
-        signal.signal(signal.SIGINT, note)
+        _signal.signal(_SIGINT, note)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from lyapcuda import _C, ops
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
+from lyapcuda.perturbation import chosen_perturbation
 from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = [
     "Separation",
     "curvature_of_growth",
-    "default_perturbation",
     "growth_of_curvature",
 ]
 
@@ -72,44 +72,35 @@ def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0)
     return math.log((abs(trace) + math.sqrt(discriminant)) / 2.0)
 
 
-def default_perturbation(layout: FlatLayout, epsilon: float | None = None) -> float:
-    """Δq for gradients computed to ``epsilon`` (default: in the parameters' precision):
-    ε^(1/3)·max(‖θ‖, √N/100)/4.
-
-    Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq,
-    but of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is
-    left with the second order, and ε^(1/3) balances that. The second scale stands in for parameters
-    that start at zero. Measured on smooth nets in bench/perturbation.py; kinks (ReLU) want a larger
-    Δq still.
-    """
-    size = max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
-    epsilon = layout.epsilon() if epsilon is None else epsilon
-    return epsilon ** (1.0 / 3.0) * size / 4.0
+def state_on(state: Tensor, device: torch.device) -> Tensor:
+    """The scalars where a group's buffers are."""
+    return state if device == state.device else state.to(device)
 
 
-def chosen_perturbation(
+def reseed_(
     layout: FlatLayout,
-    perturbation: float | None,
-    epsilon: float | None = None,
-    *,
-    stacklevel: int = 6,
-) -> float:
-    """Δq: the user's, with a warning where rounding would swallow it, or the default for gradients
-    computed to ``epsilon``.
+    buffers: Sequence[Tensor],
+    momenta: Sequence[Tensor | None],
+    state: Tensor,
+    seed: int,
+) -> None:
+    """Puts another separation where the state says that one was lost; else a launch a group.
+
+    Args:
+        buffers, momenta: of every group, flat buffers or panels.
+        seed: of the run; every group and every shard has its own.
     """
-    advised = default_perturbation(layout, epsilon)
-    if perturbation is None:
-        return advised
-    if perturbation < max(layout.epsilon() * layout.norm(), advised / 30.0):
-        warnings.warn(
-            f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
-            f"of gradients will be rounding for a good part; {advised:.1g} is advised"
-            if epsilon is None
-            else f"perturbation={perturbation:g} is small for a loss computed to {epsilon:.1g} "
-            f"(autocast): {advised:.1g} is advised",
-            stacklevel=stacklevel,
+    parts = zip(layout.groups, buffers, momenta, layout.seeds(seed), strict=True)
+    for group, buffer, p, own in parts:
+        ops.reseed_(
+            buffer,
+            group.offsets,
+            group.sizes,
+            state_on(state, group.device),
+            elements=layout.numel,
+            seed=own,
+            p=p,
         )
-    return perturbation
 
 
 class _GroupSeparation:
@@ -121,9 +112,26 @@ class _GroupSeparation:
         # 16-bit parameters need a copy of their own type; others borrow the spare buffer.
         self._rounded = group.new_buffer(group.dtype) if group.rounds else None
         self.p = group.new_buffer() if momentum else None
+        # Of the buffer at an address: made once, since that takes longer than most of a step.
+        self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def views(self) -> list[Tensor]:
-        return self.group.views(self.spare if self._rounded is None else self._rounded)
+    def views(self) -> tuple[list[Tensor], list[Tensor]]:
+        """θ + q as tensors shaped like the parameters, and as the ops take them."""
+        buffer = self.spare if self._rounded is None else self._rounded
+        found = self._views.get(buffer.data_ptr())
+        if found is None:
+            views = self.group.views(buffer)
+            found = self._views[buffer.data_ptr()] = (views, self.group.segments(views))
+        return found
+
+    def segments(self, copy: Sequence[Tensor | None]) -> list[Tensor]:
+        """As of `FlatGroup.segments`, of what usually are the views that `place` gave out."""
+        views, segments = self.views()
+        same = all(a is b for a, b in zip(copy, views, strict=True))
+        return segments if same else self.group.segments(copy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}  # of other memory, in a copy
 
 
 class Separation:
@@ -186,9 +194,6 @@ class Separation:
         total = torch.tensor([square], dtype=torch.float64, device=self.layout.device)
         return math.sqrt(self.layout.reduce(total).item())
 
-    def _state_on(self, device: torch.device) -> Tensor:
-        return self.state if device == self.state.device else self.state.to(device)
-
     #: How many copies there are beside θ.
     k = 1
     #: Numbers that `measure` returns.
@@ -198,15 +203,15 @@ class Separation:
         """Writes θ + q; returns the one copy, in the order of `FlatLayout.parameters`."""
         copies: dict[int, Tensor] = {}  # by position
         for part in self._groups:
-            group, views = part.group, part.views()
+            group, (views, segments) = part.group, part.views()
             group.check()
             ops.recenter_(
-                group.segments(views),
+                segments,
                 part.q,
                 part.spare,
                 group.segments(group.tensors),
                 group.offsets,
-                self._state_on(group.device),
+                state_on(self.state, group.device),
             )
             copies.update(zip(group.positions, views, strict=True))
         return [[copies[i] for i in range(len(copies))]]
@@ -237,19 +242,11 @@ class Separation:
         for part, p_next in zip(self._groups, momenta, strict=True):
             part.q, part.spare = part.spare, part.q
             if part.p is not None:
-                kept = self._state_on(part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
+                kept = state_on(self.state, part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
                 torch.where(kept, part.p, p_next, out=part.p)
-        for part, seed in zip(self._groups, self.layout.seeds(self._seed), strict=True):
-            group = part.group
-            ops.reseed_(  # a launch, but where the separation was lost
-                part.spare,  # what is kept when a step isn't committed
-                group.offsets,
-                group.sizes,
-                self._state_on(group.device),
-                elements=self.layout.numel,
-                seed=seed,
-                p=part.p,
-            )
+        kept = [part.spare for part in self._groups]  # when a step isn't committed
+        momenta = [part.p for part in self._groups]
+        reseed_(self.layout, kept, momenta, self.state, self._seed)
 
     def probe(self, found: Gradients) -> Tensor:
         """The sums alone, before there is a β to step with. A piece at a time: the buffer that the
@@ -257,7 +254,7 @@ class Separation:
         """
         total = torch.zeros(len(ops.SUM_FIELDS), dtype=torch.float64, device=self.state.device)
         for part in self._groups:
-            group, state = part.group, self._state_on(part.group.device)
+            group, state = part.group, state_on(self.state, part.group.device)
             scratch = part.q.new_empty(min(_PIECE, part.q.numel()))
             lists = [
                 group.segments([found.g0[i] for i in group.positions]),
@@ -296,9 +293,9 @@ class Separation:
                 part.spare,
                 part.q,
                 group.segments([found.g0[i] for i in group.positions]),
-                group.segments([found.copies[0][i] for i in group.positions]),
+                part.segments([found.copies[0][i] for i in group.positions]),
                 group.offsets,
-                self._state_on(group.device),
+                state_on(self.state, group.device),
                 sign=self._options["sign"],
                 weight_decay=group.weight_decay,
                 **moved,
@@ -318,14 +315,14 @@ class Separation:
 
     def _settled(self, part: _GroupSeparation) -> Tensor:
         """q as the next `place` will see it, whether or not the last step was committed."""
-        kept = self._state_on(part.q.device)[ops.STATE_FIELDS.index("committed")] == 0
+        kept = state_on(self.state, part.q.device)[ops.STATE_FIELDS.index("committed")] == 0
         return torch.where(kept, part.spare, part.q)
 
     def vectors(self) -> list[list[Tensor]]:
         """q itself, shaped like the parameters, in their order (copies): a list of one."""
         flats = []
         for part in self._groups:
-            scale = self._state_on(part.q.device)[ops.STATE_FIELDS.index("scale")]
+            scale = state_on(self.state, part.q.device)[ops.STATE_FIELDS.index("scale")]
             flats.append((self._settled(part) * scale).to(part.q.dtype))
         return [self.layout.unpack(flats)]
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lyapcuda import ops, panel_ops
 from lyapcuda.arguments import choice, positive
 from lyapcuda.batches import Batches
-from lyapcuda.evaluate import Closure, RandomStates, modules_of
+from lyapcuda.evaluate import Closure
 from lyapcuda.fixed_loss import gradients_at, second_derivative
 from lyapcuda.flat import FlatGroup, FlatLayout
 from lyapcuda.parameters import Parameters, select_by_name
 from lyapcuda.precision import COARSE, graph_nodes, loss_epsilon
+from lyapcuda.surroundings import RandomStates, modules_of
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "separation_size"]
 

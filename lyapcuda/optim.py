@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops, panel_ops
-from lyapcuda.arguments import fraction, non_negative, positive, whole
+from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS
 from lyapcuda.descent import Descent
-from lyapcuda.evaluate import Closure, capturing
+from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout
 from lyapcuda.optimizer_state import WholeStateOptimizer
 from lyapcuda.parameters import Parameters
 from lyapcuda.scaling import Unscaled, found_inf
+from lyapcuda.surroundings import capturing
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["LyapunovSGD"]
@@ -103,11 +104,8 @@ class LyapunovSGD(WholeStateOptimizer):
         whole("k", k)
         if k > MAX_SEPARATIONS:
             raise ValueError(f"k={k}: expected at most {MAX_SEPARATIONS}")
-        if k > 1 and estimate not in (None, *ops.OF_QUOTIENTS):
-            raise ValueError(
-                f"estimate={estimate!r}: with k={k} it has to be one of "
-                f"{', '.join(ops.OF_QUOTIENTS)}, which give eigenvectors"
-            )
+        if k > 1 and estimate is not None:
+            choice("estimate", estimate, ops.OF_QUOTIENTS)
         if estimate is None:
             estimate = "growth" if k == 1 else "rayleigh"
         defaults = {

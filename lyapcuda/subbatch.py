@@ -17,12 +17,11 @@ from lyapcuda.batches import batch_size
 from lyapcuda.evaluate import (
     Closure,
     Gradients,
-    Surroundings,
     evaluate,
     gradients,
     plain_gradient,
-    untracked,
 )
+from lyapcuda.surroundings import Surroundings, untracked
 
 __all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
 

@@ -14,30 +14,26 @@ from torch.utils.hooks import RemovableHandle
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.attach import measure_within
-from lyapcuda.benettin import MAX_SEPARATIONS, Benettin, advance, excuse
+from lyapcuda.benettin import Benettin, advance, excuse
 from lyapcuda.distributed import RankError, Ranks, is_wrapper
-from lyapcuda.evaluate import Closure, Loose, Surroundings, gradients, modules_of
+from lyapcuda.ends import ENDS, ends_of, new_separation
+from lyapcuda.evaluate import Closure, gradients
 from lyapcuda.flat import FlatLayout
 from lyapcuda.history import Ring
 from lyapcuda.interrupts import allowed, deferred
-from lyapcuda.lyapunov import SIGNS, Separation
+from lyapcuda.lyapunov import Separation
 from lyapcuda.parameters import Parameters
 from lyapcuda.precision import loss_epsilon
-from lyapcuda.readings import Readings
-from lyapcuda.saved import require_entries
 from lyapcuda.shards import compute_epsilon
 from lyapcuda.subbatch import Measured, accumulated, beside, shares
+from lyapcuda.surroundings import Loose, Surroundings, modules_of
+from lyapcuda.tracker_state import TrackerState
 from lyapcuda.turns import Turns
 
 __all__ = ["CurvatureTracker"]
 
-_STATE_FORMAT = 4
 
-#: The ends of the spectrum that `which` asks for, each by the sign of its map.
-_ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
-
-
-class CurvatureTracker(Readings):
+class CurvatureTracker(TrackerState):
     """Follows the largest (or smallest) eigenvalues of the loss's Hessian while something trains.
 
     A separation q is carried from step to step; each `step` evaluates the closure's gradient at θ
@@ -55,8 +51,8 @@ class CurvatureTracker(Readings):
             of k values: from the outer end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
-            (`lyapcuda.lyapunov.default_perturbation`), or that of autocast where autograd's graph
-            shows it; the paper's is 5e-2.
+            (`lyapcuda.perturbation.default_perturbation`), or that of autocast where autograd's
+            graph shows it; the paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
@@ -109,7 +105,7 @@ class CurvatureTracker(Readings):
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
-        choice("which", which, _ENDS)
+        choice("which", which, ENDS)
         choice("estimate", estimate, ops.ESTIMATES)
         fraction("momentum", momentum)
         fraction("ema", ema)
@@ -132,14 +128,9 @@ class CurvatureTracker(Readings):
                 raise ValueError(
                     f"{name}={value!r}: above {self._layout.largest:.4g}, which q holds"
                 )
-        if k > self._layout.numel:
-            raise ValueError(f"k={k}: there are only {self._layout.numel} parameters")
-        if which == "BE" and k < 2:
-            raise ValueError(f'k={k}: which="BE" needs at least 2, one eigenvalue from either end')
-        ks = [k] if which != "BE" else [(k + 1) // 2, k // 2]
-        if max(ks) > MAX_SEPARATIONS:
-            raise ValueError(f"k={k}: at most {MAX_SEPARATIONS} from either end of the spectrum")
-        self._ends = list(zip(_ENDS[which], ks, strict=True))
+        self._ends = ends_of(which, k, self._layout.numel)
+        self._tensors = [p.tensor for p in self._layout.parameters]
+        self._names = [p.name for p in self._layout.parameters]
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
         self._perturbation = perturbation
         self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
@@ -153,6 +144,7 @@ class CurvatureTracker(Readings):
         self._calls = 0
         # ε of the coarsest type seen in the loss; None once Δq has been adapted to it.
         self._coarsest: float | None = 0.0
+        ks = [each for _, each in self._ends]
         self._history = Ring(history, self._layout.device, ks) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
 
@@ -260,7 +252,7 @@ class CurvatureTracker(Readings):
         if self._layout.ranks is None:
             return None
         self._layout.ranks.check()
-        return Surroundings(self.parameters, self._surrounding())
+        return Surroundings(self._tensors, self._surrounding())
 
     def _evaluate(
         self,
@@ -272,12 +264,8 @@ class CurvatureTracker(Readings):
     ) -> Measured:
         if copies and self._coarsest is not None:
             closure, measure = self._watched(closure), measure and self._watched(measure)
-        parameters = [p.tensor for p in self._layout.parameters]
-        where = dict(
-            names=[p.name for p in self._layout.parameters],
-            modules=self._surrounding(),
-            check=self._debug,
-        )
+        parameters = self._tensors
+        where = dict(names=self._names, modules=self._surrounding(), check=self._debug)
         if micro is not None:
             return accumulated(closure, micro, parameters, copies, **where)
         if measure is not None and copies:
@@ -346,9 +334,10 @@ class CurvatureTracker(Readings):
             ranks = self._layout.ranks
             if ranks is not None:
                 ranks.agree(self._arguments(), self._layout.device)
+            options = dict(estimate=self.estimate, perturbation=self._perturbation)
             found = []
             for end, k in self._ends:
-                found.append(self._new_separation(end, k))
+                found.append(new_separation(self._layout, end, k, **options, **self._options))
             if ranks is not None:
                 for separation in found:
                     separation.replicate_(ranks)
@@ -357,8 +346,7 @@ class CurvatureTracker(Readings):
 
     def _find_modules(self) -> list[nn.Module]:
         """Those whose buffers are put back; sees to it who shares the parameters."""
-        tensors = [p.tensor for p in self._layout.parameters]
-        holders = modules_of([*tensors, *self._beside.values()])
+        holders = modules_of([*self._tensors, *self._beside.values()])
         if self._layout.ranks is None and not self._layout.sharded:
             self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
         if not self._models:
@@ -371,26 +359,10 @@ class CurvatureTracker(Readings):
     def _arguments(self) -> dict[str, float]:
         """What has to be the same on all ranks, as numbers."""
         values = {"numel": self._layout.numel, "k": self.k, "every": self.every}
-        values |= {"which": list(_ENDS).index(self.which)}
+        values |= {"which": list(ENDS).index(self.which)}
         values |= {"estimate": ops.ESTIMATES[self.estimate], "perturbation": self._perturbation}
         values |= self._options
         return {name: -1.0 if value is None else float(value) for name, value in values.items()}
-
-    def _new_separation(self, end: str, k: int) -> Separation | Benettin:
-        options = dict(
-            sign=SIGNS[end],
-            estimate=self.estimate,
-            perturbation=self._perturbation,
-            **self._options,
-        )
-        if k == 1:
-            return Separation(self._layout, **options)
-        return Benettin(self._layout, k, **options)
-
-    @property
-    def calls(self) -> int:
-        """How many steps were taken, measured or not."""
-        return self._calls
 
     @property
     def layout(self) -> FlatLayout:
@@ -405,7 +377,7 @@ class CurvatureTracker(Readings):
     @property
     def parameters(self) -> list[Tensor]:
         """The tracked tensors, in the user's order."""
-        return [p.tensor for p in self._layout.parameters]
+        return list(self._tensors)
 
     @property
     def state(self) -> Tensor:
@@ -419,68 +391,3 @@ class CurvatureTracker(Readings):
         """Lets `h_ema` begin anew at the present `h`."""
         for separation in self._started():
             separation.restart_average()
-
-    # --- saving ----------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; loads with
-        ``torch.load(weights_only=True)``.
-        """
-        return {
-            "format": _STATE_FORMAT,
-            **self._kind(),
-            "calls": self._calls,
-            "separations": [separation.state_dict() for separation in self._separations],
-            "history": None if self._history is None else self._history.state_dict(),
-        }
-
-    def _kind(self) -> dict[str, Any]:
-        """What has to agree between a saved state and the tracker that takes it over."""
-        return {
-            "k": self.k,
-            "which": self.which,
-            "estimate": self.estimate,
-            "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved tracker was.
-
-        Raises:
-            ValueError: it isn't a tracker's, or is of other parameters, another k, ``which`` or
-                ``estimate``; nothing has changed then.
-        """
-        if not isinstance(state_dict, dict) or state_dict.get("format") != _STATE_FORMAT:
-            raise ValueError("state_dict: not the state of a CurvatureTracker of this version")
-        for name, mine in self._kind().items():
-            saved = state_dict.get(name)
-            if saved != mine:
-                raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
-        require_entries(state_dict, "calls", "separations", "history")
-        saved, calls = state_dict["separations"], state_dict["calls"]
-        whole("state_dict: calls", calls, 0)
-        if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
-            raise ValueError(
-                f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
-            )
-        history = state_dict["history"]
-        if self._history is not None and history is not None:
-            self._history.check(history)
-        present = self._separations
-        before = [separation.state_dict() for separation in present]
-        try:
-            for separation, values in zip(self._started() if saved else [], saved, strict=True):
-                separation.load_state_dict(values)
-        except BaseException:
-            for separation, values in zip(present, before, strict=True):
-                separation.load_state_dict(values)
-            self._separations = present
-            raise
-        if not saved:
-            self._separations = []
-        self._coarsest = None if saved else 0.0
-        self._calls = int(calls)
-        if self._history is not None:
-            self._history.restart(self._calls)
-            if history is not None:
-                self._history.load_state_dict(history)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import curvature_of_growth, default_perturbation, growth_of_curvature
+from lyapcuda.lyapunov import curvature_of_growth, growth_of_curvature
+from lyapcuda.perturbation import default_perturbation
 
 rates = st.floats(1e-3, 10.0)
 curvatures = st.floats(1e-3, 1e3)

@@ -13,7 +13,7 @@ from torch import nn
 import lyapcuda
 import precision_cases as cases
 from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import default_perturbation
+from lyapcuda.perturbation import default_perturbation
 from lyapcuda.precision import loss_epsilon
 
 BF16 = torch.bfloat16
