@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import precision_cases as cases  # noqa: E402
+from ops import cpu_name  # noqa: E402
 
 HEADER = """# Errors by precision, compiler and kernel
 
-`python bench/precision.py`, torch {torch}, CPU, one thread. Small smooth nets with cross-entropy,
+`python bench/precision.py`, {cpu}, one thread, torch {torch}. Small smooth nets with cross-entropy,
 against the dense Hessian in float64 of the same loss at the same (rounded) parameters. Errors of
 eigenvalues are relative to h0: of h0 (k = 1), the largest of h0..h2 (k = 3; eigsh at its default
 tol = 1e-3), of h0 and hN (both ends), after 60 steps; LyapunovSGD: of its learning rate 1/h0 after
@@ -45,7 +46,9 @@ def main() -> None:
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
         print(rows[-1], f"{time.perf_counter() - start:.1f} s", flush=True)
     if arguments.out:
-        arguments.out.write_text(HEADER.format(torch=torch.__version__) + "\n".join(rows) + "\n")
+        arguments.out.write_text(
+            HEADER.format(cpu=cpu_name(), torch=torch.__version__) + "\n".join(rows) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -156,6 +156,11 @@ COMPILERS: dict[str, Callable[[], Problem]] = {
     "compiled loss, bfloat16 autocast inside": lambda: problem(
         forward=autocast_inside, whole=compiled("aot_eager")
     ),
+    "inductor, model": lambda: problem(forward=compiled("inductor")),
+    "inductor, loss, attention": lambda: problem("attention", whole=compiled("inductor")),
+    "inductor, loss, bfloat16 autocast inside": lambda: problem(
+        forward=autocast_inside, whole=compiled("inductor")
+    ),
     "compiled model, checkpoint": lambda: problem(
         forward=lambda model: checkpointed(False)(
             nn.Sequential(model[0], compiled("aot_eager")(model[1:]))
