@@ -18,18 +18,15 @@ from lyapcuda.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout
 from lyapcuda.lanczos import lanczos
-from lyapcuda.lobpcg import lobpcg
+from lyapcuda.lobpcg import lobpcg, sizes
 from lyapcuda.operator import DIFFERENCES, HessianOperator
 from lyapcuda.parameters import Parameters
 from lyapcuda.ritz import WHICH, Goal, Verdict
-from lyapcuda.subspace import MAX_COPIES, merged, subspace
+from lyapcuda.subspace import MAX_COPIES, climb, copies
 
 __all__ = ["ConvergenceWarning", "EigenResult", "eigsh"]
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")
-
-# Copies that climb beside the wanted ones.
-_MORE = 2
 
 # Relative error of an eigenvalue that differences have on smooth losses, in ε^power of the
 # parameters' dtype: at most so much on the nets of the tests.
@@ -55,9 +52,9 @@ class EigenResult:
         difference_errors: (k,) float64, an estimate of how far the differences' map and the Hessian
             are apart along u: from the asymmetry of the projected matrix, and at least what
             differences of this kind and precision have on smooth losses.
-        converged: (k,) bool. Three things hold: the error of the eigenvalue, estimated from the
-            residuals and the gaps between values (R²/gap), and that of the differences are within
-            the tolerance; and the residual, which bounds the error rigorously where a gap can
+        converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
+            between values (R²/gap), and one and a half times that of the differences are within the
+            tolerance together; and the residual, which bounds the error rigorously where a gap can
             mislead (a close pair not yet told apart), is within five times of it. Or the value is
             zero within the differences' error. Lanczos asks for more: the residual within half of
             the tolerance where values are crowded, and without ``v0`` that an overlooked eigenvalue
@@ -135,10 +132,11 @@ def eigsh(
         maxiter: iterations at most. Default 300.
         v0: (n,) start vector. Default: a random one, mixed half and half with g(θ), which is known
             anyway and lies in the leading eigenspace for a good part.
-        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors; it
-            can't tell what it has overlooked, least of all an end with "LM". "lyapunov": k copies
-            that climb side by side (Benettin), about 3k vectors; the mode of the trackers, at a
-            frozen θ. "LM" and "BE" climb twice, up and down.
+        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors
+            (12k with "LM", which follows k values of each end until it is known which can't win).
+            "lyapunov": k copies that climb side by side (Benettin) at a frozen θ, about 3k vectors
+            and, for many values or close ones, some ten times the gradients; "LM" and "BE" climb
+            twice, up and down. These two can't tell what they have overlooked.
         ncv: vectors that Lanczos keeps before it restarts. Default max(2k + 1, 20), or n up to 64.
         seed: of the random vectors; the global random states are not touched.
         verify: before believing, put in a random vector orthogonal to everything found. Lanczos
@@ -147,7 +145,8 @@ def eigsh(
         progress: show a progress bar (needs tqdm).
         difference: "forward", "central", or None: forward where the tolerance, the parameters'
             precision and the loss allow it (central for 16-bit parameters, for losses with kinks
-            such as ReLU, and for a tolerance below 7e-4 in float32, 3e-8 in float64).
+            such as ReLU, and for a tolerance below 1e-3 in float32, 4e-8 in float64), and central
+            all over again where forward ones turn out too coarse for one of the values.
 
     Warns:
         ConvergenceWarning: where ``converged`` is not all True.
@@ -174,7 +173,7 @@ def eigsh(
     n = layout.numel
     if k > n:
         raise ValueError(f"k={k}: there are only {n} parameters")
-    rows = _rows(k, ncv, n, method)
+    rows = _rows(k, which, ncv, n, method)
     start = None if v0 is None else _start_vector(v0, operator)
     if difference is None and mode == "difference":
         operator.choose_difference(coarse=tol < _MARGIN * _accuracy(operator, "forward"))
@@ -184,12 +183,8 @@ def eigsh(
     rounding = torch.finfo(layout.dtype).eps
     accuracy = rounding if kind == "exact" else _accuracy(operator, kind)
     goal = Goal(k, which, tol, accuracy, rounding, n)
-    generators = [
-        torch.Generator(group.device).manual_seed(seed + i) for i, group in enumerate(layout.groups)
-    ]
     basis = Basis.empty(layout, rows)
-    starts = {"lanczos": 1, "lobpcg": k, "lyapunov": rows}[method]
-    _fill_start(basis[:starts], start, operator, generators)
+    starts = {"lanczos": 1, "lobpcg": sizes(which, k, n)[0], "lyapunov": rows}[method]
     limit = 300 if maxiter is None else maxiter
     spent: list[int] = []
     with _reporter(progress, limit, operator, goal) as show:
@@ -198,15 +193,27 @@ def eigsh(
             spent.append(operator.gradient_evaluations)
             show(verdict)
 
-        options = dict(maxiter=limit, generators=generators, report=report)
-        if method == "lanczos":
-            solution = lanczos(
-                operator.product, basis, goal, verify=verify, look=v0 is None, **options
-            )
-        elif method == "lobpcg":
-            solution = lobpcg(operator.product, basis, goal, **options)
-        else:
-            solution = _climb(operator, basis, goal, limit, report)
+        def solve(goal: Goal) -> Solution:
+            generators = [
+                torch.Generator(group.device).manual_seed(seed + i)
+                for i, group in enumerate(layout.groups)
+            ]
+            _fill_start(basis[:starts], start, operator, generators)
+            if method == "lyapunov":
+                return climb(operator.product, basis, goal, maxiter=limit, report=report)
+            options = dict(maxiter=limit, generators=generators, report=report)
+            if method == "lobpcg":
+                return lobpcg(operator.product, basis, goal, **options)
+            return lanczos(operator.product, basis, goal, verify=verify, look=v0 is None, **options)
+
+        solution = solve(goal)
+        if difference is None and kind == "forward" and solution.verdict.limited:
+            operator.choose_difference(coarse=True)
+            kind = operator.difference
+            before, goal = solution, replace(goal, accuracy=_accuracy(operator, kind))
+            solution = solve(goal)
+            solution.history[:0] = before.history
+            solution.iterations += before.iterations
     result = _result(solution, operator, goal, method, kind, spent)
     _warn(result)
     return result
@@ -237,16 +244,16 @@ def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, se
         raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
 
 
-def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
+def _rows(k: int, which: str, ncv: int | None, n: int, method: str) -> int:
     """Rows of the basis."""
     if method == "lobpcg":
         if 3 * k > MAX_ROWS:
             raise ValueError(f"k={k}: method='lobpcg' takes at most {MAX_ROWS // 3}")
-        return min(3 * k, n)
+        return sizes(which, k, n)[1]
     if method == "lyapunov":
         if k > MAX_COPIES:
             raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_COPIES}")
-        return min(k + _MORE, n, MAX_COPIES)
+        return copies(k, n)
     kept = min(n, MAX_ROWS, max(2 * k + 1, 20 if n > 64 else n)) if ncv is None else min(ncv, n)
     if kept > MAX_ROWS:
         raise ValueError(f"ncv={ncv}: at most {MAX_ROWS}")
@@ -292,26 +299,6 @@ def _fill_start(
         for row, part in zip(basis.row(0), gradient, strict=True):
             row.add_(part.to(row.dtype) * scale.to(row.device, row.dtype))
     first.orthogonalise_(0)
-
-
-def _climb(
-    operator: HessianOperator, basis: Basis, goal: Goal, limit: int, report: Any
-) -> Solution:
-    """Copies that ascend, copies that descend, or some of both."""
-    high, low = {
-        "LA": (goal.k, 0),
-        "SA": (0, goal.k),
-        "LM": (goal.k, goal.k),
-        "BE": (goal.k - goal.k // 2, goal.k // 2),
-    }[goal.which]
-    parts = []
-    for which, k in (("LA", high), ("SA", low)):
-        if k:
-            rows = min(k + _MORE, len(basis))
-            start = Basis(basis.layout, [panel[:rows].clone() for panel in basis.panels])
-            part = replace(goal, which=which, k=k)
-            parts.append(subspace(operator.product, start, part, maxiter=limit, report=report))
-    return parts[0] if len(parts) == 1 else merged(parts, goal)
 
 
 # --- running, result -----------------------------------------------------------------------------

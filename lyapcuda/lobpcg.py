@@ -7,10 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lyapcuda.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.basis import MAX_ROWS, Basis, Product, Report, Solution, on_host
+from lyapcuda.block import Block, ends
 from lyapcuda.ritz import Goal, rayleigh_ritz
 
-__all__ = ["lobpcg"]
+__all__ = ["lobpcg", "sizes"]
+
+
+def sizes(which: str, k: int, n: int) -> tuple[int, int]:
+    """Vectors that a block starts with, and rows of its basis."""
+    k = sum(ends(which, k))
+    return min(k, n), min(3 * k, n, MAX_ROWS)
 
 
 def lobpcg(
@@ -24,10 +31,15 @@ def lobpcg(
 ) -> Solution:
     """LOBPCG with an orthonormal basis [X, P, W]: memory for 3k vectors and their products.
 
-    Arguments as for `lanczos`; ``basis`` has min(3k, n) rows, of which the first holds a start
-    vector. Every iteration costs a product for each value that hasn't converged.
+    With ``which="LM"`` X follows k values of each end (so twice the memory), until it is known
+    which of them can't be among the wanted.
+
+    Arguments as for `lanczos`; ``basis`` is of the `sizes`, its first rows hold start vectors.
+    Every iteration costs a product for each value that hasn't converged.
     """
-    k, n = goal.k, basis.layout.numel
+    n, room = basis.layout.numel, len(basis)
+    block = Block(goal)
+    k = sizes(goal.which, goal.k, n)[0]  # vectors of X
     products = Basis.empty(basis.layout, len(basis))
     device = basis.panels[0].device
     squares = torch.stack([basis.orthogonalise_(i)[-1] for i in range(k)])
@@ -44,22 +56,23 @@ def lobpcg(
         # by now is measured and divided out, so it doesn't add up.
         upright = np.linalg.inv(np.linalg.cholesky(grams[0])).T
         ritz = rayleigh_ritz(*(upright.T @ gram @ upright for gram in grams[1:]))
-        verdict = goal.judge(ritz, block=True)
+        verdict = block.judge(ritz)
         history.append((verdict.values, verdict.residuals))
         report(verdict)
         if bool(verdict.done.all()) or size == n or iteration == maxiter:
             break
-        # X: the wanted Ritz vectors. P: what of them isn't in the old X, made orthonormal to X.
-        x = ritz.vectors[:, verdict.indices]
-        directions = x.copy()
+        # X: the Ritz vectors that matter. P: what of them isn't in the old X, orthonormal to X.
+        x = ritz.vectors[:, block.members]
+        directions = x[:, np.argsort(~block.active, kind="stable")]
         directions[:k] = 0.0
-        p = _orthonormal(directions, x)[:, : n - k] if size > k else np.zeros((size, 0))
+        most = n - x.shape[1] if room == n else (room - x.shape[1]) // 2
+        p = _orthonormal(directions, x)[:, :most] if size > k else np.zeros((size, 0))
         small = torch.as_tensor(upright @ np.concatenate([x, p], 1), device=device)
-        kept = small.shape[1]
+        k, kept = x.shape[1], small.shape[1]
         for panel in (basis, products):
             panel[:kept].combine_(panel[rows], small)
         # W: the residuals HX − Xθ of those that haven't converged; X itself goes with the basis.
-        active = [i for i in range(k) if not verdict.done[i]][: n - kept]
+        active = np.flatnonzero(block.active).tolist()[: room - kept]
         left = []
         for number, i in enumerate(active):
             row = kept + number
@@ -77,8 +90,8 @@ def lobpcg(
             size += 1
         done_to = kept
     chosen = torch.as_tensor(upright @ ritz.vectors[:, verdict.indices], device=device)
-    basis[:k].combine_(basis[:size], chosen)
-    return Solution(verdict, basis[:k], iteration, history)
+    basis[: goal.k].combine_(basis[:size], chosen)
+    return Solution(verdict, basis[: goal.k], iteration, history)
 
 
 def _orthonormal(columns: np.ndarray, beside: np.ndarray) -> np.ndarray:

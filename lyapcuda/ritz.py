@@ -16,8 +16,13 @@ __all__ = ["WHICH", "Goal", "Ritz", "Verdict", "error_bounds", "order", "rayleig
 #: Which eigenvalues: largest, smallest (algebraic), largest magnitude, both ends.
 WHICH = ("LA", "SA", "LM", "BE")
 
-# Of the tolerance, what the solver's own error may take; the differences' error has the rest.
+# Of the tolerance, what the solver's own error may take at most; the differences' has the rest.
 _SHARE = 0.5
+# How far the estimate of that may fall short (at most 1.7-fold, once in a thousand values of the
+# tests' nets).
+_DOUBT = 1.5
+# Less than so much of the differences' error isn't worth a product.
+_NEGLIGIBLE = 0.2
 # The rigorous bound, the residual r, has to be within so many times the tolerance as well, less
 # where values lie close together: an eigenvalue that hides beside a found one at a distance of a
 # few r shows in nothing but r, and there is one with a chance of about r / (distance of values).
@@ -142,6 +147,11 @@ class Verdict:
     done: np.ndarray
     converged: np.ndarray
 
+    @property
+    def limited(self) -> bool:
+        """Whether the differences aren't good enough for a value that is found."""
+        return bool((self.done & ~self.converged).any())
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -162,40 +172,67 @@ class Goal:
     rounding: float
     size: int
 
-    def judge(self, ritz: Ritz, fresh: np.ndarray | None = None, block: bool = False) -> Verdict:
-        """The wanted pairs of a basis (fewer than k while it is smaller).
+    def judge(self, ritz: Ritz, fresh: np.ndarray | None = None) -> Verdict:
+        """The wanted pairs of a Krylov basis (fewer than k while it is smaller).
 
         Args:
             fresh: (m,) which of them grew from a random vector put in just now.
-            block: the basis was built for the wanted ones alone: where the others will end is
-                unknown, but for the residuals.
         """
-        m, size = len(ritz.values), np.abs(ritz.values)
-        # The asymmetry has m components, of which the eigenvalue sees one.
-        errors = np.maximum(ritz.asymmetry * min(1.0, np.sqrt(8.0 / m)), self.accuracy * size)
-        floor = max(4 * self.rounding, 0.1 * self.accuracy)
-        errors = np.maximum(errors, floor * size.max())
+        m, size, errors = len(ritz.values), np.abs(ritz.values), self.errors(ritz)
         wanted = order(ritz.values, self.which, self.k)[: self.k]
-        bounds = self._block_bounds(ritz, wanted) if block else None
-        if bounds is None:
-            bounds = error_bounds(ritz.values, ritz.outside)
-        done = bounds <= np.maximum(_SHARE * self.tol * size, 0.2 * errors)
-        # An estimate is fooled by a close pair that hasn't parted yet; the residual isn't.
-        most = _RIGOROUS * self.tol * size
-        if not block:
-            crowded = np.maximum(_STRICT * self.tol * size, spacing(ritz.values) / _CROWDED)
-            most = np.minimum(most, crowded)
-        done &= ritz.outside <= np.maximum(most, errors)
+        bounds = error_bounds(ritz.values, ritz.outside)
+        crowded = np.maximum(_STRICT * self.tol * size, spacing(ritz.values) / _CROWDED)
+        done = self.settled(ritz, bounds, errors, most=crowded)
         # How far the others may still move. What a random vector shows at first says little: it
         # holds each eigenvector with a weight of 1/n only.
         reach = np.where(done, 2.0 * bounds, ritz.outside)
         if fresh is not None and m < self.size:
             new = fresh & ~done
             reach[new] = np.sqrt(self.size) * ritz.outside[new]
-        if not block:
-            done[wanted] &= ~self._passed(ritz.values, wanted, reach)
-        converged = done & ((errors <= self.tol * size) | (size <= _ZERO * errors))
-        parts = (ritz.values, ritz.residuals, errors, done, converged)
+        done[wanted] &= ~self._passed(ritz.values, wanted, reach)
+        return self.verdict(ritz, wanted, bounds, errors, done)
+
+    def errors(self, ritz: Ritz, scale: float = 0.0) -> np.ndarray:
+        """(m,) estimated error of the differences; ``scale``: a lower bound of ‖H‖."""
+        m, size = len(ritz.values), np.abs(ritz.values)
+        # The asymmetry has m components, of which the eigenvalue sees one.
+        errors = np.maximum(ritz.asymmetry * min(1.0, np.sqrt(8.0 / m)), self.accuracy * size)
+        floor = max(4 * self.rounding, 0.1 * self.accuracy)
+        return np.maximum(errors, floor * max(scale, size.max()))
+
+    def settled(
+        self, ritz: Ritz, bounds: np.ndarray, errors: np.ndarray, most: np.ndarray | float = np.inf
+    ) -> np.ndarray:
+        """(m,) which values the solver need not improve: ``bounds`` leave the differences their
+        part of the tolerance, or are far below their error.
+
+        Args:
+            most: what the residual has to be within, besides `_RIGOROUS` tolerances.
+        """
+        tolerance = self.tol * np.abs(ritz.values)
+        share = np.minimum(_SHARE * tolerance, tolerance - _DOUBT * errors)
+        done = bounds <= np.maximum(share, _NEGLIGIBLE * errors)
+        # An estimate is fooled by a close pair that hasn't parted yet; the residual isn't.
+        most = np.minimum(most, _RIGOROUS * tolerance)
+        done &= ritz.outside <= np.maximum(most, errors)
+        # Zero, as far as differences can tell.
+        return done | (np.abs(ritz.values) + ritz.outside <= _ZERO * errors)
+
+    def verdict(
+        self,
+        ritz: Ritz,
+        wanted: np.ndarray,
+        bounds: np.ndarray,
+        errors: np.ndarray,
+        done: np.ndarray,
+    ) -> Verdict:
+        """Of the ``wanted`` ones: what is done has converged where both errors together are within
+        the tolerance, or where it is zero.
+        """
+        size = np.abs(ritz.values)
+        within = bounds + _DOUBT * errors <= self.tol * size
+        good = within | (size <= _ZERO * errors)
+        parts = (ritz.values, ritz.residuals, errors, done, done & good)
         return Verdict(wanted, *(part[wanted] for part in parts))
 
     def without_hidden(self, verdict: Verdict, values: np.ndarray, growth: Growth) -> Verdict:
@@ -244,24 +281,6 @@ class Goal:
         values = np.sort(verdict.values)
         slack = self.tol * np.abs(values) + 2.0 * verdict.errors.max(initial=0.0)
         return bool((np.diff(values) <= slack[1:]).any())
-
-    def _block_bounds(self, ritz: Ritz, wanted: np.ndarray) -> np.ndarray | None:
-        """Error bounds with the unwanted values as near as their residuals let them be."""
-        if self.which not in ("LA", "SA") or len(ritz.values) == self.size:
-            return None
-        others = np.setdiff1d(np.arange(len(ritz.values)), wanted)
-        if not len(others):
-            return ritz.outside
-        values = ritz.values.copy()
-        nearest = values[wanted].min() if self.which == "LA" else values[wanted].max()
-        towards = 1.0 if self.which == "LA" else -1.0
-        values[others] += towards * ritz.outside[others]
-        # Past the nearest wanted value a gap can't be told from a crossing: r alone is left.
-        values[others] = (np.minimum if towards > 0 else np.maximum)(values[others], nearest)
-        up = np.argsort(values, kind="stable")
-        bounds = np.empty_like(values)
-        bounds[up] = error_bounds(values[up], ritz.outside[up])
-        return bounds
 
     def _passed(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:
         """For each wanted value whether another one may still turn out to come before it."""

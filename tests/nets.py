@@ -58,6 +58,8 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     """A model and its inputs, from torch's global generator."""
     if name == "linear":
         return nn.Linear(5, 4), torch.randn(48, 5)
+    if name == "tiny":
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(48, 4)
     if name == "tanh_mlp":
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(64, 6)
     if name == "gelu_mlp":

@@ -8,7 +8,11 @@ import torch
 
 import lyapcuda
 from lyapcuda import ritz
+from lyapcuda.basis import Basis, Solution
+from lyapcuda.block import Block
+from lyapcuda.flat import FlatLayout
 from lyapcuda.hidden import Growth
+from lyapcuda.subspace import merged
 from nets import case
 from test_truth import quadratic
 from truths import is_off
@@ -95,6 +99,85 @@ def test_nothing_is_skipped(name, which, k, difference):
     result = lyapcuda.eigsh(truth.closure, params, k, which, difference=difference)
     assert bool(result.converged.all())
     assert not [i for i in range(k) if is_off(result, i, truth.eigenvalues)]
+
+
+# Where LOBPCG had called values converged that weren't the i-th: with "LM" it had lost the vectors
+# of the other end (of either sign) before they could show that they lie further out, and where the
+# differences' error just filled the tolerance, its own came on top.
+TAKEN_FOR = [
+    ("tanh_mlp", "LM", 14, torch.float32, None),
+    ("tanh_mlp", "LM", 14, torch.float32, "central"),
+    ("conv", "LM", 3, torch.float32, None),
+    ("conv", "LM", 3, torch.float64, None),
+    ("conv", "LM", 5, torch.float32, None),
+    ("linear", "LA", 8, torch.float32, None),
+    ("linear", "BE", 8, torch.float32, None),
+]
+
+
+@pytest.mark.filterwarnings("ignore::lyapcuda.ConvergenceWarning")
+@pytest.mark.parametrize(("name", "which", "k", "dtype", "difference"), TAKEN_FOR)
+def test_lobpcg_takes_no_other_value_for_a_wanted_one(name, which, k, dtype, difference):
+    truth = case(name, seed=40, dtype=dtype)
+    result = lyapcuda.eigsh(
+        truth.closure,
+        truth.model.parameters(),
+        k,
+        which,
+        method="lobpcg",
+        seed=40,
+        difference=difference,
+        tol=1e-3 if dtype == torch.float32 else 1e-6,
+    )
+    off = [i for i in range(k) if is_off(result, i, truth.eigenvalues)]
+    assert not [i for i in off if result.converged[i]]
+    assert name == "linear" or bool(result.converged.all())
+
+
+def ritz_values(values: list[float], residuals: list[float]) -> ritz.Ritz:
+    """Of vectors that aren't needed."""
+    m = len(values)
+    return ritz.Ritz(np.array(values), np.eye(m), np.array(residuals), np.zeros(m))
+
+
+def test_an_end_is_followed_until_it_cannot_win():
+    block = Block(ritz.Goal(2, "LM", 1e-3, 1e-9, 1e-16, 1000))
+    first = block.judge(ritz_values([-4.9, -1.0, 0.0, 5.0, 6.0], [0.5, 0.3, 1.0, 1e-6, 1e-6]))
+    assert first.values.tolist() == [6.0, 5.0]
+    # −4.9 may turn out to be −5.4, which is more than 5 and less than 6.
+    assert first.done.tolist() == [True, False] == first.converged.tolist()
+    assert block.members.tolist() == [4, 3, 0] and block.active.tolist() == [False, False, True]
+    # Another one lay there.
+    found = block.judge(ritz_values([-5.2, -4.9, 0.0, 5.0, 6.0], [1e-6, 0.02, 1.0, 1e-6, 1e-6]))
+    assert found.values.tolist() == [6.0, -5.2] and found.converged.all()
+    # There is none, and so the lower end needs no vector any more.
+    block = Block(ritz.Goal(2, "LM", 1e-3, 1e-9, 1e-16, 1000))
+    none = block.judge(ritz_values([-4.9, -1.0, 0.0, 5.0, 6.0], [0.05, 0.03, 1.0, 1e-6, 1e-6]))
+    assert none.values.tolist() == [6.0, 5.0] and none.converged.all()
+    assert (block.high, block.low) == (2, 0) and not block.active.any()
+
+
+def test_both_errors_together_have_to_fit_the_tolerance():
+    """The differences' error alone would, and so would the solver's."""
+    goal = ritz.Goal(1, "LA", 1e-3, 6e-4, 1e-7, 1000)
+    loose, tight = (Block(goal).judge(ritz_values([0.98, 1.0], [0.0, r])) for r in (25e-4, 1e-3))
+    # 9e-4, and r²/0.02 besides.
+    assert not loose.done.any() and not loose.converged.any()
+    assert tight.done.all() and tight.converged.all()
+
+
+@pytest.mark.parametrize(("residual", "converged"), [(0.05, True), (0.5, False)])
+def test_what_is_still_on_its_way_leaves_nothing_smaller_converged(residual, converged):
+    """Two climbs, of which the second was cut short."""
+    layout = FlatLayout([torch.nn.Parameter(torch.zeros(2))])
+    parts = []
+    for row, (value, r, done) in enumerate([(5.0, 1e-6, True), (-4.9, residual, False)]):
+        vectors = Basis(layout, [torch.eye(2)[row : row + 1].clone()])
+        numbers = (np.array([x]) for x in (0, value, r, 1e-9, done, done))
+        parts.append(Solution(ritz.Verdict(*numbers), vectors, 1))
+    verdict = merged(parts, ritz.Goal(1, "LM", 1e-3, 1e-9, 1e-16, 2)).verdict
+    assert verdict.values.tolist() == [5.0]
+    assert verdict.done.tolist() == [converged] == verdict.converged.tolist()
 
 
 def test_lobpcg_residuals_are_those_of_its_vectors():
