@@ -14,6 +14,9 @@ from lyapcuda.ritz import Goal, Ritz, Verdict, error_bounds, order
 
 __all__ = ["Block", "ends"]
 
+# Residuals of so many times the differences' error are nothing but that, for a good part.
+_NOISE = 5.0
+
 
 def ends(which: str, k: int) -> tuple[int, int]:
     """How many values of the upper and of the lower end are to be followed."""
@@ -28,14 +31,16 @@ class Block:
         high, low: how many values of each end may still be among the wanted.
         least: with "LM" a magnitude that the wanted values have; otherwise what they need to have
             to be of interest (0: all are).
+        guards: vectors of each end besides: an eigenvalue that lies close to a wanted one, and that
+            the block has hardly a part of yet, comes between them.
         scale: a lower bound of ‖H‖.
         members: Ritz values to keep vectors of, the upper end first.
         active: which of the members a further step should improve.
     """
 
-    def __init__(self, goal: Goal, least: float = 0.0) -> None:
-        self.goal, self.least, self.scale = goal, least, 0.0
-        self.high, self.low = ends(goal.which, goal.k)
+    def __init__(self, goal: Goal, least: float = 0.0, guards: int = 0) -> None:
+        self.goal, self.least, self.guards, self.scale = goal, least, guards, 0.0
+        self.high, self.low = (k + guards if k else 0 for k in ends(goal.which, goal.k))
         self.members, self.active = np.zeros(0, dtype=int), np.zeros(0, dtype=bool)
 
     def judge(self, ritz: Ritz) -> Verdict:
@@ -52,21 +57,27 @@ class Block:
         for end, towards in ((top, 1.0), (bottom, -1.0)):
             for part in (end, np.intersect1d(end, wanted)):
                 bounds[part] = self._bounds(ritz, part, towards)[part]
-        done = goal.settled(ritz, bounds, errors)
+        done = goal.settled(ritz, bounds, errors, noise=_NOISE)
         # How large each may still turn out to be: residuals tell of an eigenvalue, not of which.
         most = np.zeros(m)
         for end, towards in ((top, 1.0), (bottom, -1.0)):
             reach = ritz.outside[end][~done[end]].max(initial=0.0)
             most[end] = towards * values[end] + np.where(done[end], 0.0, reach)
+        rivals = wanted[:0]
         if goal.which == "LM":
             self.least = max(self.least, size[wanted].min())
         matters = most > (1.0 + goal.tol) * self.least
-        rivals = np.setdiff1d(both[matters[both]], wanted)
-        needed = np.isin(np.arange(m), np.concatenate([wanted, rivals]))
-        if goal.which != "LM" and self.least > 0:
+        if goal.which == "LM":
+            rivals = np.setdiff1d(both[matters[both]], wanted)
+        elif self.least > 0:
             done |= ~matters
+        needed = np.isin(np.arange(m), np.concatenate([wanted, rivals]))
         # What comes after the last that is needed of an end can't win any more.
-        top, bottom = (e[: np.flatnonzero(needed[e]).max(initial=-1) + 1] for e in (top, bottom))
+        for end in (top, bottom):
+            last = np.flatnonzero(needed[end]).max(initial=-1)
+            if last >= 0:
+                needed[end[: last + 1 + self.guards]] = True
+        top, bottom = (end[: np.count_nonzero(needed[end])] for end in (top, bottom))
         self.high, self.low = len(top), len(bottom)
         self.members = np.concatenate([top, bottom])
         self.active = (needed & ~done)[self.members]

@@ -132,8 +132,9 @@ def eigsh(
         maxiter: iterations at most. Default 300.
         v0: (n,) start vector. Default: a random one, mixed half and half with g(θ), which is known
             anyway and lies in the leading eigenspace for a good part.
-        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k vectors
-            (12k with "LM", which follows k values of each end until it is known which can't win).
+        method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lobpcg": 6k + 6 vectors
+            (twice as many with "LM", which follows k values of each end until it is known which of
+            them can't win).
             "lyapunov": k copies that climb side by side (Benettin) at a frozen θ, about 3k vectors
             and, for many values or close ones, some ten times the gradients; "LM" and "BE" climb
             twice, up and down. These two can't tell what they have overlooked.

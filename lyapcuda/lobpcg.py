@@ -13,10 +13,13 @@ from lyapcuda.ritz import Goal, rayleigh_ritz
 
 __all__ = ["lobpcg", "sizes"]
 
+# Vectors of each end that X holds besides.
+_GUARDS = 1
+
 
 def sizes(which: str, k: int, n: int) -> tuple[int, int]:
     """Vectors that a block starts with, and rows of its basis."""
-    k = sum(ends(which, k))
+    k = sum(end + _GUARDS for end in ends(which, k) if end)
     return min(k, n), min(3 * k, n, MAX_ROWS)
 
 
@@ -29,16 +32,16 @@ def lobpcg(
     generators: Sequence[torch.Generator],
     report: Report,
 ) -> Solution:
-    """LOBPCG with an orthonormal basis [X, P, W]: memory for 3k vectors and their products.
+    """LOBPCG with an orthonormal basis [X, P, W]: memory for 3k + 3 vectors and their products.
 
-    With ``which="LM"`` X follows k values of each end (so twice the memory), until it is known
-    which of them can't be among the wanted.
+    X holds a vector more than is wanted. With ``which="LM"`` it follows k values of each end (so
+    twice the memory), until it is known which of them can't be among the wanted.
 
     Arguments as for `lanczos`; ``basis`` is of the `sizes`, its first rows hold start vectors.
     Every iteration costs a product for each value that hasn't converged.
     """
     n, room = basis.layout.numel, len(basis)
-    block = Block(goal)
+    block = Block(goal, guards=_GUARDS)
     k = sizes(goal.which, goal.k, n)[0]  # vectors of X
     products = Basis.empty(basis.layout, len(basis))
     device = basis.panels[0].device

@@ -201,20 +201,28 @@ class Goal:
         return np.maximum(errors, floor * max(scale, size.max()))
 
     def settled(
-        self, ritz: Ritz, bounds: np.ndarray, errors: np.ndarray, most: np.ndarray | float = np.inf
+        self,
+        ritz: Ritz,
+        bounds: np.ndarray,
+        errors: np.ndarray,
+        most: np.ndarray | float = np.inf,
+        noise: float = 1.0,
     ) -> np.ndarray:
         """(m,) which values the solver need not improve: ``bounds`` leave the differences their
         part of the tolerance, or are far below their error.
 
         Args:
             most: what the residual has to be within, besides `_RIGOROUS` tolerances.
+            noise: of so many times the differences' error it needn't be less.
         """
         tolerance = self.tol * np.abs(ritz.values)
         share = np.minimum(_SHARE * tolerance, tolerance - _DOUBT * errors)
         done = bounds <= np.maximum(share, _NEGLIGIBLE * errors)
         # An estimate is fooled by a close pair that hasn't parted yet; the residual isn't.
         most = np.minimum(most, _RIGOROUS * tolerance)
-        done &= ritz.outside <= np.maximum(most, errors)
+        done &= ritz.outside <= np.maximum(most, noise * errors)
+        # No product makes noise less.
+        done |= (ritz.outside <= noise * errors) & (bounds <= _SHARE * tolerance)
         # Zero, as far as differences can tell.
         return done | (np.abs(ritz.values) + ritz.outside <= _ZERO * errors)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,6 +92,22 @@ def exact_eigenvalues(model: nn.Module, loss: Callable[[Callable], Tensor]) -> T
 
 def case(name: str, seed: int, dtype: torch.dtype = torch.float32, kind: str = "ce") -> Case:
     """One of `SOLVED` with cross-entropy ("ce") or squared error ("mse") on random data."""
+    model, closure, _ = _case(name, seed, dtype, kind)
+    # Rounded no further than the random numbers were drawn, both have the same Hessian.
+    drawn = torch.float32 if dtype == torch.float64 else dtype
+    return Case(model, closure, _eigenvalues(name, seed, drawn, kind).clone())
+
+
+@functools.cache
+def _eigenvalues(name: str, seed: int, dtype: torch.dtype, kind: str) -> Tensor:
+    model, _, loss = _case(name, seed, dtype, kind)
+    return exact_eigenvalues(model, loss)
+
+
+def _case(
+    name: str, seed: int, dtype: torch.dtype, kind: str
+) -> tuple[nn.Module, Callable[[], Tensor], Callable[[Callable], Tensor]]:
+    """The model, its closure, and the loss of any forward function."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model, x = build(name)
@@ -105,4 +122,4 @@ def case(name: str, seed: int, dtype: torch.dtype = torch.float32, kind: str = "
             out, nn.functional.one_hot(labels, out.shape[1]).to(out.dtype)
         )
 
-    return Case(model, lambda: loss(model), exact_eigenvalues(model, loss))
+    return model, lambda: loss(model), loss

@@ -161,8 +161,8 @@ def test_both_errors_together_have_to_fit_the_tolerance():
     """The differences' error alone would, and so would the solver's."""
     goal = ritz.Goal(1, "LA", 1e-3, 6e-4, 1e-7, 1000)
     loose, tight = (Block(goal).judge(ritz_values([0.98, 1.0], [0.0, r])) for r in (25e-4, 1e-3))
-    # 9e-4, and r²/0.02 besides.
-    assert not loose.done.any() and not loose.converged.any()
+    # 9e-4, and r²/0.02 besides; but r may be nothing but the differences' noise.
+    assert loose.limited and not loose.converged.any()
     assert tight.done.all() and tight.converged.all()
 
 

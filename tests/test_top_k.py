@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from nets import NAMES, Case, case
+from nets import NAMES, case
 from test_truth import quadratic
 
 
@@ -35,18 +35,16 @@ def wanted(eigenvalues, k: int, which: str):
     return torch.cat([down[: (k + 1) // 2], down[len(down) - k // 2 :]])
 
 
-def separated(name: str, k: int, which: str, dtype) -> Case:
-    """A net whose wanted values stand apart from the rest: what is next to them sets the speed."""
-    for seed in range(1, 200):
-        truth = case(name, seed=seed, dtype=dtype)
-        down = truth.eigenvalues.flip(0)
-        high, low = ((k + 1) // 2, k // 2) if which == "BE" else (k, 0)
-        gaps = [down[high - 1] - down[high]]
-        if low:
-            gaps.append(truth.eigenvalues[low] - truth.eigenvalues[low - 1])
-        if min(map(float, gaps)) > 0.01 * truth.h0:
-            return truth
-    raise AssertionError(f"{name}: no seed separates {k} values")
+# Seeds of nets whose wanted values stand apart from the rest: what is next to them sets the speed.
+APART = {
+    ("linear", "LA"): {2: 72, 5: 88, 14: 77},
+    ("tanh_mlp", "LA"): {2: 88, 5: 28, 14: 64},
+    ("tanh_mlp", "BE"): {2: 99, 5: 32, 14: 11},
+    ("gelu_mlp", "LA"): {2: 30, 5: 41, 14: 24},
+    ("gelu_mlp", "BE"): {2: 27, 5: 43, 14: 72},
+    ("conv", "LA"): {2: 17, 5: 48, 14: 17},
+    ("conv", "BE"): {2: 7, 5: 52, 14: 20},
+}
 
 
 def flat(vectors) -> torch.Tensor:
@@ -63,9 +61,10 @@ def flat(vectors) -> torch.Tensor:
 def test_top_k_of_a_smooth_net(name, which, k, dtype, tol):
     if name == "linear" and which == "BE":
         pytest.skip("convex: its lower end is zero many times over, see test_bottom_of_a_convex")
-    truth = separated(name, k, which, dtype)
+    truth = case(name, APART[name, which][k], dtype)
     tracker = lyapcuda.CurvatureTracker(truth.model.parameters(), k=k, which=which)
-    run(tracker, truth.closure, tol / 100, at_most=10000)
+    # A value is off by the square of its residual over the gap, here of a sixtieth of h0 or more.
+    run(tracker, truth.closure, math.sqrt(tol / 1000))
     exact = wanted(truth.eigenvalues, k, which)
     torch.testing.assert_close(tracker.h, exact, rtol=0.0, atol=tol * truth.h0)
 
@@ -149,7 +148,7 @@ def test_growth_inverts_to_the_eigenvalues(momentum, which):
     tracker = lyapcuda.CurvatureTracker(
         [theta], k=2, which=which, estimate="growth", beta=0.1, momentum=momentum
     )
-    for _ in range(1500):
+    for _ in range(400):
         tracker.step(closure)
     exact = wanted(torch.tensor(np.sort(spectrum)), 2, which)
     torch.testing.assert_close(tracker.h, exact, rtol=1e-5, atol=0)
