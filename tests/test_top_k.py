@@ -57,14 +57,16 @@ def flat(vectors) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["LA", "BE"])
 @pytest.mark.parametrize("k", [2, 5, 14])
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
-def test_top_k_of_a_smooth_net(name, which, k, dtype, tol):
+@pytest.mark.parametrize(
+    ("dtype", "tol", "residual"), [(torch.float32, 1e-3, 2e-3), (torch.float64, 1e-6, 3e-5)]
+)
+def test_top_k_of_a_smooth_net(name, which, k, dtype, tol, residual):
     if name == "linear" and which == "BE":
         pytest.skip("convex: its lower end is zero many times over, see test_bottom_of_a_convex")
     truth = case(name, APART[name, which][k], dtype)
     tracker = lyapcuda.CurvatureTracker(truth.model.parameters(), k=k, which=which)
     # A value is off by the square of its residual over the gap, here of a sixtieth of h0 or more.
-    run(tracker, truth.closure, math.sqrt(tol / 1000))
+    run(tracker, truth.closure, residual)
     exact = wanted(truth.eigenvalues, k, which)
     torch.testing.assert_close(tracker.h, exact, rtol=0.0, atol=tol * truth.h0)
 
