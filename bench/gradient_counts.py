@@ -1,6 +1,6 @@
 """How many gradients eigsh needs on the CIFAR-10 MLP, held against a tight reference.
 
-    python bench/gradient_counts.py DIR [--out bench/results/gradient_counts]
+    python bench/gradient_counts.py DIR [--ncv 8 11 ...] [--out bench/results/gradient_counts]
 
 DIR is a CIFAR-10 folder, as for `lyapcuda train`. The MLP with three hidden layers of 200: with
 ReLU on planes and cars (695,002 parameters) and with GELU on the same two classes and on all ten;
@@ -15,6 +15,8 @@ Reported are the gradient evaluations, g(θ) among them,
 - stop: until eigsh stopped of itself, its largest relative error then, and whether it called all
   values converged.
 
+ncv: vectors that Lanczos keeps, where that was asked for.
+
 Goals: true ≤ 8 for k = 1, ≤ 27 for k = 5.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,6 @@ from lyapcuda.experiment.models import build
 from ops import cpu_name
 
 BATCH, LR, TOL, KS = 512, 0.1, 1e-3, (1, 5)
-RUNS = (("lanczos", None), ("lobpcg", None))
 NETS = {
     "ReLU, 2 classes": (nn.ReLU, (0, 1)),
     "GELU, 2 classes": (nn.GELU, (0, 1)),
@@ -74,9 +75,10 @@ def states(
 def reference(operator: lyapcuda.HessianOperator) -> np.ndarray:
     """The largest eigenvalues, descending, to 1e-6."""
     start = np.random.default_rng(0).standard_normal(operator.shape[0])
-    values = eigsh(
-        operator.to_scipy(), max(KS), which="LA", tol=1e-6, v0=start, return_eigenvectors=False
-    )
+    with operator.keeping():
+        values = eigsh(
+            operator.to_scipy(), max(KS), which="LA", tol=1e-6, v0=start, return_eigenvectors=False
+        )
     return np.sort(values)[::-1]
 
 
@@ -92,18 +94,23 @@ def first_right(result: lyapcuda.EigenResult, exact: np.ndarray) -> int | None:
 
 
 def rows_of(
-    net: str, state: str, model: nn.Module, loss: Callable[[], Tensor], seeds: range
+    net: str,
+    state: str,
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    seeds: range,
+    runs: Sequence[tuple[str, int | None]],
 ) -> list[str]:
-    """Table rows of one state: methods, k, truths."""
+    """Table rows of one state: methods (and ncv), k, truths."""
     params = list(model.parameters())
     exact = reference(lyapcuda.HessianOperator(loss, params, mode="exact"))
     rows, finite = [], {}
-    for method, difference in RUNS:
+    for method, ncv in runs:
         for k in KS:
+            if ncv is not None and ncv <= k:
+                continue
             results = [
-                lyapcuda.eigsh(
-                    loss, params, k, method=method, difference=difference, tol=TOL, seed=seed
-                )
+                lyapcuda.eigsh(loss, params, k, method=method, ncv=ncv, tol=TOL, seed=seed)
                 for seed in seeds
             ]
             truths = {"exact": exact[:k]}
@@ -119,7 +126,8 @@ def rows_of(
                 errors = [
                     float(abs(result.eigenvalues.numpy() / truth - 1).max()) for result in results
                 ]
-                cells = [net, state, method, first.difference, str(k), name]
+                called = method if ncv is None else f"{method}, ncv={ncv}"
+                cells = [net, state, called, first.difference, str(k), name]
                 cells += [f"{truth[0]:.5g}", span(right)]
                 cells += [span([result.gradient_evaluations for result in results])]
                 cells += [f"{max(errors):.1e}"]
@@ -146,7 +154,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="random start vectors")
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/gradient_counts"))
+    parser.add_argument("--ncv", type=int, nargs="+", help="Lanczos alone, with each of these")
     arguments = parser.parse_args()
+    runs = [("lanczos", None), ("lobpcg", None)]
+    if arguments.ncv:
+        runs = [("lanczos", ncv) for ncv in arguments.ncv]
     warnings.simplefilter("ignore", lyapcuda.ConvergenceWarning)
     heading = (
         "| net | state | method | differences | k | reference | h0 | true | stop | error | sure |"
@@ -162,7 +174,7 @@ def main() -> None:
     ]
     for net in arguments.nets:
         for state, model, loss in states(arguments.folder, *NETS[net], arguments.steps):
-            lines += rows_of(net, state, model, loss, range(arguments.seeds))
+            lines += rows_of(net, state, model, loss, range(arguments.seeds), runs)
             # What there is is kept: a state takes minutes.
             arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 

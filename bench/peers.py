@@ -1,6 +1,9 @@
 """Eigenvalues of a loss's Hessian: lyapcuda beside PyHessian, hessian-eigenthings, curvlinops.
 
     python bench/peers.py [--data DIR] [--problems mlp_gelu ...] [--quick] [--out FILE]
+    python bench/peers.py --merge FILE.json ... [--out FILE]
+
+The second makes one report of several runs, the last one's where a problem is in more than one.
 
 DIR is a CIFAR-10 folder, as for `lyapcuda train`; without it the pictures are made up. Peers that
 aren't installed are listed as such: `pip install --constraint constraints.txt
@@ -242,6 +245,34 @@ def measure(
     }
 
 
+def write(report: dict[str, Any], out: Path) -> None:
+    """OUT.json and OUT.md."""
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(report, __doc__))
+
+
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several, problems in the usual order; of the same problem, the last is taken.
+
+    Raises:
+        ValueError: they were made in other ways.
+    """
+    for key in ("machine", "threads", "target", "k"):
+        found = [report[key] for report in reports]
+        if any(value != found[0] for value in found):
+            raise ValueError(f"--merge: reports of different {key}: {found}")
+    problems = {problem["name"]: problem for report in reports for problem in report["problems"]}
+    return {
+        **reports[0],
+        "load": max(report["load"] for report in reports),
+        "versions": {
+            tool: next((r["versions"][tool] for r in reports if r["versions"].get(tool)), None)
+            for tool in TOOLS
+        },
+        "problems": [problems[name] for name in SPECS if name in problems],
+    }
+
+
 def _gradient_memory(bench: Bench) -> int | None:
     with Worker("gradient", bench.name, bench.path, 1, frugal=True) as worker:
         worker.answer(bench.end)
@@ -259,8 +290,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--rounds", type=int, default=5, help="at most")
     add("--minutes", type=float, default=8.5, help="for everything")
     add("--quick", action="store_true", help="a tiny problem only, in seconds")
+    add("--merge", type=Path, nargs="+", metavar="JSON", help="only make one report of these")
     add("--out", type=Path, default=HERE / "results" / "peers", help="OUT.md and OUT.json")
     arguments = parser.parse_args(argv)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.merge:
+        write(merged([json.loads(path.read_text()) for path in arguments.merge]), arguments.out)
+        return
     if arguments.quick:
         arguments.problems = ["small"]
     machine = f"{cpu_name()} ({os.cpu_count()} cores), torch {torch.__version__}"
@@ -275,7 +311,6 @@ def main(argv: list[str] | None = None) -> None:
     }
     end = time.monotonic() + 60 * arguments.minutes
     left = list(arguments.problems)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         while left:
             start = time.monotonic()
@@ -289,8 +324,7 @@ def main(argv: list[str] | None = None) -> None:
                 found = {"name": name, "spec": asdict(SPECS[name]), "failed": repr(error)}
             report["problems"].append(found)
             print(markdown({**report, "problems": [found]}, "").strip(), flush=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-            arguments.out.with_suffix(".md").write_text(markdown(report, __doc__))
+            write(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def markdown(report: dict[str, Any], method: str) -> str:
     """A table a problem, and what becomes of the goals."""
     lines = []
     if method:
-        lines += ["# Beside other tools", "", *method.strip().split("\n\n", 2)[2].splitlines(), ""]
+        lines += ["# Beside other tools", "", *method.strip().split("\n\n", 3)[3].splitlines(), ""]
         versions = dict.fromkeys(v for v in report["versions"].values() if v)
         lines += [
             f"Machine: {report['machine']}, {report['threads']} threads, load {report['load']:.1f} "

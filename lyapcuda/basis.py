@@ -17,15 +17,17 @@ from torch import Tensor
 
 from lyapcuda import panel_ops
 from lyapcuda.flat import FlatLayout
+from lyapcuda.pages import release
 from lyapcuda.ritz import Verdict
 
-__all__ = ["MAX_ROWS", "Basis", "Product", "Report", "Solution", "on_host"]
+__all__ = ["MAX_ROWS", "Basis", "Product", "Report", "Solution", "finite", "on_host"]
 
 #: Rows of a panel that the ops take.
 MAX_ROWS = 128
 
-#: Writes H times the first (norm 1) to the second; returns a loss.
-Product = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+#: Writes H times the first to the second, divided by the norm of the first, where that is given (it
+#: is 1 otherwise); returns a loss.
+Product = Callable[..., Tensor]
 #: Called with the verdict of every iteration.
 Report = Callable[[Verdict], None]
 
@@ -51,6 +53,11 @@ class Basis:
         """One vector: a flat buffer a group."""
         return [panel[i] for panel in self.panels]
 
+    def release(self) -> None:
+        """What these rows hold is no longer needed: on the CPU, their memory is given back."""
+        for panel in self.panels:
+            release(panel)
+
     def gram(self, other: Basis) -> Tensor:
         """(rows, rows of the other) float64, on the first group's device."""
         pairs = zip(self.panels, other.panels, strict=True)
@@ -61,21 +68,25 @@ class Basis:
         for out, rows in zip(self.panels, panel.panels, strict=True):
             panel_ops.combine_(out, rows, matrix.to(rows.device))
 
-    def orthogonalise_(self, i: int) -> Tensor:
-        """Row i made orthogonal to the rows before it, and of norm 1 (or zero).
+    def orthogonalise_(self, i: int, squares: np.ndarray | None = None) -> np.ndarray:
+        """Row i made orthogonal to the rows before it.
+
+        Args:
+            squares: the rows' squared norms, of which row i's is written: the row keeps its length,
+                which saves a pass. None: the rows before have norm 1, and row i gets it (or zero).
 
         Returns:
-            (i + 3,) float64 on the device: the i products with the rows before, and the squared
+            (i + 3,) float64: the i products with the rows before, over their norms; and the squared
             norm of what was left after one, two and three passes (as many as it took).
         """
-        before = slice(0, i)
-        if i:
-            total = self[before].gram(self[i : i + 1])[:, 0]
-        else:
-            total = torch.zeros(0, dtype=torch.float64, device=self.panels[0].device)
+        before, device = slice(0, i), self.panels[0].device
+        sizes = np.ones(i) if squares is None else squares[:i]
+        inverse = np.divide(1.0, sizes, out=np.zeros(i), where=sizes > 0)
+        factors = torch.as_tensor(inverse, device=device)
         # Every pass reads the whole basis, and sees what the one before has left: mostly rounding.
         enough = 100.0 * torch.finfo(self.panels[0].dtype).eps
-        coefficients, squares = total, []
+        coefficients = self[before].gram(self[i : i + 1])[:, 0] * factors if i else factors
+        total, passes = coefficients, []
         while True:
             result = _sum(
                 [
@@ -83,16 +94,23 @@ class Basis:
                     for p in self.panels
                 ]
             )
-            coefficients = result[:-1]
-            squares.append(result[-1])
-            left = coefficients.cpu().abs().max() if i else 0.0
-            if len(squares) == 3 or bool(left <= enough * squares[-1].sqrt().cpu()):
+            host = torch.cat([total, result]).cpu().numpy()
+            passes.append(host[-1])
+            with np.errstate(invalid="ignore"):
+                left = (np.abs(host[i:-1]) * np.sqrt(inverse)).max(initial=0.0)
+            if len(passes) == 3 or bool(left <= enough * np.sqrt(passes[-1])):
                 break
+            coefficients = result[:-1] * factors
             total = total + coefficients
-        squares += squares[-1:] * (3 - len(squares))
-        inverse = torch.where(squares[-1] > 0, squares[-1].rsqrt(), 0.0).reshape(1, 1)
-        self[i : i + 1].combine_(self[i : i + 1], inverse)
-        return torch.cat([total, torch.stack(squares)])
+        if squares is not None:
+            squares[i] = passes[-1]
+        else:
+            scale = passes[-1] ** -0.5 if passes[-1] > 0 else 0.0
+            matrix = torch.full((1, 1), scale, dtype=torch.float64, device=device)
+            self[i : i + 1].combine_(self[i : i + 1], matrix)
+        passes += passes[-1:] * (3 - len(passes))
+        with np.errstate(invalid="ignore"):
+            return np.concatenate([host[:i] * np.sqrt(sizes), passes])
 
     def randomise_(self, i: int, generators: Sequence[torch.Generator]) -> None:
         for group, panel, generator in zip(
@@ -122,7 +140,11 @@ class Solution:
 
 def on_host(tensor: Tensor) -> np.ndarray:
     """Dot products of an iteration; FloatingPointError where one isn't finite."""
-    values = tensor.cpu().numpy()
+    return finite(tensor.cpu().numpy())
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """The same; FloatingPointError where one isn't finite."""
     if not np.isfinite(values).all():
         raise FloatingPointError(
             "a gradient beside θ isn't finite (or the parameters' precision doesn't show a "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lyapcuda import panel_ops
 from lyapcuda.arguments import choice, whole
 from lyapcuda.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.evaluate import Closure
@@ -137,8 +138,10 @@ def eigsh(
             them can't win).
             "lyapunov": k copies that climb side by side (Benettin) at a frozen θ, about 3k vectors
             and, for many values or close ones, some ten times the gradients; "LM" and "BE" climb
-            twice, up and down. These two can't tell what they have overlooked.
-        ncv: vectors that Lanczos keeps before it restarts. Default max(2k + 1, 20), or n up to 64.
+            twice, up and down. These two can't tell what they have overlooked. All of them need two
+            vectors more, for gradients at θ and beside it (docs/solvers.md).
+        ncv: vectors that Lanczos keeps before it restarts. Default 2k + 6, or n up to 64. More save
+            few gradients; fewer save memory, down to k + 2, at the price of more (docs/solvers.md).
         seed: of the random vectors; the global random states are not touched.
         verify: before believing, put in a random vector orthogonal to everything found. Lanczos
             sees one copy of a multiple eigenvalue, and can miss one that the start vector has no
@@ -188,7 +191,7 @@ def eigsh(
     starts = {"lanczos": 1, "lobpcg": sizes(which, k, n)[0], "lyapunov": rows}[method]
     limit = 300 if maxiter is None else maxiter
     spent: list[int] = []
-    with _reporter(progress, limit, operator, goal) as show:
+    with _reporter(progress, limit, operator, goal) as show, operator.keeping():
 
         def report(verdict: Verdict) -> None:
             spent.append(operator.gradient_evaluations)
@@ -255,7 +258,8 @@ def _rows(k: int, which: str, ncv: int | None, n: int, method: str) -> int:
         if k > MAX_COPIES:
             raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_COPIES}")
         return copies(k, n)
-    kept = min(n, MAX_ROWS, max(2 * k + 1, 20 if n > 64 else n)) if ncv is None else min(ncv, n)
+    usual = 2 * k + 6 if n > 64 else n
+    kept = min(n, MAX_ROWS, usual) if ncv is None else min(ncv, n)
     if kept > MAX_ROWS:
         raise ValueError(f"ncv={ncv}: at most {MAX_ROWS}")
     if not (k < kept or kept == n):
@@ -290,16 +294,19 @@ def _fill_start(
         operator.layout.scatter(start, basis.row(0))
     elif operator.mode == "difference":
         # Half of it is known to matter, half makes sure that nothing is left out.
-        basis.orthogonalise_(0)
         gradient = operator.gradient()
-        square = sum(
-            torch.linalg.vector_norm(part, dtype=torch.float64).square().to(operator.device)
-            for part in gradient
-        )
-        scale = torch.where(square > 0, square.rsqrt(), 0.0)
+        square = sum(_square(part).to(operator.device) for part in gradient)
+        random = first.gram(first)[0, 0]
+        scale = torch.where(square > 0, (random / square).sqrt(), 0.0)
         for row, part in zip(basis.row(0), gradient, strict=True):
-            row.add_(part.to(row.dtype) * scale.to(row.device, row.dtype))
+            row.addcmul_(part.to(row.dtype), scale.to(row.device, row.dtype))
     first.orthogonalise_(0)
+
+
+def _square(part: Tensor) -> Tensor:
+    if part.dtype in (torch.float32, torch.float64):
+        return panel_ops.gram(part[None], part[None])[0, 0]
+    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
 
 
 # --- running, result -----------------------------------------------------------------------------
@@ -340,8 +347,10 @@ def _result(
     layout, verdict = operator.layout, solution.verdict
     shape = (len(verdict.values), layout.numel)
     vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+    operator.release()
     for i, vector in enumerate(vectors):
         layout.gather(solution.vectors.row(i), out=vector)
+        solution.vectors[i : i + 1].release()
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values.copy(), device=layout.device)

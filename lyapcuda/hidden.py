@@ -33,22 +33,27 @@ class Growth:
 
     def of(self, mu: np.ndarray) -> np.ndarray:
         """The largest ‖w(μ)‖ there was, for each of ``mu``."""
-        parts = [np.ones_like(mu)]
-        largest = np.ones_like(mu)
+        most = 1 + len(self._steps)
+        parts, square, largest = np.zeros((most, len(mu))), np.ones_like(mu), np.ones_like(mu)
+        parts[0], size = 1.0, 1
         for step in self._steps:
             if isinstance(step, np.ndarray):
-                inside = np.stack(parts[: len(step)])
-                parts = [*(step.T @ inside), *parts[len(step) :]]
+                m, p = step.shape
+                beside = parts[m:size].copy()
+                parts[:p] = step.T @ parts[:m]
+                parts[p : p + size - m] = beside
+                size += p - m
+                square = np.einsum("ij,ij->j", parts[:size], parts[:size])
                 continue
             column, coupling = step
             if coupling == 0:
                 break
-            inside = np.stack(parts[: len(column)])
-            parts.append((mu * parts[-1] - column @ inside) / coupling)
-            largest = np.maximum(largest, sum(part**2 for part in parts))
+            m = len(column)
+            new = (mu * parts[size - 1] - column @ parts[:m]) / coupling
+            parts[size], square, size = new, square + new**2, size + 1
+            largest = np.maximum(largest, square)
             # What is ruled out stays so: its numbers need not grow beyond all bounds.
             gone = largest > _ENOUGH
             if gone.any():
-                for part in parts:
-                    part[gone] = 0.0
+                parts[:size, gone], square[gone] = 0.0, 0.0
         return np.sqrt(largest)

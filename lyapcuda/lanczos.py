@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lyapcuda.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.basis import Basis, Product, Report, Solution, finite
 from lyapcuda.hidden import Growth
 from lyapcuda.ritz import Goal, Ritz, order
 
@@ -24,6 +24,7 @@ _GROWN = 6
 class _Lanczos:
     """The basis V, f beside it, and T with HV = VT + f·coupling + errors.
 
+    The rows are V's members times any number: ``squares`` are their squared norms.
     ``lost`` is, per column, the norm of what random vectors have displaced from that equation,
     ``skewed`` of what restarts have, which a symmetric H would not have had.
     """
@@ -31,6 +32,7 @@ class _Lanczos:
     def __init__(self, basis: Basis, generators: Sequence[torch.Generator]) -> None:
         self.basis, self.generators = basis, generators
         self.ncv = len(basis) - 1
+        self.squares = np.ones(self.ncv + 1)
         self.matrix = np.zeros((self.ncv, self.ncv))
         self.coupling, self.lost, self.skewed = np.zeros((3, self.ncv))
         self.size = 0
@@ -41,14 +43,11 @@ class _Lanczos:
         self.since = 0
         self.growth = Growth()
 
-    def extend(self, product: Product) -> float:
-        """One product more; returns the size of what it led out of the basis, relative to H.
-
-        0 where that is nothing but rounding: the basis spans an invariant subspace.
-        """
+    def extend(self, product: Product) -> None:
+        """One product more."""
         m = self.size
-        product(self.basis.row(m), self.basis.row(m + 1))
-        host = on_host(self.basis.orthogonalise_(m + 1))
+        product(self.basis.row(m), self.basis.row(m + 1), float(np.sqrt(self.squares[m])))
+        host = finite(self.basis.orthogonalise_(m + 1, self.squares))
         self.matrix[: m + 1, m] = host[: m + 1]
         self.coupling[m] = np.sqrt(host[-1])
         # What was lost of a column turns up again in its row.
@@ -60,8 +59,14 @@ class _Lanczos:
         if self.size == self.basis.layout.numel or host[-1] < 0.25 * host[-2]:
             self.coupling[m] = 0.0
         self.growth.product(host[: m + 1], self.coupling[m])
-        scale = np.linalg.norm(self.matrix[: m + 1, : m + 1], 2)
-        return self.coupling[m] / scale if self.coupling[m] > 0 else 0.0
+
+    def left(self, ritz: Ritz) -> float:
+        """The size of what the last product led out of the basis, relative to H.
+
+        0 where that is nothing but rounding: the basis spans an invariant subspace.
+        """
+        last = self.coupling[self.size - 1]
+        return last / np.abs(ritz.values).max() if last > 0 else 0.0
 
     def ritz(self) -> Ritz:
         m = self.size
@@ -92,13 +97,23 @@ class _Lanczos:
             array[:p] = value
         self.matrix[:] = 0.0
         self.matrix[:p, :p] = inside
-        device = self.basis.panels[0].device
         self.growth.restart(s)
-        self.basis[:p].combine_(self.basis[:m], torch.as_tensor(s.copy(), device=device))
+        self.rotate(s)
         for panel in self.basis.panels:
             panel[p].copy_(panel[m])
+        self.squares[p] = self.squares[m]
         self.size = p
         self.fresh[:p] = (s[self.fresh[:m]] ** 2).sum(0) > 0.5
+
+    def rotate(self, s: np.ndarray) -> Basis:
+        """The first rows become these combinations (columns) of the members, which are returned."""
+        m, p = s.shape
+        scales = np.divide(1.0, self.squares[:m], out=np.zeros(m), where=self.squares[:m] > 0)
+        matrix = np.ascontiguousarray(np.sqrt(scales)[:, None] * s)
+        device = self.basis.panels[0].device
+        self.basis[:p].combine_(self.basis[:m], torch.as_tensor(matrix, device=device))
+        self.squares[:p] = 1.0
+        return self.basis[:p]
 
     def couple(self, random: bool) -> None:
         """f becomes a member of the basis, the next to be multiplied.
@@ -116,8 +131,10 @@ class _Lanczos:
             if not self._randomise(m):
                 return False
         elif m + 1 < n and self._randomise(m + 1):
-            half = torch.full((2, 1), 0.5, dtype=torch.float64, device=self.basis.panels[0].device)
-            self.basis[m : m + 1].combine_(self.basis[m : m + 2], half.sqrt())
+            halves = np.sqrt(0.5 / self.squares[m : m + 2])[:, None]
+            matrix = torch.as_tensor(halves, device=self.basis.panels[0].device)
+            self.basis[m : m + 1].combine_(self.basis[m : m + 2], matrix)
+            self.squares[m] = 1.0
         self._forget()
         self._take_in(np.sqrt(0.5))
         return True
@@ -130,7 +147,7 @@ class _Lanczos:
         """A random vector orthogonal to the rows before it; False where there is none."""
         for _ in range(3):
             self.basis.randomise_(row, self.generators)
-            squares = on_host(self.basis.orthogonalise_(row))[-3:]
+            squares = finite(self.basis.orthogonalise_(row, self.squares))[-3:]
             if squares[-1] > 0.25 * squares[-2]:
                 return True
         return False
@@ -174,14 +191,18 @@ def lanczos(
     history: list[tuple[np.ndarray, np.ndarray]] = []
     believed: np.ndarray | None = None
     for iteration in range(1, maxiter + 1):
-        left = state.extend(product)
+        state.extend(product)
         ritz = state.ritz()
+        left = state.left(ritz)
         grown = state.fresh[: state.size]
         fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < _GROWN else None
         verdict = goal.judge(ritz, fresh)
-        # Only beside values that would be believed: where the differences themselves aren't good
-        # for the tolerance (kinks), no further product makes them so.
-        if look and not state.injected and 1 < state.size < n and verdict.converged.any():
+        # Looked for only beside values that would be believed: where the differences themselves
+        # aren't good for the tolerance (kinks), no further product makes them so. And only where
+        # this may be the last product.
+        last = bool(verdict.done.all()) or iteration == maxiter or left == 0
+        hidden = look and not state.injected and 1 < state.size < n
+        if hidden and last and verdict.converged.any():
             verdict = goal.without_hidden(verdict, ritz.values, state.growth)
         history.append((verdict.values, verdict.residuals))
         report(verdict)
@@ -209,7 +230,6 @@ def lanczos(
             state.couple(random=left <= noise)
         elif not state.inject():
             break
-    m, k = state.size, len(verdict.indices)
-    s = torch.as_tensor(ritz.vectors[:, verdict.indices].copy(), device=basis.panels[0].device)
-    basis[:k].combine_(basis[:m], s)
-    return Solution(verdict, basis[:k], iteration, history)
+    vectors = state.rotate(ritz.vectors[:, verdict.indices])
+    basis[len(vectors) :].release()
+    return Solution(verdict, vectors, iteration, history)

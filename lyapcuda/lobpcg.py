@@ -45,8 +45,7 @@ def lobpcg(
     k = sizes(goal.which, goal.k, n)[0]  # vectors of X
     products = Basis.empty(basis.layout, len(basis))
     device = basis.panels[0].device
-    squares = torch.stack([basis.orthogonalise_(i)[-1] for i in range(k)])
-    if bool((squares <= 0).any()):
+    if any(basis.orthogonalise_(i)[-1] <= 0 for i in range(k)):
         raise FloatingPointError("g(θ) isn't finite, or the random start vectors are zero")
     size, done_to, history = k, 0, []
     for iteration in range(1, maxiter + 1):
@@ -82,18 +81,18 @@ def lobpcg(
             for target, source in zip(basis.panels, products.panels, strict=True):
                 target[row].copy_(source[i])
             left.append(basis.orthogonalise_(row)[-2:])
-        squares = torch.stack(left).cpu().numpy()
         size = kept
-        for number, (before, after) in enumerate(squares):
+        for number, (before, after) in enumerate(left):
             # A residual that the others already span: a random direction serves as well.
             if after <= 0.25 * before:
                 basis.randomise_(kept + number, generators)
-                if not float(basis.orthogonalise_(kept + number)[-1]) > 0:
+                if not basis.orthogonalise_(kept + number)[-1] > 0:
                     break
             size += 1
         done_to = kept
     chosen = torch.as_tensor(upright @ ritz.vectors[:, verdict.indices], device=device)
     basis[: goal.k].combine_(basis[:size], chosen)
+    basis[goal.k :].release()
     return Solution(verdict, basis[: goal.k], iteration, history)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lyapcuda import ops, panel_ops
 from lyapcuda.arguments import choice, positive
 from lyapcuda.batches import Batches
 from lyapcuda.evaluate import Closure
-from lyapcuda.fixed_loss import gradients_at, second_derivative
+from lyapcuda.fixed_loss import Kept, gradients_at, second_derivative
 from lyapcuda.flat import FlatGroup, FlatLayout
 from lyapcuda.parameters import Parameters, select_by_name
 from lyapcuda.precision import COARSE, graph_nodes, loss_epsilon
@@ -95,7 +96,8 @@ class HessianOperator:
         data: an iterable of batches, a DataLoader for instance. The loss is the mean over all of
             them, weighted by their sizes (the length of the first tensor in a batch).
         mode: "difference", or "exact" for double backward, to check against; that takes more memory
-            and fails, or is silently wrong, beside functions without a second derivative.
+            and fails, or is silently wrong, beside functions without a second derivative. Within
+            `keeping` it takes half the time.
         difference: "forward": one gradient a product; "central": two, more accurate; and once g(θ).
         perturbation: Δq, the norm of the separation. None chooses it from the parameters' size and
             precision, from ``difference``, and from whether the loss has kinks (ReLU), which take a
@@ -164,9 +166,12 @@ class HessianOperator:
             ),
             "batches": self._batches,
         }
+        self._kept: Kept | None = None
         self._buffers: list[_GroupBuffers] = []
         self._versions: list[int] | None = None  # of the parameters that g(θ) belongs to
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
+        self._first = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.layout.device)
+        self._origin: list[Tensor] = []  # g(θ), in the order of the parameters
 
     def _warn_if_small(self, perturbation: float | None) -> None:
         if perturbation is None or self.mode == "exact":
@@ -221,7 +226,8 @@ class HessianOperator:
         """H times the columns of an (n, m) matrix."""
         if not isinstance(matrix, Tensor) or matrix.dim() != 2:
             raise ValueError("matrix: expected a tensor of shape (n, m)")
-        columns = [self.matvec(column) for column in matrix.T]
+        with self.keeping():
+            columns = [self.matvec(column) for column in matrix.T]
         return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -246,15 +252,22 @@ class HessianOperator:
     # --- over flat buffers -----------------------------------------------------------------------
 
     def product(
-        self, vectors: Sequence[Tensor], out: Sequence[Tensor], norm: Tensor | None = None
+        self,
+        vectors: Sequence[Tensor],
+        out: Sequence[Tensor],
+        length: float = 1.0,
+        *,
+        norm: Tensor | None = None,
     ) -> Tensor:
-        """Writes H times a vector; both as one flat buffer a group. Nothing is synchronised.
+        """Writes Hv/length; both as one flat buffer a group. Nothing is synchronised.
 
         Args:
             vectors: v; not the same memory as ``out``.
-            out: takes Hv; NaN where a gradient wasn't finite, or where the displacement was too
-                small for the parameters to show it.
-            norm: ‖v‖ (one float64 element on `device`), 1 where None.
+            out: takes the product; NaN where a gradient wasn't finite, or where the displacement
+                was too small for the parameters to show it.
+            length: ‖v‖.
+            norm: where the host doesn't know it: ‖v‖ (one float64 element on `device`), by which
+                nothing is divided.
 
         Returns:
             The loss at the last evaluation, 0-dim.
@@ -262,38 +275,54 @@ class HessianOperator:
         for group in self.layout.groups:
             group.check()
         if self.mode == "exact":
-            return self._exact(vectors, out)
+            return self._exact(vectors, out, length)
         self.gradient()
-        norm = self._unit if norm is None else norm
+        norm = torch.full_like(self._unit, length) if norm is None else norm
         step = torch.where(norm > 0, self.perturbation / norm, 0.0)
         copies = [
             buffer if part.copies is None else part.copies
             for part, buffer in zip(self._buffers, out, strict=True)
         ]
-        gradient = copies if self._batches is None else list(out)
         sums = self._displace(copies, vectors, step)
-        moved = sums[0]
-        points = [(self._ordered(copies), self._ordered(gradient))]
-        if self.difference == "central":
+        central = self.difference == "central"
+        minus: Sequence[Tensor | None] = self._origin
+        if central:
             others = [part.minus_copies for part in self._buffers]
-            moved = moved - self._displace(others, vectors, -step)[0]
-            minus = [part.minus for part in self._buffers]
-            points.append((self._ordered(others), self._ordered(minus)))
-        losses = gradients_at(self._closure, self._parameters, points, **self._context)
-        self.gradient_evaluations += len(points)
+            sums = sums - self._displace(others, vectors, -step) * self._first
+            minus = self._ordered([part.minus for part in self._buffers])
         # Divided by what was realised along v; 0 for v = 0.
+        moved = sums[0] * length
         scale = torch.where(sums[1] > 0, sums[1] / moved, 0.0)
-        for part, v, plus, y in zip(self._buffers, vectors, gradient, out, strict=True):
-            group = part.group
-            ops.difference_(
-                y,
-                group.segments(group.views(plus)),
-                group.segments(group.views(part.minus)),
-                group.offsets,
-                scale.to(y.device),
-                weight_decay=group.weight_decay,
-                v=v if group.weight_decay else None,
-            )
+
+        def divided(plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
+            for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
+                decay = group.weight_decay
+                ops.difference_(
+                    y,
+                    group.segments([plus[i] for i in group.positions]),
+                    group.segments([minus[i] for i in group.positions]),
+                    group.offsets,
+                    scale.to(y.device),
+                    weight_decay=decay / length if decay else 0.0,
+                    v=v if decay else None,
+                )
+
+        if self._batches is None:
+            # The last gradient is taken where it lies.
+            plus = self._ordered(copies)
+            if central:
+                points = [(plus, plus), (minus, lambda found: divided(plus, found))]
+            else:
+                points = [(plus, lambda found: divided(found, minus))]
+        else:
+            plus = self._ordered(out)
+            points = [(self._ordered(copies), plus)]
+            if central:
+                points.append((self._ordered(others), minus))
+        losses = gradients_at(self._closure, self._parameters, points, **self._context)
+        if self._batches is not None:
+            divided(plus, minus)
+        self.gradient_evaluations += len(points)
         return losses[-1]
 
     def gradient(self) -> list[Tensor]:
@@ -304,6 +333,7 @@ class HessianOperator:
         if not self._buffers:
             central, streams = self.difference == "central", self._batches is not None
             self._buffers = [_GroupBuffers(g, central, streams) for g in self.layout.groups]
+            self._origin = self._ordered([part.minus for part in self._buffers])
         buffers = [part.minus for part in self._buffers]
         versions = [p._version for p in self._parameters]
         if versions == self._versions:
@@ -316,7 +346,7 @@ class HessianOperator:
                 self.epsilon = max(self.epsilon, loss_epsilon(loss))
             return loss
 
-        gradients_at(watched, self._parameters, [(None, self._ordered(buffers))], **self._context)
+        gradients_at(watched, self._parameters, [(None, self._origin)], **self._context)
         self._versions = versions
         self.gradient_evaluations += 1
         if self.perturbation is None:
@@ -324,6 +354,21 @@ class HessianOperator:
                 self.layout, self.difference, self.kinked, self.epsilon
             )
         return buffers
+
+    def release(self) -> None:
+        """Frees the buffers and g(θ), which the next product would make anew."""
+        self._buffers, self._origin, self._versions = [], [], None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, exact products over one batch keep autograd's graph from one to the next: about
+        half of the time, for the memory of the activations, which are freed at the end.
+        """
+        outer, self._kept = self._kept, self._kept or Kept()
+        try:
+            yield
+        finally:
+            self._kept = outer
 
     def choose_difference(self, coarse: bool) -> None:
         """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters
@@ -361,15 +406,22 @@ class HessianOperator:
             views.update(zip(group.positions, group.views(buffer), strict=True))
         return [views[i] for i in range(len(views))]
 
-    def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor]) -> Tensor:
+    def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor], length: float) -> Tensor:
         pieces = [
             v.to(p.dtype) for v, p in zip(self._ordered(vectors), self._parameters, strict=True)
         ]
         loss = second_derivative(
-            self._closure, self._parameters, pieces, self._ordered(out), **self._context
+            self._closure,
+            self._parameters,
+            pieces,
+            self._ordered(out),
+            kept=self._kept,
+            **self._context,
         )
         self.gradient_evaluations += 2
         for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
             if group.weight_decay:
                 y.add_(v, alpha=group.weight_decay)
+            if length != 1.0:
+                y.mul_(1.0 / length)
         return loss

@@ -5,6 +5,7 @@ Everything here is NumPy in float64 on the host, of the size of a basis.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,20 +105,27 @@ def error_bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         values: (m,) ascending.
         residuals: (m,).
     """
-    bounds, squares, m = residuals.copy(), residuals**2, len(values)
+    # Plain numbers: of the size of a basis, they are faster than arrays.
+    bounds, squares, m = residuals.tolist(), (residuals**2).tolist(), len(values)
+    gaps = [math.inf, *np.diff(values).tolist(), math.inf]
     for i in range(m):
         low = high = i
+        square = squares[i]
         while high - low < _CLUSTER:
-            below = values[low] - values[low - 1] if low > 0 else np.inf
-            above = values[high + 1] - values[high] if high < m - 1 else np.inf
+            below, above = gaps[low], gaps[high + 1]
             gap = min(below, above)
-            if not np.isfinite(gap):
+            if not gap < math.inf:
                 break
             if gap > 0:
-                bounds[i] = min(bounds[i], squares[low : high + 1].sum() / gap)
+                bounds[i] = min(bounds[i], square / gap)
             # The nearer neighbour joins the cluster.
-            low, high = (low - 1, high) if below <= above else (low, high + 1)
-    return bounds
+            if below <= above:
+                low -= 1
+                square += squares[low]
+            else:
+                high += 1
+                square += squares[high]
+    return np.array(bounds)
 
 
 def spacing(values: np.ndarray) -> np.ndarray:
@@ -247,29 +255,34 @@ class Goal:
         """The verdict, less what an eigenvalue overlooked so far would displace.
 
         Looked at are the intervals between neighbours among the wanted values, and beyond the
-        outermost. ‖w‖ has a single hump between two Ritz values: their ends are enough.
+        outermost; for LM those of either sign down to the least magnitude. There is no other Ritz
+        value in them, and between two of those ‖w‖ has a single hump: their ends are enough.
         """
         margin = np.maximum(self.tol * np.abs(values), spacing(values) / _REPELLED)
         found = growth.of(values[verdict.indices])
         least = max(_UNLUCKY / np.sqrt(2.0 * self.size), _SHY / float(np.median(found)))
         size, done = np.abs(verdict.values), verdict.done.copy()
+        smallest = verdict.indices[size.argmin()]
         for side, towards in (
             (self._side(verdict, up=True), 1.0),
             (self._side(verdict, False), -1.0),
         ):
             chosen = np.array(sorted(side, key=lambda i: -towards * values[i]), dtype=int)
-            for place, i in enumerate(chosen):
-                ends = [values[i] + towards * margin[i]]
+            near = [values[i] + towards * margin[i] for i in chosen]
+            if self.which == "LM" and smallest not in chosen:
+                near.append(towards * (size.min() + margin[smallest]))
+            for place, end in enumerate(near):
+                ends, outer = [end], np.inf
                 if place:
-                    ends.append(values[chosen[place - 1]] - towards * margin[chosen[place - 1]])
+                    last = chosen[place - 1]
+                    outer = np.abs(values[last])
+                    ends.append(values[last] - towards * margin[last])
                     if towards * (ends[1] - ends[0]) <= 0:
                         continue
                 if (growth.of(np.array(ends)) * least >= 1.0).all():
                     continue
-                if self.which == "LM" and place:
-                    done &= size > np.abs(values[chosen[place - 1]])
-                elif self.which == "LM":
-                    done[:] = False
+                if self.which == "LM":
+                    done &= size > outer
                 else:
                     done &= ~np.isin(verdict.indices, chosen[place:])
                 break

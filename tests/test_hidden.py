@@ -205,3 +205,14 @@ def test_verify_gives_a_random_vector_the_time_to_show():
         assert result.eigenvalues.tolist() == pytest.approx([3.0], rel=1e-5)
         assert bool(result.converged.all())
     assert sure.iterations >= once.iterations + 6
+
+
+def test_values_of_the_other_sign_are_looked_for_too():
+    """By magnitude: 4.4 comes before −3.8, and a basis of k + 1 keeps none but the k largest."""
+    tops = [17.0, 8.9, 8.7, 5.6, 4.4, 4.3, -3.8]
+    theta, closure, _ = quadratic(np.concatenate([np.linspace(-1, 2, 200), tops]), seed=5)
+    with pytest.warns(lyapcuda.ConvergenceWarning):
+        result = lyapcuda.eigsh(closure, [theta], 5, "LM", ncv=6, seed=1, maxiter=25)
+    right = np.isclose(result.eigenvalues, tops[:5], rtol=1e-3)
+    assert right[:4].all() and not right[4]
+    assert not bool(result.converged[4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -55,6 +56,69 @@ def test_exact_products_are_the_dense_hessian():
     torch.testing.assert_close(
         torch.linalg.eigvalsh((matrix + matrix.T) / 2), truth.eigenvalues, rtol=0, atol=1e-13
     )
+
+
+class Counted:
+    """A closure that counts its calls; ``graph`` is that of the last one, while it is alive."""
+
+    def __init__(self, closure):
+        self.closure, self.calls, self.graph = closure, 0, None
+
+    def __call__(self):
+        self.calls += 1
+        loss, mark = self.closure(), Counted(None)
+        # Of the last layer's result, which the gradient's own graph has need of.
+        node = loss.grad_fn.next_functions[0][0]
+        node.metadata["mark"], self.graph = mark, weakref.ref(mark)
+        return loss
+
+
+@pytest.fixture
+def counted():
+    truth = case("gelu_mlp", 2, torch.float64)
+    return Counted(truth.closure), list(truth.model.parameters())
+
+
+def test_exact_products_share_one_graph_where_they_are_asked_to(counted):
+    closure, params = counted
+    operator = exact(closure, params)
+    v = torch.ones(operator.shape[0], dtype=torch.float64)
+    alone = operator @ v
+    assert closure.calls == 1 and closure.graph() is None
+    with operator.keeping():
+        assert torch.equal(operator @ v, alone) and torch.equal(operator @ v, alone)
+        assert closure.calls == 2 and closure.graph() is not None
+        before = params[0].detach().clone()
+        with torch.no_grad():
+            params[0].mul_(1.5)
+        moved = operator @ v
+        assert closure.calls == 3
+    assert closure.graph() is None
+    torch.testing.assert_close(moved, exact(closure.closure, params) @ v)
+    assert not torch.allclose(moved, alone) and torch.equal(params[0], 1.5 * before)
+
+
+def test_the_graph_of_exact_products_is_gone_after_an_exception(counted):
+    closure, params = counted
+    operator = exact(closure, params)
+    v = torch.ones(operator.shape[0], dtype=torch.float64)
+    handle = None
+    with pytest.raises(ZeroDivisionError), operator.keeping():
+        operator @ v
+        handle = params[0].register_hook(lambda _: 1 / 0)
+        operator @ v
+    handle.remove()
+    assert closure.calls == 1 and closure.graph() is None
+    assert all(p.grad is None for p in params)
+
+
+def test_eigsh_computes_the_loss_once_for_all_exact_products(counted):
+    closure, params = counted
+    result = lyapcuda.eigsh(closure, params, 2, mode="exact", tol=1e-6)
+    assert closure.calls == 1 and closure.graph() is None
+    assert result.gradient_evaluations == 2 * result.iterations
+    other = lyapcuda.eigsh(closure, params, 2, difference="central", tol=1e-6)
+    torch.testing.assert_close(result.eigenvalues, other.eigenvalues, rtol=1e-6, atol=0)
 
 
 def test_interface():

@@ -1,13 +1,16 @@
 """bench/peers.py: what it takes, what it reports, and a run of it over our own solver alone."""
 
+import ctypes
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import lyapcuda
 import peers  # noqa: E402
 import peers_problems  # noqa: E402
 import peers_tools  # noqa: E402
@@ -41,6 +44,23 @@ def test_a_quick_run_finds_the_top_values_and_says_what_is_not_installed(tmp_pat
     assert problem["tools"]["pyhessian"]["1"]["status"] == "not installed"
     text = out.with_suffix(".md").read_text()
     assert "| A peer | not installed |" in text and "**lyapcuda**, lanczos | " in text
+    paths = [tmp_path / f"{name}.json" for name in ("small", "other", "again")]
+    for path, name in zip(paths, ("small", "gpt", "gpt"), strict=True):
+        spec = {**problem["spec"], "title": path.stem}
+        renamed = {**problem, "name": name, "spec": spec}
+        path.write_text(json.dumps({**report, "problems": [renamed]}))
+    peers.main(["--merge", *map(str, reversed(paths[:2])), str(paths[2]), "--out", str(out)])
+    both = out.with_suffix(".md").read_text()
+    head, body = text.split("## ")
+    assert both.startswith(head) and [part.split("\n")[0] for part in both.split("## ")[1:]] == [
+        "again",
+        "small",
+    ]
+    assert body.split("\n", 1)[1].strip() in both
+    report["threads"] += 1
+    paths[0].write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="threads"):
+        peers.main(["--merge", *map(str, paths), "--out", str(out)])
 
 
 def test_the_reference_is_the_dense_hessians(small):
@@ -159,3 +179,49 @@ def test_the_report_says_which_goals_were_met():
     assert "PyHessian, takes 2.9 times as long (aim 3: not met)" in text
     assert "least memory 0.0 MB beside 0.0 MB of PyHessian (aim less: met)" in text
     assert "| scipy eigsh over curvlinops | fails: E: no |" in text
+
+
+def _lanczos(connection):
+    """In a process of its own: the peak of a Lanczos run, in vectors."""
+    for option, value in peers_worker._FRUGAL.items():
+        ctypes.CDLL(None).mallopt(option, value)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1500, 1000)
+    inputs, targets = torch.randn(8, 1500), torch.randn(8, 1000)
+
+    def loss():
+        return (torch.tanh(model(inputs)) - targets).square().mean()
+
+    def solve(count):
+        warnings.simplefilter("ignore", lyapcuda.ConvergenceWarning)
+        return lyapcuda.eigsh(
+            loss, model.parameters(), 5, ncv=8, maxiter=count, tol=1e-9, model=model
+        )
+
+    solve(1)
+    answer: dict = {}
+    with peers_worker._peak(answer, frugal=True):
+        solve(12)
+    connection.send(answer["peak"] / (4 * 1_501_000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
+    """A basis of ncv + 1 rows, g(θ) and the gradient beside it; not the result beside the basis."""
+    connection, other = peers_worker._SERVER.Pipe()
+    process = peers_worker._SERVER.Process(target=_lanczos, args=(other,))
+    process.start()
+    assert connection.poll(120)
+    assert 10.5 < connection.recv() < 11.7
+    process.join()
+
+
+def test_memory_is_given_back_in_whole_pages():
+    from lyapcuda.pages import release
+
+    rows = torch.ones(3, 5000)
+    release(rows[1])
+    assert bool((rows[0] == 1).all()) and bool((rows[2] == 1).all())
+    if sys.platform == "linux":
+        assert int((rows[1] == 0).sum()) >= 5000 - 2 * 1024
