@@ -34,6 +34,8 @@ WANTED = [("LA", 1), ("LA", 2), ("LA", 5), ("LM", 1), ("BE", 2), ("BE", 5), ("LA
 def test_single_precision_to_a_thousandth(name, which, k, method):
     if name == "linear" and which == "BE":
         pytest.skip("convex: its lower end is zero, tested apart")
+    if method == "lyapunov" and k == 14 and name not in ("conv", "attention"):
+        pytest.skip("slow; tested on a smaller net, see test_climbing")
     truth = case(name, seed=3)
     result = lyapcuda.eigsh(
         truth.closure,
@@ -113,7 +115,7 @@ def test_any_number_at_either_end(k, which, method, dtype, tol):
     ("k", "dtype", "tol"),
     [
         *((k, torch.float32, 1e-3) for k in range(1, 15)),
-        *((k, torch.float64, 1e-6) for k in (1, 5, 9, 14)),
+        *((k, torch.float64, 1e-6) for k in (5, 14)),
     ],
 )
 def test_climbing_finds_any_number_at_either_end(k, which, dtype, tol):

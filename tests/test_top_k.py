@@ -21,7 +21,7 @@ def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 
         tracker.step(closure)
         worst = float(tracker.residual.max())
         best, since = (worst, 0) if worst < 0.98 * best else (best, since + 1)
-        if worst < tol * float(tracker.h.abs().max()) or since > 400:
+        if worst < tol * float(tracker.h.abs().max()) or since > 100:
             return
 
 
@@ -75,7 +75,7 @@ def test_top_k_of_a_smooth_net(name, which, k, dtype, tol, residual):
 def test_bottom_k_of_a_smooth_net(name):
     truth = case(name, seed=2, dtype=torch.float64)
     tracker = lyapcuda.CurvatureTracker(truth.model.parameters(), k=3, which="SA")
-    run(tracker, truth.closure, 1e-8, at_most=20000)
+    run(tracker, truth.closure, 3e-6, at_most=20000)
     exact = wanted(truth.eigenvalues, 3, "SA")
     torch.testing.assert_close(tracker.h, exact, rtol=1e-5, atol=0.0)
 
