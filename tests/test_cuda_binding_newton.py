@@ -29,12 +29,14 @@ def step(case, kind, max_lr=10.0):
 @pytest.mark.parametrize("k", [1, 3, 8, 9, 32])
 @pytest.mark.parametrize("storage", [F32, F64, BF16, F16])
 def test_steps_are_the_cpus(storage, k):
-    sizes = [4097, 5, 0, (3, 11), 257, *[40] * 70]
+    few = [4097, 5, 0, (3, 11), 257]
     for kind in KINDS:
         for shift, gap in ((0, 32), (0, 5), (1, 16)):
+            # More than a launch takes, where all is aligned.
+            sizes = few if shift or gap == 5 else [*few, *[40] * 70]
             values = {"accepted": 1.0, "pending": 1.0}
             for changed in ({}, {"pending": 0.0}, {"accepted": 0.0}, {"h_ema": math.nan}):
-                if changed and (shift or gap == 5):
+                if changed and (sizes is few or kind is not KINDS[-1]):
                     continue
                 here, there = (
                     newton_case(k, sizes, storage, shift=shift, gap=gap) for _ in range(2)

@@ -81,13 +81,13 @@ void gram_cases() {
     GramCase<T>(14, 14, n, n % 2, true).check({2});
     GramCase<T>(5, 3, n, n % 2, false).check({2});
   }
-  GramCase<T>(14, 14, 4097, 0, true).check({1, 3, 50});
+  GramCase<T>(14, 14, 4097, 0, true).check({1, 50});
   GramCase<T>(2, 2, 4096, 0, true).check({1, 3});
   for (const int k : {1, 2, 3, 5, 8, 9, 16, 17, 24, 25, 32}) {
     GramCase<T>(k, k, 257, 0, true).check({2});
     GramCase<T>(k, 33 - k, 256, 0, false).check({2});
   }
-  for (const int k : {33, 64, 65, 96, 97, 128}) {
+  for (const int k : {33, 64, 65, 128}) {
     GramCase<T>(k, k, 256, 0, true).check({1});
     GramCase<T>(k, k, 131, 1, true).check({3});
     GramCase<T>(k, 1, 131, 0, false).check({2});
