@@ -1,7 +1,7 @@
 """What tracking costs beside a training step, and how near the tracked h0 is to an exact value.
 
     python bench/tracking.py cost [--models mlp lenet1 resnet18] [--rounds N] [--threads 2]
-    python bench/tracking.py accuracy DIR [--epochs 12]
+    python bench/tracking.py accuracy DIR [--modes MODE ...]
 
 cost: training steps (zero_grad, backward, SGD) plain and tracked in every mode, in blocks (of ten
 steps; for ResNet-18, whose step takes seconds, of one, and without the modes that don't measure at
@@ -48,7 +48,9 @@ from cifar_mlp import BATCH, DECAY, exact_top
 from lyapcuda.experiment.data import BatchLoader, load
 from lyapcuda.experiment.models import build
 from lyapcuda.files import LineFile
+from lyapcuda.flat import FlatLayout
 from lyapcuda.log import csv_line
+from lyapcuda.perturbation import default_perturbation
 from ops import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +63,7 @@ Step = Callable[[], object]
 
 
 #: Model → batch size, steps in a block.
-BATCHES = {"mlp": (512, 10), "lenet1": (512, 10), "resnet18": (64, 1)}
+BATCHES = {"mlp": (512, 10), "lenet1": (512, 10), "resnet18": (32, 1)}
 
 
 def stepping(name: str) -> dict[str, Step]:
@@ -138,7 +140,7 @@ def measured_cost(name: str, rounds: int) -> dict[str, Any]:
     steps, length = stepping(name), BATCHES[name][1]
     found: dict[str, list[float]] = {mode: [] for mode in steps}
     for step in steps.values():
-        time_of(step, 3 if length > 1 else 2)
+        time_of(step, 3 if length > 1 else 1)
     for number in range(rounds):
         order = list(steps)
         random.Random(number).shuffle(order)
@@ -184,11 +186,14 @@ def cost(rounds: int, names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Mode:
-    """How one of the trackers measures: its options, the share of the minibatch, steps on each."""
+    """How one of the trackers measures: its options, the share of the minibatch, steps on each, and
+    Δq as a part of the default.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
     steps: int = 1
+    size: float = 1.0
 
     @property
     def every(self) -> int:
@@ -206,6 +211,10 @@ MODES = {
     "a tenth": Mode(share=TENTH),
     "every=2, a fifth": Mode({"every": 2}, share=0.2),
     "every=5, a half": Mode({"every": 5}, share=0.5),
+    # Of one-sided quotients Δq is an error of first order.
+    "every=1, Δq/10": Mode(size=0.1),
+    "every=10, Δq/10": Mode({"every": 10}, size=0.1),
+    "a tenth, Δq/10": Mode(share=TENTH, size=0.1),
     # What more gradients, or momentum, would bring.
     "every=10, 2 steps": Mode({"every": 10}, steps=2),
     "every=10, k=2": Mode({"every": 10, "k": 2}),
@@ -222,6 +231,9 @@ VALUES = {"h": "h", "ρ": "rayleigh", "Schwarz": "schwarz"}
 RUNS = [("mlp", 0.1, 0), ("mlp", 0.03, 1), ("lenet1", 0.05, 2)]
 
 
+Rows = list[dict[str, float]]
+
+
 def smooth(name: str, dataset) -> nn.Module:
     model = build(name, dataset.in_channels, dataset.image_size, 2)
     for path, module in list(model.named_modules()):
@@ -234,8 +246,10 @@ def part_of(batch: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]
     return batch if share == 1.0 else lyapcuda.split_batch(batch, share)[1]
 
 
-def follow(folder: str, run: tuple[str, float, int], epochs: int, points: int, out: Path) -> None:
-    """Writes a row a step to a CSV."""
+def follow(
+    folder: str, run: tuple[str, float, int], epochs: int, points: int, modes: dict[str, Mode]
+) -> Rows:
+    """A row a step."""
     name, lr, seed = run
     torch.manual_seed(seed)
     dataset = load(folder, (0, 1))
@@ -246,15 +260,17 @@ def follow(folder: str, run: tuple[str, float, int], epochs: int, points: int, o
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=DECAY)
     parameters = list(model.parameters())
     trackers = {}
-    for label, mode in MODES.items():
+    default = default_perturbation(FlatLayout(parameters))
+    for label, mode in modes.items():
         options = {key: value for key, value in mode.options.items() if key != "every"}
+        options["perturbation"] = None if mode.size == 1.0 else mode.size * default
         trackers[label] = lyapcuda.CurvatureTracker(parameters, weight_decay=DECAY, **options)
 
     def loss_of(batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def measure(step: int, batch) -> None:
-        for label, mode in MODES.items():
+        for label, mode in modes.items():
             part = part_of(batch, mode.share)
             for _ in range(mode.steps if step % mode.every == 0 else 0):
                 trackers[label].step(lambda part=part: loss_of(part))
@@ -272,16 +288,15 @@ def follow(folder: str, run: tuple[str, float, int], epochs: int, points: int, o
         )
         return found
 
-    values = [f"{label}, {what}" for label in MODES for what in (*VALUES, "low", "high")]
-    file = LineFile(out, [csv_line(["step", "loss", *EXACT, *OWN, *values])])
+    rows = []
     for step in range(total):
         batch = loader.next()
         measure(step, batch)
-        row = dict.fromkeys((*EXACT, *OWN, *values), math.nan)
+        row = dict.fromkeys((*EXACT, *OWN), math.nan)
         if step in anywhere:
             row["expected"] = exact("expected", fixed)
         if step in anywhere | measured:
-            for mode in MODES.values():
+            for mode in modes.values():
                 if step % mode.every == 0 or mode.share == 1.0 and step in anywhere:
                     if math.isnan(row[mode.own]):
                         row[mode.own] = exact(mode.own, part_of(batch, mode.share))
@@ -294,10 +309,21 @@ def follow(folder: str, run: tuple[str, float, int], epochs: int, points: int, o
         loss = loss_of(batch)
         loss.backward()
         optimizer.step()
-        numbers = [float(loss.detach()), *row.values()]
-        file.add([csv_line([step, *(f"{v:.5g}" for v in numbers)])])
+        rows.append({"step": step, "loss": float(loss.detach()), **row})
         if step in anywhere | measured:
             print(step, {k: round(row[k], 2) for k in (*EXACT, *OWN)}, flush=True)
+    return rows
+
+
+def keep(path: Path, rows: Rows) -> None:
+    """Writes them, with the columns of other modes that an earlier run of as many steps has."""
+    earlier = rows_of(path) if path.exists() else []
+    if len(earlier) == len(rows):  # the same run: trackers leave no trace in it
+        for old, new in zip(earlier, rows, strict=True):
+            new |= {k: v for k, v in old.items() if k not in new or math.isnan(new[k])}
+    names = sorted(rows[0], key=lambda name: name.partition(",")[0] != name)
+    lines = [csv_line([f"{row[name]:.5g}" for name in names]) for row in rows]
+    LineFile(path, [csv_line(names), *lines])
 
 
 def average(values: list[float], every: int, past: float) -> list[float]:
@@ -309,9 +335,6 @@ def average(values: list[float], every: int, past: float) -> list[float]:
         else:
             out.append(past * out[-1] + (1 - past) * value if step % every == 0 else out[-1])
     return out
-
-
-Rows = list[dict[str, float]]
 
 
 def rows_of(path: Path) -> Rows:
@@ -335,6 +358,10 @@ def ratios(rows: Rows, label: str, what: str, past: float, name: str, due: bool)
     ]
 
 
+def has(rows: Rows, label: str) -> bool:
+    return f"{label}, h" in rows[0]
+
+
 def off(found: list[float]) -> float:
     return statistics.median(abs(ratio - 1) for ratio in found)
 
@@ -354,8 +381,13 @@ def summary(runs: dict[str, Rows]) -> list[str]:
         cells = []
         for name, due in columns:
             of = mode.own if name == "own" else name
-            errors = [off(ratios(rows, label, "Schwarz", 0.0, of, due)) for rows in runs.values()]
-            cells.append(", ".join(f"{error:.3f}" for error in errors))
+            errors = [
+                f"{off(ratios(rows, label, 'Schwarz', 0.0, of, due)):.3f}"
+                if has(rows, label)
+                else "–"
+                for rows in runs.values()
+            ]
+            cells.append(", ".join(errors))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -376,7 +408,8 @@ def accuracy(title: str, rows: Rows) -> list[str]:
         "| mode | value | expected | error | minibatch | error | its own | error |",
         "|---" * 8 + "|",
     ]
-    for label, mode in MODES.items():
+    modes = {label: mode for label, mode in MODES.items() if has(rows, label)}
+    for label, mode in modes.items():
         averaged = [(what, 0.5) for what in ("h", "secant", "Schwarz")]
         for what, past in (*((w, 0.0) for w in (*VALUES, "secant")), *averaged):
             line = f"| {label} | {what}{f', averaged with ema={past}' if past else ''} |"
@@ -385,7 +418,7 @@ def accuracy(title: str, rows: Rows) -> list[str]:
                 line += f" {statistics.median(found):.3f} | {off(found):.3f} |"
             lines.append(line)
     lines += ["", "Exact value inside the interval:", ""]
-    for label in MODES:
+    for label in modes:
         inside = [
             sum(rows[i][f"{label}, low"] <= rows[i][name] <= rows[i][f"{label}, high"] for i in at)
             for name in EXACT
@@ -411,8 +444,10 @@ def main() -> None:
     costs.add_argument("--threads", type=int, default=2)
     accurate = commands.add_parser("accuracy")
     accurate.add_argument("folder", metavar="DIR", nargs="?", help="none: report on the CSVs again")
-    accurate.add_argument("--epochs", type=int, default=12)
-    accurate.add_argument("--points", type=int, default=24, help="steps with exact values")
+    accurate.add_argument("--epochs", type=int, default=10)
+    accurate.add_argument("--points", type=int, default=20, help="steps with exact values")
+    accurate.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", default=list(MODES))
+    accurate.add_argument("--runs", nargs="+", type=int, default=[0, 1, 2], help="which of them")
     arguments = parser.parse_args()
     if arguments.command == "cost":
         torch.set_num_threads(arguments.threads)
@@ -420,11 +455,13 @@ def main() -> None:
         return report("tracking_cost", "What tracking costs", lines)
     torch.set_num_threads(1)
     runs, lines = {}, []
-    for run in RUNS:
+    for number, run in enumerate(RUNS):
         title = f"{run[0]}, learning rate {run[1]}"
         path = RESULTS / f"tracking_accuracy_{run[0]}_{run[1]}.csv"
-        if arguments.folder is not None:
-            follow(arguments.folder, run, arguments.epochs, arguments.points, path)
+        if arguments.folder is not None and number in arguments.runs:
+            modes = {label: MODES[label] for label in arguments.modes}
+            rows = follow(arguments.folder, run, arguments.epochs, arguments.points, modes)
+            keep(path, rows)
         runs[title] = rows_of(path)
         lines += accuracy(title, runs[title])
     report("tracking_accuracy", "Tracked h0 beside exact values", [*summary(runs), *lines])
