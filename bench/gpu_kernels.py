@@ -55,7 +55,10 @@ def one_separation(device: str) -> int:
             ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, state)
         ops.descend_(case.theta, case.g0, case.state, weight_decay=0.1)
         ops.stream_copy_(case.d, case.q)
-        count += 8
+        again = state_with(case.state, reseed=1.0)
+        lengths = [tensor.numel() for tensor in case.theta]
+        ops.reseed_(case.q, case.offsets, lengths, again, elements=sum(lengths), p=case.p)
+        count += 9
         if hasattr(ops, "lyapunov_step_"):
             count += frozen_steps(case, losses)
     return count
@@ -106,6 +109,17 @@ def panels(device: str) -> int:
             panel_ops.benettin_refine_(state, panel_ops.gram(d, d, gate=again), k)
             panel_ops.panel_recenter_(q, copies, d, case.theta, case.offsets, state)
             count += 6
+        for kind in ({}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}):
+            options = {"weight_decay": 0.1, "buffer": case.p if kind else None, **kind}
+            step = (case.theta, case.g0, case.offsets, d, state)
+            panel_ops.panel_field(state, k, "pending").fill_(1.0)
+            slopes = panel_ops.panel_slopes_(*step, **options)
+            panel_ops.panel_descend_(*step, slopes, **options)
+            count += 2
+        panel_ops.panel_field(state, k, "reseed").fill_(float(k))
+        lengths = [tensor.numel() for tensor in case.theta]
+        ops.reseed_(q, case.offsets, lengths, state, elements=sum(lengths), p=p)
+        count += 1
     for rows, columns, dtype in itertools.product((1, 31, 128), (2, 40, 127), ops_dtypes()):
         a, b = (torch.randn(r, 1031, dtype=dtype, device=device) for r in (rows, columns))
         matrix = torch.randn(rows, columns, dtype=torch.float64, device=device)

@@ -58,6 +58,10 @@ def eager_difference(plus, minus, scale):
     return scale * (plus - minus)
 
 
+def eager_descend(theta, g, d, rates, rest):
+    return theta - (rest * g + ((rates - rest) * (d @ g)) @ d)
+
+
 class Tuned:
     """In place, into buffers made once. Sums in float32, as the others have; ours are float64."""
 
@@ -82,6 +86,11 @@ class Tuned:
     def recenter(self, d, theta, transform):
         torch.mm(transform.T, d, out=self.y)
         return torch.add(theta, self.y, out=self.copies)
+
+    def descend(self, theta, g, d, rates, rest):
+        slopes = torch.mv(d, g)
+        torch.mv(d.T, slopes.mul_(rates - rest), out=self.one)
+        return theta.sub_(self.one).sub_(g, alpha=rest)
 
     def project(self, w, v, c):
         torch.addmv(w, v.T, c, alpha=-1.0, out=w)
@@ -119,6 +128,12 @@ def jobs(bench: Bench, n: int, k: int, compiled: dict[str, Any]) -> dict[str, Jo
     c = c64.float()
     step, scale = scalar(1e-3), scalar(1.0)
     t, four = Tuned(q), 4.0 * n
+    # The steps of LyapunovSGD with k curvatures: so short that θ stays finite, however often.
+    rates, rest = torch.full((k,), 1e-9, device=bench.device), 2e-10
+
+    def descend() -> None:
+        call = ([theta], [g0], [0], d, state)
+        panel_ops.panel_descend_(*call, panel_ops.panel_slopes_(*call), gain=1e-9)
 
     def job(size, products, ours, name, *arguments):
         eager = (
@@ -158,6 +173,9 @@ def jobs(bench: Bench, n: int, k: int, compiled: dict[str, Any]) -> dict[str, Jo
         ),
         "gram": job(k, k * (k + 1) / 2, lambda: panel_ops.gram(d, d), "gram", d),
         "combine_": job(2 * k, 0, lambda: panel_ops.combine_(g1, d, matrix), "combine", d, small),
+        "panel_slopes_, panel_descend_": job(
+            2 * k + 4, 2 * k, descend, *("descend", theta, g0, d, rates, rest)
+        ),
         "project_": job(k + 2, k + 1, lambda: panel_ops.project_(w, d, c64), "project", w, d, c),
     }
     if k == 1:
