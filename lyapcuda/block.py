@@ -16,6 +16,9 @@ __all__ = ["Block", "ends"]
 
 # Residuals of so many times the differences' error are nothing but that, for a good part.
 _NOISE = 5.0
+# An end can't win by magnitude where it lies so many residuals short of it, after so many steps.
+_REACH = 10.0
+_GROWN = 8
 
 
 def ends(which: str, k: int) -> tuple[int, int]:
@@ -40,6 +43,7 @@ class Block:
 
     def __init__(self, goal: Goal, least: float = 0.0, guards: int = 0) -> None:
         self.goal, self.least, self.guards, self.scale = goal, least, guards, 0.0
+        self.judged = 0
         self.high, self.low = (k + guards if k else 0 for k in ends(goal.which, goal.k))
         self.members, self.active = np.zeros(0, dtype=int), np.zeros(0, dtype=bool)
 
@@ -58,10 +62,14 @@ class Block:
             for part in (end, np.intersect1d(end, wanted)):
                 bounds[part] = self._bounds(ritz, part, towards)[part]
         done = goal.settled(ritz, bounds, errors, noise=_NOISE)
-        # How large each may still turn out to be: residuals tell of an eigenvalue, not of which.
+        # How large each may still turn out to be. Residuals tell of an eigenvalue, not of which
+        # one; those of random vectors, small in a large space, hardly of any.
+        self.judged += 1
+        times = 1.0 if m == goal.size else _REACH if self.judged >= _GROWN else np.inf
         most = np.zeros(m)
         for end, towards in ((top, 1.0), (bottom, -1.0)):
-            reach = ritz.outside[end][~done[end]].max(initial=0.0)
+            unsettled = ritz.outside[end][~done[end]]
+            reach = times * unsettled.max() if len(unsettled) else 0.0
             most[end] = towards * values[end] + np.where(done[end], 0.0, reach)
         rivals = wanted[:0]
         if goal.which == "LM":
