@@ -22,7 +22,7 @@ from cifar_mlp import BATCH, DECAY, exact_top
 from lyapcuda.experiment.data import BatchLoader, load
 from lyapcuda.experiment.models import build
 from ops import cpu_name
-from tracking import smooth
+from tracking_accuracy import smooth
 
 CASES = (("mlp", "GELU", 0.03), ("mlp", "ReLU", 0.03), ("lenet1", "GELU", 0.05))
 PARTS = (1.0, 0.3, 0.1, 0.03)

@@ -1,16 +1,8 @@
-"""What tracking costs beside a training step, and how near the tracked h0 is to an exact value.
+"""How near the tracked h0 is to an exact value.
 
-    python bench/tracking.py cost [--models mlp lenet1 resnet18] [--rounds N] [--threads 2]
-    python bench/tracking.py accuracy DIR [--modes MODE ...]
+    python bench/tracking_accuracy.py DIR [--modes MODE ...] [--runs 0 1 2]
 
-cost: training steps (zero_grad, backward, SGD) plain and tracked in every mode, in blocks (of ten
-steps; for ResNet-18, whose step takes seconds, of one, and without the modes that don't measure at
-every step), the modes in turns. Reported are the fastest block of a mode over the fastest plain
-one, and the median over the rounds of a block's time over that of the same round's plain block.
-Times are wall clock, with one thread the process's CPU time. A model is reported on again without
-the others: tracking_cost.json keeps the last run of each.
-
-accuracy: CIFAR-10 planes/cars (a folder as for `lyapcuda train`), batch 512, SGD without momentum,
+CIFAR-10 planes/cars (a folder as for `lyapcuda train`), batch 512, SGD without momentum,
 weight decay 5e-4, cross-entropy; three runs: an MLP of 3 layers of 200 at learning rates 0.1 and
 0.03, LeNet-1 at 0.05, with GELU (smooth: the exact Hessian is that of the differences). After one
 epoch of warm-up at the initial θ, trackers in every mode follow each run by their own measurements
@@ -23,19 +15,16 @@ the Hessian (Lanczos, products by double backward) of
   measured there.
 Reported are the medians over the run of tracked/exact and of |tracked/exact − 1|: of h (the mean of
 the last two Rayleigh quotients), ρ (the last one), the Schwarz quotient s (`estimate="schwarz"`),
-and √(ρ·s) = ‖y‖/‖q‖ ("secant"). Both commands write to bench/results/tracking_*.
+and √(ρ·s) = ‖y‖/‖q‖ ("secant").
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import random
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,137 +40,7 @@ from lyapcuda.files import LineFile
 from lyapcuda.flat import FlatLayout
 from lyapcuda.log import csv_line
 from lyapcuda.perturbation import default_perturbation
-from ops import cpu_name
-
-RESULTS = Path(__file__).parent / "results"
-TENTH = 0.1
-
-
-# --- cost ----------------------------------------------------------------------------------------
-
-Step = Callable[[], object]
-
-
-#: Model → batch size, steps in a block.
-BATCHES = {"mlp": (512, 10), "lenet1": (512, 10), "resnet18": (32, 1)}
-
-
-def stepping(name: str) -> dict[str, Step]:
-    """A training step of one model in every mode."""
-    batch, length = BATCHES[name]
-    torch.manual_seed(0)
-    model = build(name, 3, 32, 10)
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
-    rest, part = lyapcuda.split_batch((x, y), TENTH)
-    halves = lyapcuda.split_batch((x, y), 0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-
-    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    def plain() -> None:
-        optimizer.zero_grad()
-        loss_of((x, y)).backward()
-        optimizer.step()
-
-    def whole() -> Tensor:
-        return loss_of((x, y))
-
-    def mode(closure: Callable, *, half: bool = False, every: int = 1, **measure) -> Step:
-        tracker = lyapcuda.CurvatureTracker(model.parameters(), every=every)
-
-        def step() -> None:
-            if half and tracker.due:
-                tracker.step(loss_of, batches=halves, leave_grad=True)
-            else:
-                tracker.step(closure, **measure, leave_grad=True)
-            optimizer.step()
-
-        return step
-
-    def accumulated() -> None:
-        optimizer.zero_grad()
-        for part_of in (rest, part):
-            (loss_of(part_of) * (len(part_of[1]) / batch)).backward()
-        optimizer.step()
-
-    def backward() -> None:
-        optimizer.zero_grad()
-        loss_of((x, y)).backward()
-
-    def tenth() -> None:
-        optimizer.zero_grad()
-        loss_of(part).backward()
-
-    steps = {
-        "plain": plain,
-        "every=1": mode(whole),
-        "every=10": mode(whole, every=10),
-        "every=5, a half, batches= where due": mode(whole, every=5, half=True),
-        "a tenth, measure=": mode(whole, measure=lambda: loss_of(part)),
-        "a tenth, batches=": mode(loss_of, batches=(rest, part)),
-        "plain, accumulated as rest + tenth": accumulated,
-        "(the gradient alone)": backward,
-        "(the gradient of a tenth alone)": tenth,
-    }
-    skipped = () if length > 1 else ("every=10", "every=5, a half, batches= where due")
-    return {mode: step for mode, step in steps.items() if mode not in skipped}
-
-
-def time_of(step: Step, steps: int) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    for _ in range(steps):
-        step()
-    return clock() - start
-
-
-def measured_cost(name: str, rounds: int) -> dict[str, Any]:
-    steps, length = stepping(name), BATCHES[name][1]
-    found: dict[str, list[float]] = {mode: [] for mode in steps}
-    for step in steps.values():
-        time_of(step, 3 if length > 1 else 1)
-    for number in range(rounds):
-        order = list(steps)
-        random.Random(number).shuffle(order)
-        for mode in order:
-            found[mode].append(time_of(steps[mode], length) / length)
-    return {"threads": torch.get_num_threads(), "seconds": found}
-
-
-def cost_table(name: str, run: dict[str, Any]) -> list[str]:
-    found = run["seconds"]
-    base = found["plain"]
-    lines = [
-        f"## {name}, batch {BATCHES[name][0]}",
-        "",
-        "| mode | fastest blocks | median | quartiles |",
-        "|---" * 4 + "|",
-    ]
-    for mode in list(found)[1:]:
-        over = [a / b for a, b in zip(found[mode], base, strict=True)]
-        low, middle, high = statistics.quantiles(over, n=4)
-        fastest = min(found[mode]) / min(base)
-        lines.append(f"| {mode} | {fastest:.3f} | {middle:.3f} | {low:.3f}–{high:.3f} |")
-    step = f"{min(base) * 1e3:.1f} ms (fastest block), {run['threads']} thread(s)"
-    gradient = min(found["(the gradient alone)"])
-    left = (min(found["every=1"]) - min(base) - gradient) / min(base)
-    text = f"A plain step: {step}. every=1 less a step and a gradient: {left:.1%} of a step."
-    return [*lines, "", f"{text} {len(base)} rounds.", ""]
-
-
-def cost(rounds: int, names: list[str]) -> list[str]:
-    path = RESULTS / "tracking_cost.json"
-    runs = json.loads(path.read_text()) if path.exists() else {}
-    for name in names:
-        runs[name] = measured_cost(name, rounds)
-        rounded = [[round(t, 6) for t in times] for times in runs[name]["seconds"].values()]
-        runs[name]["seconds"] = dict(zip(runs[name]["seconds"], rounded, strict=True))
-        path.write_text(json.dumps(runs, indent=1))
-    return [line for name in BATCHES if name in runs for line in cost_table(name, runs[name])]
-
-
-# --- accuracy ------------------------------------------------------------------------------------
+from tracking_cost import RESULTS, TENTH, report
 
 
 @dataclass(frozen=True)
@@ -428,31 +287,14 @@ def accuracy(title: str, rows: Rows) -> list[str]:
     return [*lines, ""]
 
 
-def report(name: str, title: str, lines: list[str]) -> None:
-    machine = f"Machine: {cpu_name()}, torch {torch.__version__}."
-    text = [f"# {title}", "", __doc__.split("\n\n", 2)[2].strip(), "", machine, "", *lines]
-    (RESULTS / f"{name}.md").write_text("\n".join(text))
-    print("\n".join(lines))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    costs = commands.add_parser("cost")
-    costs.add_argument("--rounds", type=int, default=12)
-    costs.add_argument("--models", nargs="+", default=["mlp", "lenet1"], choices=BATCHES)
-    costs.add_argument("--threads", type=int, default=2)
-    accurate = commands.add_parser("accuracy")
-    accurate.add_argument("folder", metavar="DIR", nargs="?", help="none: report on the CSVs again")
-    accurate.add_argument("--epochs", type=int, default=10)
-    accurate.add_argument("--points", type=int, default=20, help="steps with exact values")
-    accurate.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", default=list(MODES))
-    accurate.add_argument("--runs", nargs="+", type=int, default=[0, 1, 2], help="which of them")
+    parser.add_argument("folder", metavar="DIR", nargs="?", help="none: report on the CSVs again")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--points", type=int, default=20, help="steps with exact values")
+    parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", default=list(MODES))
+    parser.add_argument("--runs", nargs="+", type=int, default=[0, 1, 2], help="which of them")
     arguments = parser.parse_args()
-    if arguments.command == "cost":
-        torch.set_num_threads(arguments.threads)
-        lines = cost(arguments.rounds, arguments.models)
-        return report("tracking_cost", "What tracking costs", lines)
     torch.set_num_threads(1)
     runs, lines = {}, []
     for number, run in enumerate(RUNS):
@@ -464,7 +306,8 @@ def main() -> None:
             keep(path, rows)
         runs[title] = rows_of(path)
         lines += accuracy(title, runs[title])
-    report("tracking_accuracy", "Tracked h0 beside exact values", [*summary(runs), *lines])
+    lines = [*summary(runs), *lines]
+    report("tracking_accuracy", "Tracked h0 beside exact values", __doc__, lines)
 
 
 if __name__ == "__main__":
