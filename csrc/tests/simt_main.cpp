@@ -1,5 +1,8 @@
-// Tests of csrc/kernels under the emulator csrc/simt.
+// Tests of csrc/kernels under the emulator csrc/simt: all families, those named, or all others.
+//
+//   simt_tests [[--without] FAMILY ...]
 #include <chrono>
+#include <cstring>
 
 #include "check.h"
 
@@ -15,8 +18,9 @@ void simt_quasi_newton_tests();
 void simt_huge_tests();
 }  // namespace lyapcuda::test
 
-int main() {
+int main(int count, char** arguments) {
   using namespace lyapcuda::test;
+  const bool without = count > 1 && std::strcmp(arguments[1], "--without") == 0;
   const struct {
     const char* name;
     void (*tests)();
@@ -34,7 +38,18 @@ int main() {
       {"quasi_newton", simt_quasi_newton_tests},
       {"huge", simt_huge_tests},
   };
+  for (int i = 1 + without; i < count; ++i) {
+    bool known = false;
+    for (const auto& family : families) known |= std::strcmp(arguments[i], family.name) == 0;
+    if (!known) {
+      std::printf("no family is called %s\n", arguments[i]);
+      return 2;
+    }
+  }
   for (const auto& family : families) {
+    bool named = count == 1;
+    for (int i = 1; i < count; ++i) named |= std::strcmp(arguments[i], family.name) == 0;
+    if (named == without) continue;
     const auto start = std::chrono::steady_clock::now();
     family.tests();
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
