@@ -1,6 +1,7 @@
 """Settings for every test."""
 
 import os
+import signal
 
 # The tests' tensors are small: a second thread would only be waited for. Processes that tests start
 # see it too.
@@ -12,6 +13,9 @@ import torch  # noqa: E402
 import simt_library  # noqa: E402
 
 torch.set_num_threads(1)
+# A shell that runs the suite in the background (`&`, nohup) has SIGINT ignored.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["cpu", *(name for name in simt_library.HERE if name != "simt reverse")])
