@@ -150,7 +150,8 @@ def eigsh(
         difference: "forward", "central", or None: forward where the tolerance, the parameters'
             precision and the loss allow it (central for 16-bit parameters, for losses with kinks
             such as ReLU, and for a tolerance below 1e-3 in float32, 4e-8 in float64), and central
-            all over again where forward ones turn out too coarse for one of the values.
+            all over again where forward ones turn out too coarse for one of the values (not where
+            ``maxiter`` ended them).
 
     Warns:
         ConvergenceWarning: where ``converged`` is not all True.
@@ -211,7 +212,8 @@ def eigsh(
             return lanczos(operator.product, basis, goal, verify=verify, look=v0 is None, **options)
 
         solution = solve(goal)
-        if difference is None and kind == "forward" and solution.verdict.limited:
+        by_itself = solution.iterations < limit or bool(solution.verdict.done.all())
+        if difference is None and kind == "forward" and by_itself and solution.verdict.limited:
             operator.choose_difference(coarse=True)
             kind = operator.difference
             before, goal = solution, replace(goal, accuracy=_accuracy(operator, kind))

@@ -155,6 +155,11 @@ def test_forward_differences_give_way_where_they_are_too_coarse():
         forward.gradient_evaluations + central.gradient_evaluations - 1
     )
     assert len(result.history) == result.iterations == forward.iterations + central.iterations
+    # Not where it was maxiter that ended them: a second run would end there as well.
+    fewer = forward.iterations // 2
+    with pytest.warns(lyapcuda.ConvergenceWarning):
+        short = lyapcuda.eigsh(truth.closure, params, 8, maxiter=fewer)
+    assert (short.difference, short.iterations) == ("forward", fewer)
 
 
 def test_against_scipy_on_exact_products():
