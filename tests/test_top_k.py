@@ -15,8 +15,8 @@ from test_truth import quadratic
 
 
 def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 10000) -> None:
-    """Steps until every residual is below tol·max|h|, or they have stopped falling, for so long that
-    a vector with hardly any part in the start would have come up.
+    """Steps until every residual is below tol·max|h|, or they have stopped falling: for so long
+    that a vector with hardly any part in the start would have come up.
     """
     best, since = math.inf, 0
     for _ in range(at_most):
