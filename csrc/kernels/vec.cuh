@@ -1,6 +1,7 @@
 // Loads, stores and products of the kernels' arithmetic type T from and to storage of type P.
 #pragma once
 
+#include "../host_device.h"
 #include "half.cuh"
 
 namespace lyapcuda::kernels {
@@ -18,13 +19,7 @@ __device__ __forceinline__ float product(float a, float b) {
   return a * b;
 #endif
 }
-__device__ __forceinline__ double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
+__device__ __forceinline__ double product(double a, double b) { return mul(a, b); }
 
 // sum += a·b in double; for T = float the product is exact, and a fused one gives the same bits.
 __device__ __forceinline__ void accumulate(double& sum, float a, float b) {
