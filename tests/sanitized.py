@@ -4,7 +4,8 @@
 
 CMake (-DLYAPCUDA_SANITIZE=...) builds such an extension and runs this. AddressSanitizer and
 UndefinedBehaviorSanitizer: every op over all types, tails and views off alignment
-(ops_support.py, panel_support.py), and hypothesis's examples (test_ops_hypothesis.py).
+(ops_support.py, panel_support.py), hypothesis's examples (test_ops_hypothesis.py) and other strides
+(test_ops_strides.py).
 ThreadSanitizer: the former with parallel_for on four threads of our own
 (csrc/tests/thread_shim.cpp); and once with a race put in, which has to be reported. All outputs
 must be the ordinary build's to the bit. torch itself is not instrumented.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 MODULES = ("ops_support.py", "panel_support.py")
+TEST_FILES = ("test_ops_hypothesis.py", "test_ops_strides.py")
 EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 #: The word by which a sanitizer's report is known.
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
@@ -100,10 +102,11 @@ def main(extension: str, sanitizer: str) -> None:
             print(f"{module}: the race that was put in is reported")
         return
     code = "import sanitized; sanitized.use(); import pytest; import sys; sys.exit(pytest.main("
-    code += f"['-q', '-s', '-p', 'no:cacheprovider', {str(TESTS / 'test_ops_hypothesis.py')!r}]))"
+    files = [str(TESTS / name) for name in TEST_FILES]
+    code += f"{['-q', '-s', '-p', 'no:cacheprovider', *files]!r}))"
     done = start(["-c", code], sanitizer, extension)
     if done.returncode or REPORTS[sanitizer] in done.stderr:
-        fail("test_ops_hypothesis.py", done)
+        fail(" ".join(TEST_FILES), done)
     print(done.stdout.strip().splitlines()[-1])
 
 

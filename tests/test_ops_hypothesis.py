@@ -1,5 +1,5 @@
-"""Every op of torch.ops.lyapcuda at shapes, types, offsets, alignments and strides of hypothesis's
-choice, against its float64 oracle.
+"""Every op of torch.ops.lyapcuda at shapes, types, offsets and alignments of hypothesis's choice,
+against its float64 oracle.
 
 Inputs are small whole numbers and powers of two, so that each product and sum is exact and a result
 must be the oracle's to the last bit. LYAPCUDA_EXAMPLES sets how many examples an op gets
@@ -10,100 +10,22 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from hypothesis_support import Drawn, Untouched, drawn, same
 from lyapcuda import ops, panel_ops, panel_reference, reference
-from ops_support import (
-    DTYPES,
-    F64,
-    Case,
-    ascent_options,
-    assert_same_bits,
-    bits,
-    fields_of,
-    make_case,
-    surroundings,
-)
-from panel_support import make_panel_case, panel_ascent_options
+from ops_support import F64, ascent_options, assert_same_bits, fields_of, make_case
+from panel_support import panel_ascent_options
 from quasi_newton_support import KINDS, newton_case
 from test_benettin import check as check_benettin
 from test_benettin import random_step
-from test_ops import NAMES, calls
 from test_panel_descend import check as check_descend
 from test_panel_slopes import check as check_slopes
 
 EXAMPLES = int(os.environ.get("LYAPCUDA_EXAMPLES", "40"))
-#: Around vectors, tiles and a panel's blocks; up to three segments of these.
-SIZES = st.one_of(
-    st.integers(0, 40),
-    st.sampled_from([255, 256, 257, 4095, 4097]),
-    st.tuples(st.integers(0, 5), st.integers(1, 9)),
-    st.just(()),
-)
-
-
-@dataclass
-class Drawn:
-    """What an example is made of."""
-
-    sizes: list
-    dtypes: tuple[torch.dtype, torch.dtype]
-    gap: int
-    shift: int
-    seed: int
-    k: int
-    variant: int
-    sign: int
-    flags: tuple[bool, bool, bool]
-
-    def case(self, **state: float) -> Case:
-        options = dict(exact=True, gap=self.gap, shift=self.shift, seed=self.seed)
-        return make_case(self.sizes, *self.dtypes, **options, **state)
-
-    def panels(self, **state):
-        options = dict(exact=True, gap=self.gap, shift=self.shift, seed=self.seed)
-        return make_panel_case(self.k, self.sizes, *self.dtypes, **options, **state)
-
-
-@st.composite
-def drawn(draw) -> Drawn:
-    return Drawn(
-        sizes=draw(st.lists(SIZES, max_size=3)),
-        dtypes=draw(st.sampled_from(DTYPES)),
-        gap=draw(st.integers(0, 9)),
-        shift=draw(st.integers(0, 9)),
-        seed=draw(st.integers(0, 999)),
-        k=draw(st.sampled_from([1, 2, 3, 5, 14, 32])),
-        variant=draw(st.integers(0, 9)),
-        sign=draw(st.sampled_from([1, -1])),
-        flags=(draw(st.booleans()), draw(st.booleans()), draw(st.booleans())),
-    )
-
-
-def same(actual: torch.Tensor, exact: torch.Tensor) -> None:
-    """The float64 values of an oracle (NaN: not an element of any segment), in the op's type."""
-    exact = exact.reshape(actual.shape)
-    asked = ~exact.isnan()
-    assert_same_bits(actual[asked] + 0, exact[asked].to(actual.dtype) + 0)  # −0 is 0 here
-
-
-class Untouched:
-    """That nothing but the tensors written to changes, nor what surrounds any tensor."""
-
-    def __init__(self, case) -> None:
-        self._before = [(t, t.clone(), surroundings(t)) for t in case.tensors()]
-
-    def check(self, *written: torch.Tensor) -> None:
-        addresses = {t.data_ptr() for t in written if t.numel()}
-        for tensor, value, around in self._before:
-            if tensor.data_ptr() not in addresses:
-                assert torch.equal(bits(tensor), bits(value))
-            assert torch.equal(bits(surroundings(tensor)), bits(around))
 
 
 def exact_state(state: torch.Tensor, expected: torch.Tensor) -> None:
@@ -398,49 +320,3 @@ def test_anything_is_the_oracles(check):
 
     run()
     assert count >= min(EXAMPLES, 20)
-
-
-# --- strides -------------------------------------------------------------------------------------
-
-
-def strided(tensor: torch.Tensor, step: int, transposed: bool) -> torch.Tensor:
-    """The same values with other strides."""
-    if transposed and tensor.dim() > 1 and min(tensor.shape) > 1:
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    spread = tensor.new_zeros((*tensor.shape, step))
-    spread[..., 0] = tensor
-    return spread[..., 0]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_other_strides_are_refused_and_nothing_changes(name):
-    op = getattr(torch.ops.lyapcuda, name.split()[0])
-    arguments, options = calls()[name]
-    names = [argument.name for argument in op.default._schema.arguments]
-    given_ = {**dict(zip(names, arguments, strict=False)), **options}
-    tried = 0
-    for which, value in given_.items():
-        for number, tensor in enumerate(value if isinstance(value, list) else [value]):
-            if not isinstance(tensor, torch.Tensor) or tensor.numel() < 2:
-                continue
-            for step, transposed in ((2, False), (3, True)):
-                wrong = strided(tensor, step, transposed)
-                if wrong.is_contiguous():
-                    continue
-                changed = dict(given_)
-                if isinstance(value, list):
-                    changed[which] = [*value[:number], wrong, *value[number + 1 :]]
-                else:
-                    changed[which] = wrong
-                flat = [
-                    t
-                    for v in changed.values()
-                    for t in (v if isinstance(v, list) else [v])
-                    if isinstance(t, torch.Tensor)
-                ]
-                before = [bits(t).clone() for t in flat]
-                with pytest.raises(RuntimeError, match=which):
-                    op(**changed)
-                assert all(torch.equal(bits(t), b) for t, b in zip(flat, before, strict=True))
-                tried += 1
-    assert tried

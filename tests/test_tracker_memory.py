@@ -1,0 +1,64 @@
+"""CurvatureTracker: the memory that a step takes at its peak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+MEMORY = """
+import gc, re, torch, lyapcuda
+from pathlib import Path
+torch.set_num_threads(1)
+MODES = ("plain", "leave", "keep", "measure", "batches")
+
+def run(mode, n):
+    theta = torch.nn.Parameter(torch.full((n,), 0.5))
+    closure = lambda: (theta * theta).mean()
+    def plain():
+        theta.grad = None
+        closure().backward()
+    for _ in range(2):
+        plain()
+    tracker = None if mode == "plain" else lyapcuda.CurvatureTracker([theta])
+    for _ in range(0 if tracker is None else 3):
+        if mode == "keep":      # the user's own gradient stays beside ours
+            plain()
+            tracker.step(closure)
+            continue
+        theta.grad = None
+        if mode == "measure":
+            tracker.step(closure, measure=closure, leave_grad=True)
+        elif mode == "batches":
+            parts = torch.ones(4).split(2)
+            tracker.step(lambda b: closure() * b.mean(), batches=parts, leave_grad=True)
+        else:
+            tracker.step(closure, leave_grad=True)
+
+def status(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+for mode in MODES:      # so that no code is loaded later
+    run(mode, 100)
+N = 6_000_000           # the count of pages is only good to a megabyte or so
+for mode in MODES:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
+    before = status("VmRSS")
+    run(mode, N)
+    print((status("VmHWM") - before) / (4 * N))
+"""
+
+
+def test_no_more_than_three_extra_buffers():
+    """Peak memory of a process of its own, in units of N floats."""
+    command = [sys.executable, "-c", MEMORY]
+    # malloc gives everything of that size back as soon as it is freed.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    plain, leave, keep, measure, batches = map(float, found.stdout.split())
+    assert 3.9 < plain < 4.1  # θ, its gradient, and what autograd needs: the measure is right
+    assert leave - plain < 3.1
+    assert keep - plain < 3.1
+    assert measure - plain < 3.4
+    assert batches - plain < 3.4
