@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops, panel_ops
-from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
+from lyapcuda.arguments import choice, positive, whole
 from lyapcuda.benettin import MAX_SEPARATIONS
 from lyapcuda.descent import Descent
 from lyapcuda.evaluate import Closure
 from lyapcuda.flat import FlatLayout
+from lyapcuda.optimizer_groups import check_group, gain_as_lr, gain_to_device
 from lyapcuda.optimizer_state import WholeStateOptimizer
 from lyapcuda.parameters import Parameters
 from lyapcuda.scaling import Unscaled, found_inf
@@ -138,53 +139,26 @@ class LyapunovSGD(WholeStateOptimizer):
         """As in torch.optim; after the first group the measurement starts again, warm-up
         included.
         """
-        if isinstance(param_group, dict) and "gain" in param_group:
-            if "lr" in param_group:
-                raise ValueError("params: a group with both gain and lr, which are the same")
-            param_group = {**param_group, "lr": param_group["gain"]}
-            del param_group["gain"]
-        super().add_param_group(param_group)
+        super().add_param_group(gain_as_lr(param_group))
         group = self.param_groups[-1]
         try:
-            self._check_group(group, gain="gain")
+            check_group(group, gain="gain")
             if not isinstance(group["lr"], Tensor):
                 positive("gain", group["lr"])
             layout = FlatLayout([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if group["capturable"]:
-            group["lr"] = torch.as_tensor(group["lr"]).to(layout.device, torch.float64, copy=True)
+        gain_to_device(group, layout.device)
         if hasattr(self, "tracker"):
             self.tracker = self._new_tracker()
             self._warm = self._warmup_iterations == 0
             self._measured = False
             self._descent = Descent()
 
-    @staticmethod
-    def _check_group(group: dict[str, Any], gain: str = "lr") -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1 or not lr.is_floating_point():
-                raise ValueError(
-                    f"{gain}: expected a number or a floating tensor of one element, got shape "
-                    f"{tuple(lr.shape)} {lr.dtype}"
-                )
-        else:
-            if lr is None:
-                raise ValueError(f"{gain}=None: expected a positive finite number")
-            non_negative(gain, lr)
-        if group["max_lr"] is None:
-            raise ValueError("max_lr=None: expected a positive finite number")
-        positive("max_lr", group["max_lr"])
-        non_negative("weight_decay", group["weight_decay"])
-        fraction("momentum", group["momentum"])
-        if group["nesterov"] and not group["momentum"]:
-            raise ValueError("nesterov=True: needs a momentum above 0")
-
     def _check_groups(self) -> None:
         for group in self.param_groups:
-            self._check_group(group)
+            check_group(group)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -393,9 +367,7 @@ class LyapunovSGD(WholeStateOptimizer):
         tracker = self._new_tracker()  # the groups' weight decay may be another now
         tracker.load_state_dict(saved["tracker"])
         for group in self.param_groups:
-            if group["capturable"]:
-                device = group["params"][0].device
-                group["lr"] = torch.as_tensor(group["lr"]).to(device, torch.float64, copy=True)
+            gain_to_device(group, group["params"][0].device)
         self.tracker, self._descent = tracker, Descent()
         # The next step has to measure.
         self._warm, self._measured = bool(saved["warm"]), False
