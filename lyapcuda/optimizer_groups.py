@@ -1,4 +1,4 @@
-"""A parameter group of LyapunovSGD: how its settings are called, which are right, where they lie."""
+"""A parameter group of LyapunovSGD: what its settings are called, which are right, and its gain."""
 
 from __future__ import annotations
 
