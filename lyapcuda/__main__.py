@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
@@ -24,7 +25,7 @@ from lyapcuda.experiment.paper import command as paper
 from lyapcuda.experiment.train import TrainResult, saved_config, train, usable_device
 
 EXIT_DIVERGED = EXIT_NOT_CONVERGED = 1
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
 
@@ -41,20 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 if training diverged or an eigenvalue did not converge, 2 on a user's
-        error, 130 after Ctrl-C.
+        error, 130 after Ctrl-C, 141 where the reader of a pipe went away (``lyapcuda ... | head``).
     """
     try:
-        arguments = _parser().parse_args(argv)
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return arguments.run(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return arguments.run(arguments)
+        finally:
+            print(end="", flush=True)  # here, where what goes wrong is still told in one line
+    except BrokenPipeError:
+        _give_up_output()
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError, ImportError) as error:
+        _give_up_output()
         message = " ".join(str(error).split())
         print(f"lyapcuda: error: {message}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("lyapcuda: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _give_up_output() -> None:
+    """What standard output doesn't take any more, Python would try once more at its own end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:

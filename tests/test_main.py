@@ -109,6 +109,31 @@ def test_info_tells_the_build_and_the_versions(capsys):
         assert words in printed
 
 
+def run_into(output, monkeypatch, arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        status = main(arguments)
+    output.flush()  # as Python does at its end
+    return status
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["paper", "all", "--list"]], ids=str)
+def test_a_reader_that_goes_away_ends_it_quietly(monkeypatch, capsys, arguments):
+    """``lyapcuda ... | head -1``"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        assert run_into(pipe, monkeypatch, arguments) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        assert run_into(full, monkeypatch, ["info"]) == 2
+    assert re.fullmatch(r"lyapcuda: error: .*No space left on device\n", capsys.readouterr().err)
+
+
 def test_ctrl_c_saves_a_run_that_resumes_bitwise(tmp_path):
     command = [sys.executable, "-m", "lyapcuda", "train", "--model", "linear", "--no-progress"]
     command += ["--threads", "1", "--device", "cpu", "--checkpoint-every", "100000"]
