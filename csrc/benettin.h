@@ -1,10 +1,12 @@
-// The scalar mathematics of a step with k separations: from the Gram matrix of the panels carried,
-// y, (moved), (d) to the Ritz values and their error bars, the exponents, and the transform that
-// makes the next separations orthogonal. Shared by every backend (panel_algebra.h: how).
+// The scalar mathematics of a step with k separations: from the Ritz values (panel_ritz.h) to the
+// exponents, β, and the transform that makes the next separations orthogonal. Shared by every
+// backend (panel_algebra.h: how).
 #pragma once
 
 #include "panel_algebra.h"
+#include "panel_ritz.h"
 #include "panel_state.h"
+#include "stacked_gram.h"
 
 namespace lyapcuda {
 
@@ -14,110 +16,8 @@ struct BenettinOptions {
   bool rotate;    // take the next separations along the Ritz vectors; false: plain Gram-Schmidt
 };
 
-// A squared distance from the span of the vectors before, below this part of the vector's squared
-// length, is rounding. In D: the copies met. In the separations themselves: they are not k vectors.
-constexpr double kPanelMet = 1e-12;
 // A spread of squared lengths beyond which one orthonormalisation leaves too few digits.
 constexpr double kPanelAgain = 1e6;
-
-// Doubles of scratch memory that a step needs: 36 KB for 32 separations.
-LYAPCUDA_HOST_DEVICE constexpr int benettin_scratch(int k) {
-  return 4 * matrix_size(k) + 3 * (even(k) / 2) + 7 * k + 8;
-}
-
-struct BenettinScratch {
-  Matrix l, u, w, dd;
-  Rotations rotations;
-  double *ritz, *order, *yy, *my, *mm, *cc;  // of k each
-  double* flags;                             // of 8, the first two for the rotations
-
-  LYAPCUDA_HOST_DEVICE BenettinScratch(double* memory, int k) {
-    const int size = matrix_size(k), stride = matrix_stride(k), pairs = even(k) / 2;
-    l = {memory, stride};
-    u = {memory + size, stride};
-    w = {memory + 2 * size, stride};
-    dd = {memory + 3 * size, stride};
-    double* next = memory + 4 * size;
-    flags = next;
-    next += 8;
-    rotations = {next, next + pairs, next + 2 * pairs, next + 3 * pairs, flags};
-    next += 3 * pairs + k;
-    ritz = next;
-    order = next + k;
-    yy = next + 2 * k;
-    my = next + 3 * k;
-    mm = next + 4 * k;
-    cc = next + 5 * k;
-  }
-};
-
-// The fields of a panel's state.
-struct PanelFields {
-  double* state;
-  int k;
-  LYAPCUDA_HOST_DEVICE double& operator()(PanelScalar field) const {
-    return state[panel_offset(field)];
-  }
-  LYAPCUDA_HOST_DEVICE double& operator()(PanelVector field, int i) const {
-    return state[panel_offset(field, k) + i];
-  }
-  LYAPCUDA_HOST_DEVICE double& operator()(PanelMatrix field, int i, int j) const {
-    return state[panel_offset(field, k) + i * k + j];
-  }
-};
-
-// The Gram matrix of the stacked panels, block by block.
-struct PanelGram {
-  const double* data;
-  int k, blocks;        // of k rows each
-  int y = 1, moved, d;  // which block is which (0: carried); d = −1: follows from the others
-
-  LYAPCUDA_HOST_DEVICE PanelGram(const double* gram, int size, bool realised, bool heavy)
-      : data(gram),
-        k(size),
-        blocks(2 + realised + heavy),
-        moved(realised ? 2 : 0),
-        d(heavy ? 2 + realised : -1) {}
-
-  LYAPCUDA_HOST_DEVICE double at(int a, int i, int b, int j) const {
-    return data[(a * k + i) * blocks * k + b * k + j];
-  }
-};
-
-struct PanelBlock {  // one block of it, or its symmetric part
-  const PanelGram& gram;
-  int a, b;
-  bool symmetric;
-  LYAPCUDA_HOST_DEVICE double operator()(int i, int j) const {
-    const double value = gram.at(a, i, b, j);
-    return symmetric ? mul(0.5, value + gram.at(a, j, b, i)) : value;
-  }
-};
-
-struct PanelNext {  // that of D = C + rate·Y
-  const PanelGram& gram;
-  double rate;
-  LYAPCUDA_HOST_DEVICE double operator()(int i, int j) const {
-    if (gram.d >= 0) return gram.at(gram.d, i, gram.d, j);
-    const double cross = gram.at(0, i, gram.y, j) + gram.at(0, j, gram.y, i);
-    return (gram.at(0, i, 0, j) + mul(rate, cross)) + mul(mul(rate, rate), gram.at(1, i, 1, j));
-  }
-};
-
-// An element of d may not fit the panel's dtype although the Gram matrix without momentum, which
-// has no rows of d, is finite: such a step must not be taken. Marks y's diagonal for one thread.
-LYAPCUDA_HOST_DEVICE inline void refuse_overflow(double* gram, int k, bool realised, bool heavy,
-                                                 double rate, double largest) {
-  const PanelGram stack(gram, k, realised, heavy);
-  const PanelNext next{stack, rate};
-  for (int j = 0; j < k; ++j) {
-    // (Rounding can only bring a square below zero where d is nothing but rounding.)
-    const double square = next(j, j);
-    if (square < 0.0 || std::sqrt(square) < largest) continue;
-    const int64_t row = int64_t{k} + j, rows = int64_t{stack.blocks} * k;
-    gram[row * rows + row] = INFINITY;
-  }
-}
 
 // Asks for another separation in the place of one; one thread. A row beyond them: of none.
 LYAPCUDA_HOST_DEVICE inline void ask_reseed(const PanelFields& state, int row) {
@@ -136,89 +36,6 @@ LYAPCUDA_HOST_DEVICE inline void benettin_refuse(const Team& team, const PanelFi
   state(PanelScalar::again) = 0.0;
   state(PanelScalar::skipped) += 1.0;
   ask_reseed(state, lost);
-}
-
-// The columns of z by Ritz value, the wanted end first, as vectors of the carried panel: u = l⁻ᵀ·z.
-// The largest entry of each is positive.
-template <class Team>
-LYAPCUDA_HOST_DEVICE inline void sort_ritz(const Team& team, int k, const BenettinScratch& s,
-                                           double sign) {
-  for (int i = team.rank; i < k; i += team.size) s.order[i] = i;  // for values that overflowed
-  team.sync();
-  for (int i = team.rank; i < k; i += team.size) {
-    const double value = s.u(i, i);
-    int place = 0;
-    for (int j = 0; j < k; ++j) {
-      const double other = s.u(j, j);
-      const bool before = sign > 0.0 ? other > value : other < value;
-      if (before || (other == value && j < i)) ++place;
-    }
-    s.order[place] = i;
-    s.ritz[place] = value;
-  }
-  team.sync();
-  for (int e = team.rank; e < k * k; e += team.size) {
-    const int i = e / k, j = e % k;
-    s.u(i, j) = s.w(i, static_cast<int>(s.order[j]));
-  }
-  team.sync();
-  solve_left_transposed(team, k, s.l, s.u);
-  for (int j = team.rank; j < k; j += team.size) {
-    double largest = 0.0;
-    for (int i = 0; i < k; ++i) {
-      if (std::fabs(s.u(i, j)) > std::fabs(largest)) largest = s.u(i, j);
-    }
-    if (largest >= 0.0) continue;
-    for (int i = 0; i < k; ++i) s.u(i, j) = -s.u(i, j);
-  }
-  team.sync();
-}
-
-// The Ritz values of the panel, their vectors in s.u, and what the error bars need. False where
-// something is not finite, or the panel is not of full rank: then `lost` is the first row in the
-// span of those before, else k.
-template <class Team>
-LYAPCUDA_HOST_DEVICE inline bool ritz_pairs(const Team& team, int k, const PanelGram& gram,
-                                            const BenettinScratch& s, double sign, int* lost) {
-  const PanelBlock a{gram, 0, gram.y, true}, b{gram, 0, gram.moved, true};
-  *lost = cholesky(team, k, b, s.l, kPanelMet);
-  if (*lost < k) return false;
-  whiten(team, k, a, s.l, s.u);
-  if (any_of(team, s.flags + 3, k * k, [&](int e) { return !std::isfinite(s.u(e / k, e % k)); })) {
-    return false;
-  }
-  eigen(team, k, s.u, s.w, s.rotations);
-  sort_ritz(team, k, s, sign);
-  forms(team, k, PanelBlock{gram, gram.y, gram.y, false}, s.u, s.w, s.yy);
-  // Where the displacement was not rounded these are uᵀAu and uᵀBu.
-  forms(team, k, PanelBlock{gram, gram.moved, gram.y, false}, s.u, s.w, s.my);
-  forms(team, k, PanelBlock{gram, gram.moved, gram.moved, false}, s.u, s.w, s.mm);
-  return !any_of(team, s.flags + 4, k, [&](int i) {
-    return !std::isfinite(s.ritz[i]) || !std::isfinite(s.yy[i]) || !std::isfinite(s.my[i]) ||
-           !std::isfinite(s.mm[i]) || !(s.mm[i] > 0.0);
-  });
-}
-
-LYAPCUDA_HOST_DEVICE inline double ritz_residual(const BenettinScratch& s, int i) {
-  const double ritz = s.ritz[i];
-  const double square = s.yy[i] - mul(mul(2.0, ritz), s.my[i]) + mul(mul(ritz, ritz), s.mm[i]);
-  return square > 0.0 ? std::sqrt(square / s.mm[i]) : 0.0;
-}
-
-// The Ritz values and their error bars, as exponent_step has them for one separation.
-template <class Team>
-LYAPCUDA_HOST_DEVICE inline void take_ritz(const Team& team, const PanelFields& state,
-                                           const BenettinScratch& s,
-                                           const ExponentOptions& options) {
-  for (int i = team.rank; i < state.k; i += team.size) {
-    const double ritz = s.ritz[i], residual = ritz_residual(s, i);
-    const Bar bar = error_bar(ritz, residual, state(PanelVector::rayleigh, i),
-                              state(PanelVector::residual, i), options.estimate, options.alternate);
-    state(PanelVector::center, i) = bar.center;
-    state(PanelVector::width, i) = bar.width;
-    state(PanelVector::rayleigh, i) = ritz;
-    state(PanelVector::residual, i) = residual;
-  }
 }
 
 // QR of D·v for the v in s.u: R as s.l's transpose, v·R⁻¹ in s.u. False where the copies met:

@@ -50,16 +50,26 @@ inline void check_parameters(const std::vector<Tensor>& theta, const std::vector
   }
 }
 
-// A panel whose rows, and a buffer, lie beside θ.
-inline void check_beside_panel(const std::vector<Tensor>& theta,
-                               const std::vector<int64_t>& offsets, const Tensor& panel,
-                               const std::optional<Tensor>& buffer, const Device& device) {
+// A step along θ and the rows of a panel, which lie beside it, as does the buffer. Returns k.
+inline int64_t check_panel_step(const std::vector<Tensor>& theta,
+                                const std::vector<Tensor>& gradient,
+                                const std::vector<int64_t>& offsets, const Tensor& panel,
+                                const Tensor& state, const StepOptions& options,
+                                const std::optional<Tensor>& buffer,
+                                const std::optional<Tensor>& factor, const Device& device) {
+  check_parameters(theta, gradient, device);
   check_panel(panel, "panel", kMaxPanel, device);
   check_segments(theta, "theta", offsets, panel, device);
-  if (!buffer) return;
-  check_buffer(*buffer, "buffer", device);
-  check_row_length(*buffer, "buffer", panel, "panel");
-  STD_TORCH_CHECK(!overlap(*buffer, panel), "buffer: shares memory with panel");
+  if (buffer) {
+    check_buffer(*buffer, "buffer", device);
+    check_row_length(*buffer, "buffer", panel, "panel");
+    STD_TORCH_CHECK(!overlap(*buffer, panel), "buffer: shares memory with panel");
+  }
+  const int64_t k = panel.size(0);
+  check_vector(state, "state", panel_size(k), device);
+  check_momentum(buffer, options);
+  check_factor(factor, device);
+  return k;
 }
 
 // Calls f with an integral constant of the kind.

@@ -74,4 +74,19 @@ LYAPCUDA_HOST_DEVICE constexpr int64_t panel_size(int64_t k) {
   return panel_offset(PanelMatrix::kCount, k);
 }
 
+// The fields of one state.
+struct PanelFields {
+  double* state;
+  int k;
+  LYAPCUDA_HOST_DEVICE double& operator()(PanelScalar field) const {
+    return state[panel_offset(field)];
+  }
+  LYAPCUDA_HOST_DEVICE double& operator()(PanelVector field, int i) const {
+    return state[panel_offset(field, k) + i];
+  }
+  LYAPCUDA_HOST_DEVICE double& operator()(PanelMatrix field, int i, int j) const {
+    return state[panel_offset(field, k) + i * k + j];
+  }
+};
+
 }  // namespace lyapcuda

@@ -8,7 +8,7 @@
 
 #include <limits>
 
-#include "../benettin.h"
+#include "../stacked_gram.h"
 #include "blocks.h"
 #include "panel.h"
 #include "tensors.h"

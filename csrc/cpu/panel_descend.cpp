@@ -22,15 +22,10 @@ Tensor panel_descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
                       double gain, double max_lr, double weight_decay, double momentum,
                       bool nesterov, std::optional<Tensor> buffer, std::optional<Tensor> factor) {
   const Device device(DeviceType::CPU);
-  const StepOptions options{weight_decay, momentum, nesterov};
-  check_parameters(theta, gradient, device);
-  check_beside_panel(theta, offsets, panel, buffer, device);
-  const int64_t k = panel.size(0);
-  check_vector(state, "state", panel_size(k));
+  const int64_t k = check_panel_step(theta, gradient, offsets, panel, state,
+                                     {weight_decay, momentum, nesterov}, buffer, factor, device);
   check_vector(slopes, "slopes", k);
   check_rate(gain, max_lr);
-  check_momentum(buffer, options);
-  check_factor(factor, device);
 
   Tensor out = torch::stable::new_empty(state, {k + 1});
   double* const rates = static_cast<double*>(out.mutable_data_ptr());

@@ -23,13 +23,8 @@ Tensor panel_slopes_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
                      double momentum, bool nesterov, std::optional<Tensor> buffer,
                      std::optional<Tensor> factor) {
   const Device device(DeviceType::CPU);
-  const StepOptions options{weight_decay, momentum, nesterov};
-  check_parameters(theta, gradient, device);
-  check_beside_panel(theta, offsets, panel, buffer, device);
-  const int64_t k = panel.size(0);
-  check_vector(state, "state", panel_size(k));
-  check_momentum(buffer, options);
-  check_factor(factor, device);
+  const int64_t k = check_panel_step(theta, gradient, offsets, panel, state,
+                                     {weight_decay, momentum, nesterov}, buffer, factor, device);
 
   Tensor out = torch::stable::new_empty(state, {k});
   double* const slopes = static_cast<double*>(out.mutable_data_ptr());

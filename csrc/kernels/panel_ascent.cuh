@@ -18,7 +18,7 @@
 
 #include <cfloat>
 
-#include "../benettin.h"
+#include "../stacked_gram.h"
 #include "panel_gram.cuh"
 
 namespace lyapcuda::kernels {
