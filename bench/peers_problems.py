@@ -57,10 +57,10 @@ SPECS = {
     "mlp_gelu": Spec("MLP 3×200, GELU", 512, 100, 512, 0.1, True, True, (1, 5), 2, 0.22),
     "mlp_relu": Spec("MLP 3×200, ReLU", 512, 100, 512, 0.1, True, False, (1, 5), 2, 0.16),
     "resnet18_gelu": Spec(
-        "ResNet-18 with GELU, BatchNorm in eval mode", 4, 40, 8, 0.02, False, True, (1, 5), 1, 0.3
+        "ResNet-18 with GELU, BatchNorm in eval mode", 32, 60, 32, 0.02, False, True, (1, 5), 1, 0.3
     ),
     "resnet18": Spec(
-        "ResNet-18, BatchNorm in training mode", 4, 40, 8, 0.02, True, False, (1,), 1, 0.12
+        "ResNet-18, BatchNorm in training mode", 32, 60, 32, 0.02, True, False, (1,), 1, 0.12
     ),
     "gpt": Spec("GPT, scaled_dot_product_attention", 8, 60, 8, 3e-3, True, True, (1, 5), 2, 0.2),
     # For --quick and the test: seconds.
@@ -68,7 +68,7 @@ SPECS = {
 }
 FULL = tuple(name for name in SPECS if name != "small")
 # The ResNets see so many pictures of half the size, over and over, so that two cores get somewhere.
-_POOL = 16
+_POOL = 512
 
 
 class SmoothBlock(BasicBlock):

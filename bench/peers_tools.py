@@ -153,13 +153,12 @@ def _by_tolerance(problem: Problem, k: int, tol: float, seed: int) -> Tensor:
     return _ours(problem, k, seed, tol=tol)
 
 
-def _lean(problem: Problem, k: int, count: int, seed: int) -> Tensor:
-    return _ours(problem, k, seed, maxiter=count, ncv=k + 2)
+def _by_count(*, lean: bool = False, **options: Any) -> Run:
+    """``lean``: keeping the fewest vectors that do."""
 
-
-def _by_count(**options: Any) -> Run:
     def run(problem: Problem, k: int, count: int, seed: int) -> Tensor:
-        return _ours(problem, k, seed, maxiter=count, **options)
+        kept = {"ncv": k + 2} if lean else {}
+        return _ours(problem, k, seed, maxiter=count, **kept, **options)
 
     return run
 
@@ -194,7 +193,7 @@ TOOLS = {
         (),
         PRODUCTS,
         _products,
-        _lean,
+        _by_count(lean=True),
         True,
         True,
         usual=16,
@@ -210,6 +209,15 @@ TOOLS = {
     ),
     "exact": Tool(
         "**lyapcuda**, lanczos, exact", (), PRODUCTS, _products, _by_count(mode="exact"), True, True
+    ),
+    "exact_lean": Tool(
+        "**lyapcuda**, lanczos, exact, ncv=k + 2",
+        (),
+        PRODUCTS,
+        _products,
+        _by_count(mode="exact", lean=True),
+        True,
+        True,
     ),
     "ours_scipy": Tool(
         "scipy eigsh over lyapcuda's operator",

@@ -3,7 +3,8 @@
 import torch  # noqa: F401  (its libraries are what lyapcuda._C links to)
 
 from lyapcuda import lyapunov, ops
-from lyapcuda.eigsh import ConvergenceWarning, EigenResult, eigsh
+from lyapcuda.eigen_result import ConvergenceWarning, EigenResult
+from lyapcuda.eigsh import eigsh
 from lyapcuda.finite_scale import FiniteScale, finite_scale
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter

@@ -3,100 +3,40 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lyapcuda import panel_ops
 from lyapcuda.arguments import choice, whole
 from lyapcuda.basis import MAX_ROWS, Basis, Solution
+from lyapcuda.eigen_result import EigenResult, warn_unless_converged
 from lyapcuda.evaluate import Closure
-from lyapcuda.flat import FlatLayout
 from lyapcuda.lanczos import lanczos
 from lyapcuda.lobpcg import lobpcg, sizes
 from lyapcuda.operator import DIFFERENCES, HessianOperator
 from lyapcuda.parameters import Parameters
 from lyapcuda.ritz import WHICH, Goal, Verdict
+from lyapcuda.start import fill_, refill_, start_vector
 from lyapcuda.subspace import MAX_COPIES, climb, copies
+from lyapcuda.truncation import Truncation, measure
 
-__all__ = ["ConvergenceWarning", "EigenResult", "eigsh"]
+__all__ = ["eigsh"]
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")
 
 # Relative error of an eigenvalue that differences have on smooth losses, in ε^power of the
 # parameters' dtype: at most so much on the nets of the tests.
 _ACCURACY = {"forward": (1.5, 1 / 2), "central": (5.0, 2 / 3)}
+# Runs with finer differences, where the first was too coarse.
+_RERUNS = 1
 # Forward differences do for tolerances of at least so many times their accuracy.
 _MARGIN = 1.9
-
-
-class ConvergenceWarning(RuntimeWarning):
-    """Some of the returned eigenvalues aren't known to the tolerance."""
-
-
-@dataclass(frozen=True)
-class EigenResult:
-    """Eigenpairs of the Hessian, in the order of ``which``: LA and BE descend, SA ascends, LM goes
-    by magnitude.
-
-    Attributes:
-        eigenvalues: (k,) float64.
-        eigenvectors: (k, n), a vector a row, of norm 1, in the order of the parameters.
-        residuals: (k,) float64, ‖Hu − ρu‖ of the map that was measured: were that symmetric, an
-            eigenvalue of it would lie within so much. Rigorous.
-        difference_errors: (k,) float64, an estimate of how far the differences' map and the Hessian
-            are apart along u: from the asymmetry of the projected matrix, and at least what
-            differences of this kind and precision have on smooth losses.
-        converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
-            between values (R²/gap), and one and a half times that of the differences are within the
-            tolerance together; and the residual, which bounds the error rigorously where a gap can
-            mislead (a close pair not yet told apart), is within five times of it. Or the value is
-            zero within the differences' error. Lanczos asks for more: the residual within half of
-            the tolerance where values are crowded, and without ``v0`` that an overlooked eigenvalue
-            would have shown by now, unless its vector has less than a twentieth of the usual part
-            in the start vector, or it lies closer to a found one than ``tol`` or a tenth of their
-            usual distance (`lyapcuda.hidden`).
-        iterations: of the method.
-        gradient_evaluations: of the whole data (an exact product counts as two).
-        history: per iteration ``{"eigenvalues": [...], "residuals": [...],
-            "gradient_evaluations": so far}``.
-        method, which, difference, perturbation, tol: how it was measured ("exact": no difference).
-    """
-
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-    residuals: Tensor
-    difference_errors: Tensor
-    converged: Tensor
-    iterations: int
-    gradient_evaluations: int
-    history: list[dict[str, Any]] = field(repr=False)
-    method: str
-    which: str
-    difference: str
-    perturbation: float | None
-    tol: float
-    _layout: FlatLayout = field(repr=False, compare=False)
-
-    @property
-    def interval(self) -> Tensor:
-        """(k, 2) float64: eigenvalue ± (residual + three times the differences' error). Each holds
-        an eigenvalue of the Hessian, as far as the estimate of that error is right.
-        """
-        width = self.residuals + 3.0 * self.difference_errors
-        return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
-
-    def unflatten(self, i: int) -> list[Tensor]:
-        """Eigenvector i as views shaped like the parameters, in their order."""
-        if not isinstance(i, Integral) or not -len(self.eigenvectors) <= i < len(self.eigenvectors):
-            raise IndexError(f"i={i!r}: there are {len(self.eigenvectors)} eigenvectors")
-        return self._layout.split(self.eigenvectors[i])
 
 
 def eigsh(
@@ -179,7 +119,7 @@ def eigsh(
     if k > n:
         raise ValueError(f"k={k}: there are only {n} parameters")
     rows = _rows(k, which, ncv, n, method)
-    start = None if v0 is None else _start_vector(v0, operator)
+    start = None if v0 is None else start_vector(v0, operator)
     if difference is None and mode == "difference":
         operator.choose_difference(coarse=tol < _MARGIN * _accuracy(operator, "forward"))
     elif mode == "difference":
@@ -198,30 +138,44 @@ def eigsh(
             spent.append(operator.gradient_evaluations)
             show(verdict)
 
-        def solve(goal: Goal) -> Solution:
+        def solve(goal: Goal, found: Basis | None = None) -> Solution:
             generators = [
                 torch.Generator(group.device).manual_seed(seed + i)
                 for i, group in enumerate(layout.groups)
             ]
-            _fill_start(basis[:starts], start, operator, generators)
+            # Copies that climb up and ones that climb down take the same rows to start from.
+            if found is None or (method == "lyapunov" and which in ("LM", "BE")):
+                fill_(basis[:starts], start, operator, generators)
+            else:
+                refill_(basis, starts, found, generators, random=v0 is None)
             if method == "lyapunov":
                 return climb(operator.product, basis, goal, maxiter=limit, report=report)
             options = dict(maxiter=limit, generators=generators, report=report)
             if method == "lobpcg":
                 return lobpcg(operator.product, basis, goal, **options)
-            return lanczos(operator.product, basis, goal, verify=verify, look=v0 is None, **options)
+            # What the found vectors overlook, the run that found them has looked for.
+            options["look"] = v0 is None and found is None
+            options["provisional"] = found is None and _may_refine(operator, difference)
+            return lanczos(operator.product, basis, goal, verify=verify, **options)
 
         solution = solve(goal)
         by_itself = solution.iterations < limit or bool(solution.verdict.done.all())
-        if difference is None and kind == "forward" and by_itself and solution.verdict.limited:
-            operator.choose_difference(coarse=True)
-            kind = operator.difference
-            before, goal = solution, replace(goal, accuracy=_accuracy(operator, kind))
-            solution = solve(goal)
+        for reruns in range(_RERUNS + 1):
+            again = by_itself and reruns < _RERUNS and _may_refine(operator, difference)
+            length = _check_truncation(operator, solution, basis, goal)
+            if not (again and solution.verdict.limited):
+                break
+            if not operator.choose_difference(coarse=True, length=length):
+                break
+            before, kind = solution, operator.difference
+            expected = Truncation(0.0, length).central(operator.perturbation)
+            goal = replace(goal, accuracy=max(_accuracy(operator, kind), expected))
+            solution = solve(goal, found=before.vectors)
+            by_itself = solution.iterations < limit or bool(solution.verdict.done.all())
             solution.history[:0] = before.history
             solution.iterations += before.iterations
     result = _result(solution, operator, goal, method, kind, spent)
-    _warn(result)
+    warn_unless_converged(result)
     return result
 
 
@@ -270,48 +224,36 @@ def _rows(k: int, which: str, ncv: int | None, n: int, method: str) -> int:
     return kept + 1
 
 
-def _start_vector(v0: Any, operator: HessianOperator) -> Tensor:
-    if not isinstance(v0, Tensor) or v0.shape != operator.shape[:1] or v0.is_complex():
-        described = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
-        raise ValueError(
-            f"v0: expected a real tensor of shape {operator.shape[:1]}, got {described}"
-        )
-    norm = float(v0.detach().double().norm())
-    if not 0 < norm < math.inf:
-        raise ValueError(f"v0: its norm is {norm}, expected a finite vector other than 0")
-    return v0.detach().double() / norm
-
-
-def _fill_start(
-    basis: Basis,
-    start: Tensor | None,
-    operator: HessianOperator,
-    generators: Sequence[torch.Generator],
-) -> None:
-    """Random vectors in every row, the start vector in the first."""
-    for i in range(len(basis)):
-        basis.randomise_(i, generators)
-    first = basis[:1]
-    if start is not None:
-        operator.layout.scatter(start, basis.row(0))
-    elif operator.mode == "difference":
-        # Half of it is known to matter, half makes sure that nothing is left out.
-        gradient = operator.gradient()
-        square = sum(_square(part).to(operator.device) for part in gradient)
-        random = first.gram(first)[0, 0]
-        scale = torch.where(square > 0, (random / square).sqrt(), 0.0)
-        for row, part in zip(basis.row(0), gradient, strict=True):
-            row.addcmul_(part.to(row.dtype), scale.to(row.device, row.dtype))
-    first.orthogonalise_(0)
-
-
-def _square(part: Tensor) -> Tensor:
-    if part.dtype in (torch.float32, torch.float64):
-        return panel_ops.gram(part[None], part[None])[0, 0]
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
-
-
 # --- running, result -----------------------------------------------------------------------------
+
+
+def _may_refine(operator: HessianOperator, difference: str | None) -> bool:
+    """Whether differences that are too coarse may be made finer."""
+    if operator.mode == "exact" or difference == "forward":
+        return False
+    return operator.difference == "forward" or operator.chooses
+
+
+def _check_truncation(
+    operator: HessianOperator, solution: Solution, basis: Basis, goal: Goal
+) -> float:
+    """Measures what the differences are worth along the leading vector, and lowers the verdict to
+    that; unless the solver isn't done with any value.
+
+    Returns:
+        What `choose_difference` takes for a length.
+    """
+    verdict = solution.verdict
+    lead = int(np.abs(verdict.values).argmax())
+    needed = operator.chooses and bool(verdict.done.any())
+    if not needed or goal.is_zero(verdict.values, verdict.errors)[lead]:
+        return math.inf
+    apart = len(basis) > len(solution.vectors)
+    spare = basis[len(basis) - 1 :] if apart else Basis.empty(basis.layout, 1)
+    seen = measure(operator, solution.vectors[lead : lead + 1], spare, float(verdict.values[lead]))
+    spare.release()
+    solution.verdict = goal.coarser(verdict, seen.error)
+    return seen.length
 
 
 @contextmanager
@@ -379,26 +321,4 @@ def _result(
         perturbation=None if kind == "exact" else operator.perturbation,
         tol=goal.tol,
         _layout=layout,
-    )
-
-
-def _warn(result: EigenResult) -> None:
-    missing = result.eigenvalues.numel() - int(result.converged.sum())
-    if not missing:
-        return
-    size = result.eigenvalues.abs()
-    limited = (result.difference_errors > result.tol * size) & ~result.converged
-    limited = limited.any() and result.difference != "exact"
-    advice = (
-        f"the differences themselves ({result.difference}, perturbation="
-        f"{result.perturbation:.2g}) aren't good for more: difference='central' or a larger tol; "
-        "on a loss with kinks (ReLU) the curvature belongs to its scale, see finite_scale"
-        if limited
-        else "more maxiter, a larger ncv or tol"
-    )
-    warnings.warn(
-        f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
-        f"after {result.iterations} iterations (see .interval); {advice}",
-        ConvergenceWarning,
-        stacklevel=3,
     )

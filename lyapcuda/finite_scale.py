@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda.arguments import positive
-from lyapcuda.eigsh import EigenResult
+from lyapcuda.eigen_result import EigenResult
 from lyapcuda.evaluate import Closure
 from lyapcuda.operator import HessianOperator
 from lyapcuda.parameters import Parameters

@@ -170,6 +170,7 @@ def lanczos(
     generators: Sequence[torch.Generator],
     verify: bool,
     look: bool,
+    provisional: bool,
     report: Report,
 ) -> Solution:
     """Thick-restart Lanczos with full reorthogonalisation.
@@ -184,6 +185,8 @@ def lanczos(
         verify: take one in before believing the first convergence as well.
         look: the start vector is random for a good part: values beside which another one can hide
             don't count as found.
+        provisional: a finer run follows where it's the differences that fall short, and it will
+            start from what is found here.
         report: called after every product.
     """
     state, n = _Lanczos(basis, generators), basis.layout.numel
@@ -197,12 +200,13 @@ def lanczos(
         grown = state.fresh[: state.size]
         fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < _GROWN else None
         verdict = goal.judge(ritz, fresh)
-        # Looked for only beside values that would be believed: where the differences themselves
-        # aren't good for the tolerance (kinks), no further product makes them so. And only where
-        # this may be the last product.
+        # Looked for only beside values that would be believed, or built upon: where the differences
+        # themselves aren't good for the tolerance (kinks), no further product makes them so. And
+        # only where this may be the last product.
         last = bool(verdict.done.all()) or iteration == maxiter or left == 0
         hidden = look and not state.injected and 1 < state.size < n
-        if hidden and last and verdict.converged.any():
+        matter = verdict.done if provisional else verdict.converged
+        if hidden and last and matter.any():
             verdict = goal.without_hidden(verdict, ritz.values, state.growth)
         history.append((verdict.values, verdict.residuals))
         report(verdict)

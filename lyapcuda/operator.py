@@ -32,6 +32,8 @@ DIFFERENCES = {"forward": 1, "central": 2}
 # not ‖θ‖, which grows with every layer and unit, but about the norm of one layer as a matrix:
 # ‖θ‖/N^(1/4).
 _SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
+# On the tests' nets, the curvature changes by as much as itself over about so many sizes, at least.
+_LENGTH = 0.5
 # Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
 _KINKED = 0.2
 _KINKS = (
@@ -43,15 +45,24 @@ _LEAST = 0.3
 
 
 def separation_size(
-    layout: FlatLayout, difference: str, kinked: bool = False, epsilon: float | None = None
+    layout: FlatLayout,
+    difference: str,
+    kinked: bool = False,
+    epsilon: float | None = None,
+    length: float = math.inf,
 ) -> float:
     """Δq for a difference of gradients that are computed to ``epsilon`` (default: the parameters'
     precision).
+
+    ``length``: where it is known, the distance over which the curvature changes by as much as it
+    is (`lyapcuda.truncation`).
     """
     factor, power = _SIZES[difference]
     norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon
     # The second scale stands in for parameters that start at zero.
     size = max(norm, 1e-2 * math.sqrt(layout.numel)) / layout.numel**0.25
+    # The Δq that balances the errors goes as length^(1 − p).
+    size *= min(1.0, length / (_LENGTH * size)) ** (1.0 - power)
     least = _KINKED * size if kinked else 0.0
     return max(factor * epsilon**power * size, _LEAST * epsilon * norm, least)
 
@@ -370,19 +381,34 @@ class HessianOperator:
         finally:
             self._kept = outer
 
-    def choose_difference(self, coarse: bool) -> None:
+    def choose_difference(self, coarse: bool, length: float = math.inf) -> bool:
         """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters
         or arithmetic, and for losses with kinks, they always are.
+
+        Args:
+            length: as for `separation_size`.
+
+        Returns:
+            Whether products are any finer now.
         """
         self.gradient()
         if not (coarse or self.kinked or self.epsilon > COARSE):
-            return
+            return False
+        was_central, before = self.difference == "central", self.perturbation
         self.difference = "central"
         if not self._fixed:
-            self.perturbation = separation_size(self.layout, "central", self.kinked, self.epsilon)
-        if self._batches is not None:
+            self.perturbation = separation_size(
+                self.layout, "central", self.kinked, self.epsilon, length
+            )
+        if self._batches is not None and not was_central:
             for part in self._buffers:
                 part.minus_copies = part.group.new_buffer(part.group.dtype)
+        return not was_central or self.perturbation < 0.7 * before
+
+    @property
+    def chooses(self) -> bool:
+        """Whether Δq is this operator's to choose, and the smaller the truer but for rounding."""
+        return self.mode == "difference" and not self._fixed and not self.kinked
 
     def _displace(
         self, copies: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor

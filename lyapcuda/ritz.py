@@ -32,8 +32,8 @@ _STRICT = 0.5
 _CROWDED = 50.0
 # An overlooked eigenvalue's part in the start vector isn't taken to be less than this share of what
 # is usual in a random vector, or than this share of what the found ones have.
-_UNLUCKY = 0.05
-_SHY = 0.03
+_UNLUCKY = 0.01
+_SHY = 0.006
 # Nor is one looked for closer to a found one than this fraction of their usual distance.
 _REPELLED = 10.0
 # Values of at most this many times the differences' error count as zero.
@@ -143,6 +143,7 @@ class Verdict:
     Attributes:
         indices: where they stand among the Ritz values.
         values, residuals: of them.
+        bounds: how far the solver is estimated to be off.
         errors: estimated error of the differences.
         done: the solver has nothing more to do for it.
         converged: done, and the differences are good for the tolerance.
@@ -151,6 +152,7 @@ class Verdict:
     indices: np.ndarray
     values: np.ndarray
     residuals: np.ndarray
+    bounds: np.ndarray
     errors: np.ndarray
     done: np.ndarray
     converged: np.ndarray
@@ -245,11 +247,25 @@ class Goal:
         """Of the ``wanted`` ones: what is done has converged where both errors together are within
         the tolerance, or where it is zero.
         """
-        size = np.abs(ritz.values)
-        within = bounds + _DOUBT * errors <= self.tol * size
-        good = within | (size <= _ZERO * errors)
-        parts = (ritz.values, ritz.residuals, errors, done, done & good)
+        good = self._good(ritz.values, bounds, errors)
+        parts = (ritz.values, ritz.residuals, bounds, errors, done, done & good)
         return Verdict(wanted, *(part[wanted] for part in parts))
+
+    def coarser(self, verdict: Verdict, error: float) -> Verdict:
+        """The verdict, where differences have turned out to be off by so much of each value."""
+        errors = np.maximum(verdict.errors, error * np.abs(verdict.values))
+        good = self._good(verdict.values, verdict.bounds, errors)
+        return replace(verdict, errors=errors, converged=verdict.converged & good)
+
+    def _good(self, values: np.ndarray, bounds: np.ndarray, errors: np.ndarray) -> np.ndarray:
+        size = np.abs(values)
+        within = bounds + _DOUBT * errors <= self.tol * size
+        return within | self.is_zero(values, errors)
+
+    @staticmethod
+    def is_zero(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+        """Whether the differences can't tell them from zero."""
+        return np.abs(values) <= _ZERO * errors
 
     def without_hidden(self, verdict: Verdict, values: np.ndarray, growth: Growth) -> Verdict:
         """The verdict, less what an eigenvalue overlooked so far would displace.

@@ -149,7 +149,7 @@ def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
         wanted = by_size[~twice[by_size]][: goal.k]
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
-    names = ("values", "residuals", "errors", "done", "converged")
+    names = ("values", "residuals", "bounds", "errors", "done", "converged")
     verdict = Verdict(wanted, *(joined(name)[wanted] for name in names))
     if goal.which == "LM":
         # What is still on its way may come to lie before one that was chosen.

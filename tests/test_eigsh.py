@@ -148,13 +148,14 @@ def test_forward_differences_give_way_where_they_are_too_coarse():
         forward = lyapcuda.eigsh(truth.closure, params, 8, difference="forward")
     central = lyapcuda.eigsh(truth.closure, params, 8, difference="central")
     assert result.difference == "central" and bool(result.converged.all())
-    assert torch.equal(result.eigenvalues, central.eigenvalues)
+    # The curvature hardly changes with the distance: Δq is the usual one.
     assert result.perturbation == central.perturbation
-    # g(θ) is known by then.
-    assert result.gradient_evaluations == (
-        forward.gradient_evaluations + central.gradient_evaluations - 1
-    )
-    assert len(result.history) == result.iterations == forward.iterations + central.iterations
+    torch.testing.assert_close(result.eigenvalues, central.eigenvalues, rtol=1e-3, atol=0)
+    # g(θ) is known by then; the truncation is measured after each run.
+    second = result.iterations - forward.iterations
+    assert result.gradient_evaluations == forward.gradient_evaluations + 2 * second + 2
+    assert forward.gradient_evaluations == 1 + forward.iterations + 2
+    assert len(result.history) == result.iterations
     # Not where it was maxiter that ended them: a second run would end there as well.
     fewer = forward.iterations // 2
     with pytest.warns(lyapcuda.ConvergenceWarning):
@@ -228,10 +229,10 @@ def test_the_zero_end_of_a_convex_loss():
 
 
 def test_few_gradients():
-    """Forward differences: a gradient an iteration, and one at θ."""
+    """Forward differences: a gradient an iteration, one at θ, two for what they are worth."""
     truth = case("gelu_mlp", seed=3)
     result = lyapcuda.eigsh(truth.closure, truth.model.parameters(), difference="forward")
-    assert result.gradient_evaluations == result.iterations + 1 <= 12
+    assert result.gradient_evaluations == result.iterations + 3 <= 15
     assert len(result.history) == result.iterations
 
 

@@ -193,7 +193,7 @@ def test_what_is_still_on_its_way_leaves_nothing_smaller_converged(residual, con
     parts = []
     for row, (value, r, done) in enumerate([(5.0, 1e-6, True), (-4.9, residual, False)]):
         vectors = Basis(layout, [torch.eye(2)[row : row + 1].clone()])
-        numbers = (np.array([x]) for x in (0, value, r, 1e-9, done, done))
+        numbers = (np.array([x]) for x in (0, value, r, r, 1e-9, done, done))
         parts.append(Solution(ritz.Verdict(*numbers), vectors, 1))
     verdict = merged(parts, ritz.Goal(1, "LM", 1e-3, 1e-9, 1e-16, 2)).verdict
     assert verdict.values.tolist() == [5.0]
