@@ -21,7 +21,7 @@ import torch
 
 import lyapcuda
 from lyapcuda.basis import Basis
-from lyapcuda.operator import separation_size
+from lyapcuda.perturbation import separation_size
 from lyapcuda.truncation import measure
 from ops import cpu_name
 from peers_problems import Problem, attention, load, prepare

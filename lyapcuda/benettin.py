@@ -19,7 +19,7 @@ from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.lyapunov import Separation, reseed_, state_on
-from lyapcuda.perturbation import chosen_perturbation
+from lyapcuda.perturbation import adapted_perturbation, chosen_perturbation
 from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = ["MAX_SEPARATIONS", "Benettin", "advance", "excuse"]
@@ -87,10 +87,10 @@ class Benettin:
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self.state = panel_ops.new_panel_state(layout.device, k, perturbation=size, beta=start)
 
-    def coarsen(self, epsilon: float) -> None:
-        """As `lyapcuda.lyapunov.Separation.coarsen`."""
-        if epsilon > self.layout.epsilon():
-            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=5)
+    def adapt(self, epsilon: float, smooth: bool) -> None:
+        """As `lyapcuda.lyapunov.Separation.adapt`."""
+        size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)
+        if size is not None:
             self._field("perturbation").fill_(size)
 
     def _randomise(self, seed: int, size: float) -> None:

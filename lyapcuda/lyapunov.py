@@ -19,7 +19,7 @@ from lyapcuda import _C, ops
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
-from lyapcuda.perturbation import chosen_perturbation
+from lyapcuda.perturbation import adapted_perturbation, chosen_perturbation
 from lyapcuda.saved import check_finite, check_shapes, require_entries
 
 __all__ = [
@@ -176,12 +176,13 @@ class Separation:
         norm = self._randomise(seed)
         self.state = ops.new_state(layout.device, perturbation=size, scale=size / norm, beta=start)
 
-    def coarsen(self, epsilon: float) -> None:
-        """Takes a larger Δq from the next q on, where the loss turned out to be computed more
-        coarsely than the parameters are stored (to ``epsilon``, under autocast).
+    def adapt(self, epsilon: float, smooth: bool) -> None:
+        """Takes another Δq from the next q on: a larger one where the loss turned out to be
+        computed more coarsely than the parameters are stored (to ``epsilon``, under autocast), a
+        smaller one where it turned out to be ``smooth``.
         """
-        if epsilon > self.layout.epsilon():
-            size = chosen_perturbation(self.layout, self._perturbation, epsilon, stacklevel=5)
+        size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)
+        if size is not None:
             self.state[ops.STATE_FIELDS.index("perturbation")] = size
 
     def _randomise(self, seed: int) -> float:

@@ -18,60 +18,15 @@ from lyapcuda.evaluate import Closure
 from lyapcuda.fixed_loss import Kept, gradients_at, second_derivative
 from lyapcuda.flat import FlatGroup, FlatLayout
 from lyapcuda.parameters import Parameters, select_by_name
-from lyapcuda.precision import COARSE, graph_nodes, loss_epsilon
+from lyapcuda.perturbation import separation_size
+from lyapcuda.precision import COARSE, has_kinks, loss_epsilon
 from lyapcuda.surroundings import RandomStates, modules_of
 
-__all__ = ["DIFFERENCES", "MODES", "HessianOperator", "separation_size"]
+__all__ = ["DIFFERENCES", "MODES", "HessianOperator"]
 
 MODES = ("difference", "exact")
 #: Gradients that one product needs (the forward one besides g(θ), which is computed once).
 DIFFERENCES = {"forward": 1, "central": 2}
-
-# Rounding errors of a difference fall as 1/Δq, its own error grows as Δq (forward) or Δq²
-# (central): Δq = c·ε^p·size balances them. The size that sets the scale of the third derivatives is
-# not ‖θ‖, which grows with every layer and unit, but about the norm of one layer as a matrix:
-# ‖θ‖/N^(1/4).
-_SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
-# On the tests' nets, the curvature changes by as much as itself over about so many sizes, at least.
-_LENGTH = 0.5
-# Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
-_KINKED = 0.2
-_KINKS = (
-    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
-    *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
-)
-# Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
-_LEAST = 0.3
-
-
-def separation_size(
-    layout: FlatLayout,
-    difference: str,
-    kinked: bool = False,
-    epsilon: float | None = None,
-    length: float = math.inf,
-) -> float:
-    """Δq for a difference of gradients that are computed to ``epsilon`` (default: the parameters'
-    precision).
-
-    ``length``: where it is known, the distance over which the curvature changes by as much as it
-    is (`lyapcuda.truncation`).
-    """
-    factor, power = _SIZES[difference]
-    norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon
-    # The second scale stands in for parameters that start at zero.
-    size = max(norm, 1e-2 * math.sqrt(layout.numel)) / layout.numel**0.25
-    # The Δq that balances the errors goes as length^(1 − p).
-    size *= min(1.0, length / (_LENGTH * size)) ** (1.0 - power)
-    least = _KINKED * size if kinked else 0.0
-    return max(factor * epsilon**power * size, _LEAST * epsilon * norm, least)
-
-
-def has_kinks(loss: Any) -> bool:
-    """Whether the loss was computed with functions whose derivative jumps, as far as one can see:
-    autograd's graph doesn't show the inside of compiled or checkpointed parts.
-    """
-    return any(node.name().startswith(_KINKS) for node in graph_nodes(loss))
 
 
 class _GroupBuffers:

@@ -1,4 +1,4 @@
-"""How finely a loss was computed, as far as autograd's graph shows it."""
+"""How finely a loss was computed, and how smooth it is, as far as autograd's graph shows it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["COARSE", "graph_nodes", "loss_epsilon"]
+__all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon"]
 
 #: Types with a larger ε than this are 16-bit.
 COARSE = 1e-4
+# Functions whose derivative jumps.
+_KINKS = (
+    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
+    *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
+)
 
 
 def graph_nodes(loss: Any) -> Iterator[Any]:
@@ -44,3 +49,19 @@ def loss_epsilon(loss: Any) -> float:
         floats = (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
         coarsest = max((coarsest, *floats))
     return coarsest
+
+
+def has_kinks(loss: Any) -> bool:
+    """Whether the loss was computed with functions whose derivative jumps, as far as one can see:
+    autograd's graph doesn't show the inside of compiled or checkpointed parts.
+    """
+    return any(node.name().startswith(_KINKS) for node in graph_nodes(loss))
+
+
+def is_smooth(loss: Any) -> bool:
+    """Whether the graph shows the whole of the loss, and no function whose derivative jumps: not
+    where a compiled or checkpointed part or a custom function hides what is inside.
+    """
+    nodes = list(graph_nodes(loss))
+    hidden = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
+    return bool(nodes) and not hidden and not has_kinks(loss)

@@ -23,7 +23,7 @@ from lyapcuda.history import Ring
 from lyapcuda.interrupts import allowed, deferred
 from lyapcuda.lyapunov import Separation
 from lyapcuda.parameters import Parameters
-from lyapcuda.precision import loss_epsilon
+from lyapcuda.precision import is_smooth, loss_epsilon
 from lyapcuda.shards import compute_epsilon
 from lyapcuda.subbatch import Measured, accumulated, beside, shares
 from lyapcuda.surroundings import Loose, Surroundings, modules_of
@@ -51,8 +51,9 @@ class CurvatureTracker(TrackerState):
             of k values: from the outer end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
-            (`lyapcuda.perturbation.default_perturbation`), or that of autocast where autograd's
-            graph shows it; the paper's is 5e-2.
+            (`lyapcuda.perturbation.default_perturbation`), from the second step on from what
+            autograd's graph shows of the loss, the precision (autocast) and that it has no kinks
+            (as ReLU has); the paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
@@ -144,6 +145,8 @@ class CurvatureTracker(TrackerState):
         self._calls = 0
         # ε of the coarsest type seen in the loss; None once Δq has been adapted to it.
         self._coarsest: float | None = 0.0
+        # Whether all of it was seen to be smooth; None before anything was.
+        self._smooth: bool | None = None
         ks = [each for _, each in self._ends]
         self._history = Ring(history, self._layout.device, ks) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
@@ -224,7 +227,7 @@ class CurvatureTracker(TrackerState):
             evaluated = self._evaluate(closure, measure, micro, copies, leave_grad)
             if measuring:
                 for separation in separations:
-                    separation.coarsen(self._coarsest or 0.0)
+                    separation.adapt(self._coarsest or 0.0, bool(self._smooth))
                 advance(separations, evaluated.found)
         except BaseException as error:
             for separation in separations:
@@ -236,7 +239,7 @@ class CurvatureTracker(TrackerState):
                 excuse(separations)
             raise
         if measuring:
-            self._coarsest = None
+            self._coarsest = self._smooth = None
         evaluated.leave()
         self._count()
         if measuring:
@@ -274,11 +277,12 @@ class CurvatureTracker(TrackerState):
         return Measured(found, found.loss0)
 
     def _watched(self, closure: Closure) -> Closure:
-        """The closure, with an eye on the precision its loss is computed in."""
+        """The closure, with an eye on its loss: the precision, kinks."""
 
         def watched(*batch: Any) -> Tensor | float:
             loss = closure(*batch)
             self._coarsest = max(self._coarsest or 0.0, loss_epsilon(loss))
+            self._smooth = self._smooth is not False and is_smooth(loss)
             return loss
 
         return watched

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lyapcuda import CurvatureTracker
 from lyapcuda.flat import FlatLayout
 from lyapcuda.lyapunov import curvature_of_growth, growth_of_curvature
 from lyapcuda.perturbation import default_perturbation
@@ -77,3 +78,40 @@ def test_default_perturbation_grows_with_size_and_coarseness():
     assert size(2.0, torch.float32) == pytest.approx(2 * size(1.0, torch.float32))
     assert size(1.0, torch.float64) < size(1.0, torch.float32) < size(1.0, torch.bfloat16)
     assert size(0.0, torch.float32) == pytest.approx(1e-2 * size(1.0, torch.float32))
+
+
+def test_default_perturbation_of_a_large_smooth_net_is_less():
+    def size(n, **options):
+        return default_perturbation(FlatLayout([nn.Parameter(torch.ones(n))]), **options) / n**0.5
+
+    assert size(1000, smooth=True) == size(1000)
+    assert size(10**6, smooth=True) == pytest.approx(size(10**6) * 8.0 / 10**3 / 0.25)
+    assert size(10**6, smooth=True, epsilon=2**-8) == size(10**6, epsilon=2**-8)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("activation", "wrap", "smooth"),
+    [(nn.GELU, None, True), (nn.ReLU, None, False), (nn.GELU, float, False)],
+)
+def test_a_tracker_adapts_its_separation_to_a_loss_without_kinks(k, activation, wrap, smooth):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), activation(), nn.Linear(60, 2))
+    x = torch.randn(16, 40)
+
+    def closure():
+        loss = model(x).square().mean()
+        if wrap is None:
+            return loss
+        loss.backward()
+        return wrap(loss)
+
+    layout = FlatLayout(model.parameters())
+    tracker = CurvatureTracker(model.parameters(), k=k)
+    own = CurvatureTracker(model.parameters(), k=k, perturbation=0.05)
+    for _ in range(3):
+        tracker.step(closure)
+        own.step(closure)
+    assert tracker.perturbation == default_perturbation(layout, smooth=smooth)
+    assert (tracker.perturbation < 0.7 * default_perturbation(layout)) == smooth
+    assert own.perturbation == 0.05

@@ -8,7 +8,7 @@ from torch import nn
 
 import lyapcuda
 from lyapcuda.basis import Basis
-from lyapcuda.operator import separation_size
+from lyapcuda.perturbation import separation_size
 from lyapcuda.truncation import measure
 from truths import is_off
 
