@@ -89,9 +89,10 @@ def eigsh(
         progress: show a progress bar (needs tqdm).
         difference: "forward", "central", or None: forward where the tolerance, the parameters'
             precision and the loss allow it (central for 16-bit parameters, for losses with kinks
-            such as ReLU, and for a tolerance below 1e-3 in float32, 4e-8 in float64), and central
-            all over again where forward ones turn out too coarse for one of the values (not where
-            ``maxiter`` ended them).
+            such as ReLU, and for a tolerance below 1e-3 in float32, 4e-8 in float64), and central,
+            from the vectors found so far, where forward ones turn out too coarse for one of the
+            values. Where it is Δq that was too large, as is measured along the leading vector,
+            central ones take a smaller one (neither where ``maxiter`` ended a run).
 
     Warns:
         ConvergenceWarning: where ``converged`` is not all True.
