@@ -215,7 +215,8 @@ def _quadrature(operator: HessianOperator, start: Tensor, steps: int) -> tuple[T
     n = operator.shape[0]
     basis = start.new_zeros(min(steps, n), n)
     diagonal, beside = [], []
-    basis[0] = start / start.norm()
+    # In float64: a float32 norm of ten million numbers is a thousandth off.
+    basis[0] = start / torch.linalg.vector_norm(start, dtype=torch.float64).to(start.dtype)
     for j in range(len(basis)):
         w = operator @ basis[j]
         c = panel_ops.gram(basis[: j + 1], w[None])[:, 0]
