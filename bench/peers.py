@@ -13,7 +13,7 @@ Every tool measures the same model at the same state on the same batch, and is a
 the k values of largest magnitude, k = 1 and 5, to a relative error of 1e-3 of each. What counts is
 the error against a reference (exact products; float64, but for the ResNets), not a tool's own
 tolerance: each tool's settings are tried from loose to tight, and the first is taken that is
-accurate enough for every start vector tried (none, where four counts of products in a row leave the
+accurate enough for every start vector tried (none, where six counts of products in a row leave the
 error as it is). That one is then timed, all tools taking turns.
 
 - Time: of the whole call, set-up included; the least of the rounds, the mean over start vectors.
@@ -53,7 +53,7 @@ TARGET = 1e-3
 #: Of a problem's time: until then settings are searched, and the rest is for the rounds.
 SEARCH = 0.6
 # After so many counts with the same error, within a hundredth, no larger ones are tried.
-_SETTLED = 4
+_SETTLED = 6
 
 
 @dataclass
