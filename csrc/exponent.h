@@ -40,7 +40,7 @@ LYAPCUDA_HOST_DEVICE inline bool is_rate(double beta) { return std::fabs(beta) <
 LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, double momentum,
                                                        Estimate estimate) {
   if (estimate == Estimate::kPaper) {
-    return momentum == 0.0 ? lambda / b : (lambda * lambda + lambda * (1.0 - momentum)) / b;
+    return momentum == 0.0 ? lambda / b : (mul(lambda, lambda) + mul(lambda, 1.0 - momentum)) / b;
   }
   const double growth = std::exp(lambda);
   return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
@@ -70,7 +70,8 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const double* sums) {
   // rounded).
   const double qq = sums[kSumQQ], yy = sums[kSumYY];
   const double rayleigh = sums[kSumCarriedY] / sums[kSumCarriedQ];
-  const double variance = (yy - 2.0 * rayleigh * sums[kSumQY] + rayleigh * rayleigh * qq) / qq;
+  const double variance =
+      (yy - mul(2.0 * rayleigh, sums[kSumQY]) + mul(rayleigh * rayleigh, qq)) / qq;
   return {rayleigh, variance > 0.0 ? std::sqrt(variance) : 0.0, std::sqrt(yy / qq)};
 }
 
@@ -111,7 +112,7 @@ LYAPCUDA_HOST_DEVICE inline Bar error_bar(double rayleigh, double residual, doub
   }
   const double apart = known ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
   if (!known || !alternate) return {rayleigh, residual + apart};
-  return {0.5 * (rayleigh + previous), 0.5 * (residual + previous_residual) + apart};
+  return {mul(0.5, rayleigh + previous), mul(0.5, residual + previous_residual) + apart};
 }
 
 // How much of the bound an ascent keeps a step: h0 may fall while training goes on. A descent keeps
@@ -188,8 +189,9 @@ LYAPCUDA_HOST_DEVICE inline void exponent_step(double* state, const double* sums
     if (std::isfinite(measured)) h = measured;
   }
   state[k_h] = h;
-  state[k_h_ema] =
-      std::isfinite(state[k_h_ema]) ? options.ema * state[k_h_ema] + (1.0 - options.ema) * h : h;
+  state[k_h_ema] = std::isfinite(state[k_h_ema])
+                       ? mul(options.ema, state[k_h_ema]) + mul(1.0 - options.ema, h)
+                       : h;
   if (parted) {
     state[k_exponent] = lambda;
     // d points where q does; a negative scale takes the next q to the other side of θ.

@@ -13,6 +13,9 @@ namespace lyapcuda {
 LYAPCUDA_HOST_DEVICE inline double mul(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
+#elif defined(LYAPCUDA_CONTRACT)  // g++ may fuse here, as nvcc may unless told not to
+  volatile double rounded = a * b;
+  return rounded;
 #else
   return a * b;
 #endif

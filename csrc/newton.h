@@ -78,14 +78,14 @@ struct Newton {
     const double* const transform = state + panel_offset(PanelMatrix::transform, k);
     const double size = scalar(PanelScalar::perturbation);
     double slope = 0.0;
-    for (int64_t i = 0; i < k; ++i) slope += transform[i * k + j] * slopes[i];
+    for (int64_t i = 0; i < k; ++i) slope += mul(transform[i * k + j], slopes[i]);
     return (rate(j) - rate(k)) * slope / (size * size);
   }
 
   LYAPCUDA_HOST_DEVICE double weight(const double* along, int64_t i) const {
     const double* const transform = state + panel_offset(PanelMatrix::transform, k);
     double weight = 0.0;
-    for (int64_t j = 0; j < k; ++j) weight += transform[i * k + j] * along[j];
+    for (int64_t j = 0; j < k; ++j) weight += mul(transform[i * k + j], along[j]);
     return weight;
   }
 };

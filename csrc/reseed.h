@@ -26,7 +26,7 @@ struct Reseed {
   // In (-1, -1/2] or [1/2, 1): no direction is nearly zero, however few elements there are.
   LYAPCUDA_HOST_DEVICE double element(int64_t place) const {
     const uint64_t bits = mix_bits(key + kMixStep * (static_cast<uint64_t>(place) + 1));
-    const double size = 0.5 + static_cast<double>(bits >> 12) * (1.0 / 9007199254740992.0);
+    const double size = 0.5 + mul(static_cast<double>(bits >> 12), 1.0 / 9007199254740992.0);
     return bits & 1 ? -size : size;
   }
 };

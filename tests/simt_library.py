@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +32,36 @@ from lyapcuda import ops
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("simt", "simt reverse", "cuda")
-FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 #: Of the emulated device. A few, so that blocks take several chunks each; 64 segments a launch.
 PROCESSORS = 2
 
 
 # --- the emulated library ------------------------------------------------------------------------
+
+
+def _fuses() -> bool:
+    """Whether this processor has fused products: without them g++ calls a function for each."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return platform.machine() in ("aarch64", "arm64")
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
+
+
+def contraction_flags() -> list[str]:
+    """Whether g++ may fuse a product with a sum, as nvcc would unless told not to.
+
+    It may by default: what passes then doesn't hang on -fmad=false. LYAPCUDA_SIMT_CONTRACT=0 builds
+    the library without.
+    """
+    wanted = os.environ.get("LYAPCUDA_SIMT_CONTRACT", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"LYAPCUDA_SIMT_CONTRACT={wanted!r}: expected 0 or 1")
+    if wanted == "0" or not _fuses():
+        return ["-ffp-contract=off"]
+    fma = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []
+    return ["-ffp-contract=fast", "-DLYAPCUDA_CONTRACT", *fma]
 
 
 def _sources() -> list[tuple[Path, list[str]]]:
@@ -74,7 +98,8 @@ def _built(folder: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     headers = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cuh"))
     texts = [path.read_bytes() for path in headers]
-    common = _digest(version.stdout, torch.__version__, torch.__file__, *FLAGS, *texts)
+    flags = [*FLAGS, *contraction_flags()]
+    common = _digest(version.stdout, torch.__version__, torch.__file__, *flags, *texts)
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 
     def run(target: Path, command: Sequence[str | Path]) -> None:
@@ -91,7 +116,7 @@ def _built(folder: Path) -> Path:
         digest = _digest(common, source.read_bytes(), *definitions)
         target = folder / f"{source.stem}-{digest}.o"
         if not target.exists():
-            run(target, [*FLAGS, *definitions, *includes, "-c", source])
+            run(target, [*flags, *definitions, *includes, "-c", source])
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

@@ -1,7 +1,6 @@
 // torch.ops.lyapcuda.panel_slopes_ on CUDA: kernels/panel_slopes.cuh.
 #include "../kernels/panel_slopes.cuh"
 
-#include "../kernels/project.cuh"
 #include "direction.h"
 
 namespace lyapcuda::cuda {

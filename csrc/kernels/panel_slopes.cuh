@@ -3,11 +3,12 @@
 //
 //   panel_slopes<T, P, kMomentum>   any grid of kThreads, a launch per table of for_each_table with
 //                                   chunks of kSlopesLength<T>; partial: [blocks, k]
-//   project_finish                  partial, all launches' rows, to the k sums (rows = k − 1)
+//   project_finish                  (project_finish.cuh) partial, all launches' rows, to the k sums
+//   (rows = k − 1)
 #pragma once
 
 #include "direction.cuh"
-#include "panel.cuh"
+#include "project_finish.cuh"
 
 namespace lyapcuda::kernels {
 

@@ -5,10 +5,10 @@
 //   project<T, kRows>   any grid of kThreads, up to ceil(n / kProjectLength<T, kRows>) of use;
 //   kRows:
 //                       32 up to 31 rows of v, else 129; partial: [blocks, rows + 1]
-//   project_finish      project_finish_blocks(rows) of kThreads: partial to the rows + 1 sums
+//   project_finish      (project_finish.cuh) partial to the rows + 1 sums
 #pragma once
 
-#include "panel.cuh"
+#include "project_finish.cuh"
 
 namespace lyapcuda::kernels {
 
@@ -89,15 +89,6 @@ __global__ void __launch_bounds__(kThreads, kRows <= 32 ? 5 : 3)
       a.partial[int64_t{blockIdx.x} * (a.rows + 1) + row] = sums[m];
     }
   }
-}
-
-__host__ __device__ constexpr int project_finish_blocks(int rows) { return rows / 32 + 1; }
-
-__global__ void __launch_bounds__(kThreads, 4)
-    project_finish(const double* partial, int64_t count, int rows, double* out) {
-  const int column = static_cast<int>(blockIdx.x * 32 + threadIdx.x % 32);
-  const double sum = sum_column(partial, count, rows + 1, column, column <= rows);
-  if (threadIdx.x < 32 && column <= rows) out[column] = sum;
 }
 
 }  // namespace lyapcuda::kernels

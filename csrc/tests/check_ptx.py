@@ -142,7 +142,7 @@ def design(name: str, arguments: list[str]) -> Design:
 
 def demangled(symbol: str) -> tuple[str, list[str]]:
     """The name and template arguments of a kernel in namespace lyapcuda::kernels."""
-    found = re.match(r"_ZN8lyapcuda7kernels(\d+)", symbol)
+    found = re.match(r"_ZN8lyapcuda7kernelsL?(\d+)", symbol)  # L: static
     if not found:
         return symbol, []
     rest = symbol[found.end() :]
