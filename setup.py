@@ -110,7 +110,7 @@ def missing_for_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
     if torch_cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA: install one that has it"
     if home is None:
-        return f"nvcc was not found: put CUDA {torch_cuda}'s on PATH or set CUDA_HOME"
+        return "nvcc was not found: put it on PATH or set CUDA_HOME to the CUDA toolkit's folder"
     version = nvcc_version(home)
     if version is None:
         return f"there is no nvcc in {home}/bin: set CUDA_HOME to a CUDA toolkit's folder"

@@ -11,6 +11,7 @@ constexpr char kTargetVersion[] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
 #include <string>
 
 #include "cpu/targets.h"
+#include "cuda/build.h"
 #include "exponent.h"
 #include "panel_state.h"
 
@@ -23,6 +24,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     py::dict info;
 #if defined(LYAPCUDA_WITH_CUDA)
     info["backend"] = "cpu, cuda";
+    info["cuda"] = lyapcuda::cuda::toolkit_version();
+    info["cuda_architectures"] = lyapcuda::cuda::built_for();
 #else
     info["backend"] = "cpu";
 #endif

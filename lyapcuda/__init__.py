@@ -1,7 +1,6 @@
 """Curvature of a neural network's loss while it trains, from first-order gradients alone."""
 
-import torch  # noqa: F401  (its libraries are what lyapcuda._C links to)
-
+import lyapcuda.extension  # noqa: F401, I001  (first: it says why the others couldn't be imported)
 from lyapcuda import lyapunov, ops
 from lyapcuda.eigen_result import ConvergenceWarning, EigenResult
 from lyapcuda.eigsh import eigsh

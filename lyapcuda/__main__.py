@@ -296,12 +296,14 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    from lyapcuda.extension import gpus_here
     from lyapcuda.ops import build_info
 
     rows = {str(name): value for name, value in build_info().items()}
     rows |= {
         "torch": torch.__version__,
         "torch threads": torch.get_num_threads(),
+        "gpu": gpus_here(),
         "python": platform.python_version(),
     }
     width = max(map(len, rows)) + 2

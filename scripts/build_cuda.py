@@ -162,6 +162,17 @@ def imported(target: Target, library: Path) -> str:
     sys.exit(f"build_cuda: {library} does not import:\n{told.stderr.strip()[-1500:]}")
 
 
+def compiled(text: str, folder: Path, jobs: int | None = None) -> bool:
+    """Whether ninja built what a build.ninja of that text describes; its errors are printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(text)
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if ninja is None:
+        sys.exit("build_cuda: ninja was not found: pip install ninja")
+    command = [ninja, "-C", str(folder), "--quiet", *(["-j", str(jobs)] if jobs else [])]
+    return subprocess.run(command).returncode == 0
+
+
 def main() -> None:
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,10 +186,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS", 0)) or None)
     options = parser.parse_args()
     home = setup["cuda_home"]()
-    # Of the torch that is to load it nothing is known here: the toolkit's own version will do.
-    version = home and setup["nvcc_version"](home)
-    missing = setup["missing_for_cuda"](home, ".".join(map(str, version or (0, 0))))
-    missing = missing or setup["architecture_fault"](options.arch)
+    # Which torch will load it isn't known here: that of the toolkit's own version can.
+    version = ".".join(map(str, (home and setup["nvcc_version"](home)) or (0, 0)))
+    missing = setup["missing_for_cuda"](home, version) or setup["architecture_fault"](options.arch)
     if missing:
         sys.exit(f"build_cuda: {missing}")
     target = Target.of(options.python)
@@ -188,21 +198,14 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = target.suffix.strip(".").split(".")[0], options.arch.replace(";", "_")
     folder = ROOT / "build" / "cuda" / "-".join(names)
-    folder.mkdir(parents=True, exist_ok=True)
     text = ninja_file(setup, target, home, options.arch, folder, out)
-    (folder / "build.ninja").write_text(text)
-    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if ninja is None:
-        sys.exit("build_cuda: ninja was not found: pip install ninja")
-    jobs = ["-j", str(options.jobs)] if options.jobs else []
-    if subprocess.run([ninja, "-C", str(folder), "--quiet", *jobs]).returncode != 0:
+    if not compiled(text, folder, options.jobs):
         sys.exit("build_cuda: the build failed: see the lines above")
     if lacking := undefined(out):
         out.unlink()
         sys.exit("build_cuda: nothing defines " + ", ".join(lacking))
     told = imported(target, out)
     size, took = out.stat().st_size / 1e6, time.monotonic() - start
-    version = ".".join(map(str, version))
     print(f"{out}: {size:.1f} MB, {took:.0f} s, nvcc {version}, {options.arch}; {told}")
 
 

@@ -28,6 +28,8 @@
 #include "../kernels/segments.cuh"
 #include "../simt/simt.h"
 #include "../tensors.h"
+#include "build.h"
+#include "errors.h"
 
 namespace lyapcuda::cuda {
 
@@ -51,10 +53,28 @@ void with_buffer_and_storage(ScalarType buffer, ScalarType storage, F&& f) {
 
 #ifdef __CUDACC__
 
+static_assert(kInsufficientDriver == cudaErrorInsufficientDriver);
+static_assert(kCallRequiresNewerDriver == cudaErrorCallRequiresNewerDriver);
+static_assert(kInvalidDeviceFunction == cudaErrorInvalidDeviceFunction);
+static_assert(kNoKernelImageForDevice == cudaErrorNoKernelImageForDevice);
+static_assert(kUnsupportedPtxVersion == cudaErrorUnsupportedPtxVersion);
+
+// Of the current device; {0, 0} where the driver doesn't tell.
+inline Gpu current_gpu() {
+  Gpu gpu{0, 0};
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&gpu.minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  return gpu;
+}
+
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  const std::string told = advice(error, current_gpu(), built_for(), toolkit_version());
   cudaGetLastError();  // else the next call of anyone would report it again
-  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(false, what, ": ", told.empty() ? std::string(cudaGetErrorString(error)) : told);
 }
 
 // Asked of the driver once a device.

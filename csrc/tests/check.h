@@ -30,6 +30,7 @@ void simd_tests();
 void panel_tests();
 void benettin_tests();
 void quasi_newton_tests();
+void errors_tests();
 
 void simt_emulator_tests();
 void simt_ascent_tests();

@@ -9,6 +9,7 @@ int main() {
   panel_tests();
   benettin_tests();
   quasi_newton_tests();
+  errors_tests();
   std::printf("%ld passed, %ld failed\n", counts.passed, counts.failed);
   return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
 }
