@@ -24,6 +24,8 @@ SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
 #: The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on sm_90
 #: 13 of one triangle up to 32 rows, 6 + 8 of larger stacks.
 PRODUCTS = 13
+#: Those of setup.py's NVCC_FLAGS that decide on the device code.
+BUILT_WITH = ["-std=c++17", "-O3", "-fmad=false"]
 #: Of enum GramSide: rows of the tile, threads and blocks.
 SIDES = {"0": (32, 256, 3), "1": (128, 512, 1), "2": (64, 256, 2), "3": (256, 512, 1)}
 #: Bytes of the state vector (csrc/state.h).
@@ -162,7 +164,7 @@ def demangled(symbol: str) -> tuple[str, list[str]]:
 
 def compile_kernels(source: Path, nvcc: str, host: str | None, folder: Path) -> tuple[str, dict]:
     """The compiler's report and the PTX of each architecture."""
-    command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+    command = [nvcc, *BUILT_WITH, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
     for arch in ARCHS:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["--threads", "2", "--keep", "--keep-dir", str(folder)]
@@ -179,7 +181,8 @@ def compile_kernels(source: Path, nvcc: str, host: str | None, folder: Path) -> 
 
 def entries(ptx: str) -> dict[str, str]:
     """The text of each kernel."""
-    parts = re.split(r"^\.visible \.entry (\w+)\(", ptx, flags=re.MULTILINE)
+    # A static kernel is not .visible.
+    parts = re.split(r"^(?:\.visible )?\.entry (\w+)\(", ptx, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
