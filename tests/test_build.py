@@ -164,6 +164,24 @@ def test_without_a_gpu_it_is_said_why(monkeypatch):
     assert "no NVIDIA driver or no GPU" in extension.gpus_here()
 
 
+def test_what_is_said_of_a_gpu_without_code(tmp_path):
+    """In full: what an op raises on one (csrc/tests/errors_test.cpp has the other errors)."""
+    source, program = tmp_path / "say.cpp", tmp_path / "say"
+    source.write_text(
+        '#include "cuda/errors.h"\n#include <cstdio>\nusing namespace lyapcuda::cuda;\n'
+        "int main() { std::puts(advice(kNoKernelImageForDevice, {12, 0}, "
+        '"sm_80, sm_90", "13.0").c_str()); }\n'
+    )
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout.strip()
+    assert told == (
+        "lyapcuda is built for sm_80, sm_90 and has no code for this GPU, sm_120: "
+        "build it again with TORCH_CUDA_ARCH_LIST=12.0"
+    )
+
+
 # --- what was built ------------------------------------------------------------------------------
 
 
