@@ -19,11 +19,6 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
       "float max_lr=10., float weight_decay=0., float momentum=0., bool nesterov=False, "
       "Tensor(b!)? buffer=None, int[]? offsets=None, Tensor? factor=None) -> Tensor");
   m.def(
-      "lyapunov_step_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor[] g0, Tensor[] g1, Tensor[] theta, "
-      "int[] offsets, Tensor(c!) state, Tensor losses, *, int sign=1, int estimate=0, "
-      "bool control=True, bool alternate=True, float ema=0., float weight_decay=0., "
-      "bool realised=False) -> ()");
-  m.def(
       "displace_(Tensor(a!)[] copies, Tensor v, Tensor[] theta, int[] offsets, Tensor step) "
       "-> Tensor");
   m.def(

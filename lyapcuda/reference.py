@@ -287,43 +287,6 @@ def descend_(
     return moved, torch.tensor(lr, dtype=torch.float64), following
 
 
-def lyapunov_step_(
-    q: Tensor,
-    g0: Sequence[Tensor],
-    g1: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    offsets: Sequence[int],
-    state: Tensor,
-    losses: Tensor,
-    *,
-    sign: int = 1,
-    estimate: int = 0,
-    control: bool = True,
-    alternate: bool = True,
-    ema: float = 0.0,
-    weight_decay: float = 0.0,
-    realised: bool = False,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Returns (theta1, q, state); elements of q outside the segments stay."""
-    moved = theta if realised else None
-    d, _, sums = ascent_(
-        q, g0, g1, offsets, state, sign=sign, weight_decay=weight_decay, theta=moved
-    )
-    after = exponent_(
-        state,
-        sums,
-        losses,
-        sign=sign,
-        estimate=estimate,
-        control=control,
-        alternate=alternate,
-        ema=ema,
-    )
-    d = torch.where(d.isnan(), q.double(), d)
-    theta1, q = recenter_(d, q.double(), theta, offsets, after)
-    return theta1, q, after
-
-
 def displace_(
     v: Tensor, theta: Sequence[Tensor], offsets: Sequence[int], step: Tensor
 ) -> tuple[list[Tensor], Tensor]:

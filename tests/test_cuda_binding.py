@@ -244,8 +244,6 @@ def small_calls(device):
         "stream_copy_": {"destination": case.d, "source": case.q},
     }
     step = torch.ones(1, dtype=F64)
-    calls["lyapunov_step_"] = {"theta1": case.theta1, "g0": case.g0, "g1": case.g1, **flat}
-    calls["lyapunov_step_"] |= {"theta": case.theta, "losses": losses}
     where = {"offsets": case.offsets}
     calls["displace_"] = {"v": case.q, "copies": case.theta1, "theta": case.theta, "step": step}
     calls["displace_"] |= where

@@ -26,7 +26,6 @@ def calls(buffer=torch.float32, storage=torch.float32):
     number = torch.tensor([0.3], dtype=F64)
     lost = ops_support.state_with(case.state, reseed=1.0)
     gradients = (case.g1, case.g0, case.offsets, number.clone())
-    whole = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state)
     return {
         "ascent_": (step, {}),
         "ascent_ with everything": (step, {"sign": -1, "weight_decay": 0.1, **moved}),
@@ -54,11 +53,6 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "difference_ with everything": (
             (case.d, *gradients),
             {"keep": 0.5, "weight_decay": 0.1, "v": case.q},
-        ),
-        "lyapunov_step_": ((*whole, LOSSES.clone()), {}),
-        "lyapunov_step_ with everything": (
-            (*whole, LOSSES.clone()),
-            {"sign": -1, "estimate": 1, "weight_decay": 0.1, "realised": True, "ema": 0.5},
         ),
         **panel_calls(buffer, storage),
     }

@@ -6,38 +6,12 @@
 #endif
 
 #include "blocks.h"
-#include "step.h"
 #include "tensors.h"
 
 #define LYAPCUDA_BODY "recenter.inc"
 #include "for_each_target.h"
 
 namespace lyapcuda::cpu {
-
-void recenter_segments(const std::vector<Tensor>& theta1, const Tensor& q, const Tensor& other,
-                       const std::vector<Tensor>& theta, const std::vector<int64_t>& offsets,
-                       double scale, bool kept) {
-  const Blocks blocks(sizes_of(theta));
-  with_buffer_and_storage(
-      q.scalar_type(), theta[0].scalar_type(), [&](auto* buffer, auto* storage) {
-        using T = std::remove_pointer_t<decltype(buffer)>;
-        using P = std::remove_pointer_t<decltype(storage)>;
-        T* const q_data = static_cast<T*>(q.mutable_data_ptr());
-        const auto theta1_data = data_of<P>(theta1);
-        const auto theta_data = data_of<const P>(theta);
-        const T* const previous = static_cast<const T*>(other.const_data_ptr());
-        blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
-          P* const out = theta1_data[segment] + begin;
-          const P* const in = theta_data[segment] + begin;
-          const int64_t at = offsets[segment] + begin;
-          const bool around_cache =
-              blocks.elements() > kAroundCache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-          LYAPCUDA_DISPATCH(recenter_block<T, P>)(out, q_data + at, previous + at, in, length,
-                                                  scale, kept, around_cache);
-        });
-      });
-}
-
 namespace {
 
 void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vector<Tensor> theta,
@@ -50,8 +24,27 @@ void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vec
   check_vector(state, "state", kStateSize);
   if (theta.empty()) return;
   const double* values = static_cast<const double*>(state.const_data_ptr());
-  recenter_segments(theta1, q, q_previous, theta, offsets, values[k_scale],
-                    values[k_committed] != 0.0);
+  const double scale = values[k_scale];
+  const bool kept = values[k_committed] != 0.0;
+  const Blocks blocks(sizes_of(theta));
+  with_buffer_and_storage(
+      q.scalar_type(), theta[0].scalar_type(), [&](auto* buffer, auto* storage) {
+        using T = std::remove_pointer_t<decltype(buffer)>;
+        using P = std::remove_pointer_t<decltype(storage)>;
+        T* const q_data = static_cast<T*>(q.mutable_data_ptr());
+        const auto theta1_data = data_of<P>(theta1);
+        const auto theta_data = data_of<const P>(theta);
+        const T* const previous = static_cast<const T*>(q_previous.const_data_ptr());
+        blocks.for_each([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
+          P* const out = theta1_data[segment] + begin;
+          const P* const in = theta_data[segment] + begin;
+          const int64_t at = offsets[segment] + begin;
+          const bool around_cache =
+              blocks.elements() > kAroundCache && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+          LYAPCUDA_DISPATCH(recenter_block<T, P>)(out, q_data + at, previous + at, in, length,
+                                                  scale, kept, around_cache);
+        });
+      });
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #include "../kernels/ascent.cuh"
 
 #include "launch.h"
-#include "step.h"
 
 namespace lyapcuda::cuda {
 namespace {
@@ -35,8 +34,6 @@ void ascent_typed(const Launcher& launcher, const std::vector<Tensor>& g0,
   const double* const to_add = first_row;
   launcher.run("ascent_", kernels::ascent_finish<T>, 1, kernels::kThreads, to_add, count, sums);
 }
-
-}  // namespace
 
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g1,
                std::vector<int64_t> offsets, Tensor state, int64_t sign, double weight_decay,
@@ -84,6 +81,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   return sums;
 }
 
+}  // namespace
 }  // namespace lyapcuda::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, LYAPCUDA_KEY, m) {

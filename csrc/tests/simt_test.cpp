@@ -103,6 +103,12 @@ __global__ void two_shuffles() {
   }
 }
 
+__global__ void too_much_shared() {
+  LYAPCUDA_SHARED(char[30000], some);
+  LYAPCUDA_SHARED(char[20000], more);
+  some[0] = more[0];
+}
+
 template <class Kernel>
 std::string fault_of(Kernel* kernel, unsigned block, Order order) {
   try {
@@ -123,6 +129,7 @@ void misuse_is_an_error() {
     CHECK(says(fault_of(shuffle_for_some, 64, order), "not all lanes"));
     CHECK(says(fault_of(shuffle_of_half, 64, order), "part of a warp"));
     CHECK(says(fault_of(two_shuffles, 64, order), "two different shuffles"));
+    CHECK(says(fault_of(too_much_shared, 64, order), "48 KB"));
     CHECK(says(fault_of(shuffle_for_some, 33, order), "whole warps"));
     CHECK(says(fault_of(shuffle_for_some, 0, order), "no such launch"));
   }
