@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def("secant_(Tensor(a!) state, Tensor sums, *, int sign=1) -> ()");
   m.def(
       "recenter_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor q_previous, Tensor[] theta, "
-      "int[] offsets, Tensor state) -> ()");
+      "int[] offsets, Tensor state, *, Tensor(c!)? p=None, Tensor? p_previous=None) -> ()");
   m.def(
       "descend_(Tensor(a!)[] theta, Tensor[] gradient, Tensor state, *, float gain=1., "
       "float max_lr=10., float weight_decay=0., float momentum=0., bool nesterov=False, "

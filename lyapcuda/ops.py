@@ -176,14 +176,18 @@ def recenter_(
     theta: Sequence[Tensor],
     offsets: Sequence[int],
     state: Tensor,
+    *,
+    p: Tensor | None = None,
+    p_previous: Tensor | None = None,
 ) -> None:
     """``theta1 = theta + scale·q``, rounded to the parameters' dtype.
 
     Where the state says that the last step was not committed, ``q`` is first taken back from
-    ``q_previous``. ``theta1`` may be views of ``q_previous`` at the same offsets.
+    ``q_previous``, and the momentum ``p``, if given, from ``p_previous``; else neither of these is
+    read. ``theta1`` may be views of ``q_previous`` at the same offsets.
     """
-    _written(q, *theta1)
-    _call("recenter_")(theta1, q, q_previous, theta, offsets, state)
+    _written(q, p, *theta1)
+    _call("recenter_")(theta1, q, q_previous, theta, offsets, state, p=p, p_previous=p_previous)
 
 
 # --- reseed_ -------------------------------------------------------------------------------------

@@ -184,19 +184,29 @@ def exponent_(
 
 
 def recenter_(
-    q: Tensor, q_previous: Tensor, theta: Sequence[Tensor], offsets: Sequence[int], state: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Returns (theta1, q)."""
-    q = q.clone()
+    q: Tensor,
+    q_previous: Tensor,
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    *,
+    p: Tensor | None = None,
+    p_previous: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Returns (theta1, q, p)."""
+    q, p = q.clone(), None if p is None else p.clone()
     if float(state[_INDEX["committed"]]) == 0:
         for t, offset in zip(theta, offsets, strict=True):
-            q[offset : offset + t.numel()] = q_previous[offset : offset + t.numel()]
+            span = slice(offset, offset + t.numel())
+            q[span] = q_previous[span]
+            if p is not None:
+                p[span] = p_previous[span]
     scale = float(state[_INDEX["scale"]])
     theta1 = [
         t.double() + scale * q[offset : offset + t.numel()].double().reshape(t.shape)
         for t, offset in zip(theta, offsets, strict=True)
     ]
-    return theta1, q
+    return theta1, q, p
 
 
 def reseed_(

@@ -119,6 +119,18 @@ def check_like_the_cpu(sizes, buffer, storage, **options):
                 c.theta1, c.q, c.p, c.theta, c.offsets, state_with(c.state, committed=committed)
             )
         )
+        both(
+            lambda c, committed=committed: ops.recenter_(
+                c.theta1,
+                c.q,
+                c.p,
+                c.theta,
+                c.offsets,
+                state_with(c.state, committed=committed),
+                p=c.d,
+                p_previous=c.p_next,
+            )
+        )
     for changed in ({}, {"h_ema": -1.0}, {"h_ema": math.nan}, {"accepted": 0.0}):
         for kind in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
 
@@ -232,6 +244,8 @@ def small_calls(device):
             "q_previous": case.p,
             "theta": case.theta,
             **flat,
+            "p": case.d,
+            "p_previous": case.p_next,
         },
         "descend_": {
             "theta": case.theta,

@@ -227,7 +227,10 @@ def calls():
         "ascent_": (step, moved),
         "exponent_": ((case.state, sums, losses), {}),
         "secant_": ((case.state, sums), {}),
-        "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "recenter_": (
+            (case.theta1, case.q, case.p, case.theta, case.offsets, case.state),
+            {"p": case.d, "p_previous": case.p_next},
+        ),
         "descend_": (
             (case.theta, case.g0, case.state),
             {"momentum": 0.9, "buffer": case.p, "offsets": case.offsets, "factor": losses[:1]},

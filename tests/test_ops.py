@@ -24,6 +24,7 @@ def calls(buffer=torch.float32, storage=torch.float32):
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
     number = torch.tensor([0.3], dtype=F64)
+    skipped = ops_support.state_with(case.state, committed=0.0)
     lost = ops_support.state_with(case.state, reseed=1.0)
     gradients = (case.g1, case.g0, case.offsets, number.clone())
     return {
@@ -32,6 +33,10 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "exponent_": ((case.state, SUMS.clone(), LOSSES.clone()), {"estimate": 1, "ema": 0.9}),
         "secant_": ((case.state, SUMS.clone()), {"sign": -1}),
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "recenter_ with momentum": (
+            (case.theta1, case.q, case.p, case.theta, case.offsets, skipped),
+            {"p": case.d, "p_previous": case.p_next},
+        ),
         "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
         "descend_ with everything": (
             (case.theta, case.g0, case.state),

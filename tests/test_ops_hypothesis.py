@@ -57,15 +57,17 @@ def ascent_(d: Drawn) -> None:
 
 def recenter_(d: Drawn) -> None:
     case = d.case(committed=float(d.flags[0]))
-    exact_theta1, exact_q = reference.recenter_(
-        case.q, case.p, case.theta, case.offsets, case.state
-    )
+    beside = {"p": case.d, "p_previous": case.p_next} if d.flags[0] else {}
+    rest = (case.p, case.theta, case.offsets, case.state)
+    exact_theta1, exact_q, exact_p = reference.recenter_(case.q, *rest, **beside)
     untouched = Untouched(case)
-    ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, case.state)
+    ops.recenter_(case.theta1, case.q, *rest, **beside)
     for mine, exact in zip(case.theta1, exact_theta1, strict=True):
         same(mine, exact)
     assert_same_bits(case.q, exact_q)
-    untouched.check(case.q, *case.theta1)
+    if beside:
+        assert_same_bits(case.d, exact_p)
+    untouched.check(case.q, *case.theta1, *([case.d] if beside else []))
 
 
 def descend_(d: Drawn) -> None:

@@ -81,7 +81,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   check_like(g1, "g1", g0, "g0");
   check_vector(state, "state", kStateSize);
   check_sign(sign);
-  STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
+  check_both(p, "p", p_next, "p_next");
   STD_TORCH_CHECK(p.has_value() || momentum == 0.0, "momentum: ", momentum, " needs p and p_next");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");
