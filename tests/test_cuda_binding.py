@@ -158,16 +158,16 @@ def test_tails_and_misaligned_segments_are_the_cpus(buffer, storage, shift):
         check_like_the_cpu(sizes, buffer, storage, shift=shift, gap=gap)
 
 
-@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-@pytest.mark.parametrize("count", [64, 65, 131])
-def test_more_tensors_than_one_launch_takes_are_the_cpus(buffer, storage, count):
-    sizes = [(k * 37) % 101 for k in range(count)]
-    sizes[0] = 5001
-    check_like_the_cpu(sizes, buffer, storage, shift=count % 2)
+@pytest.mark.parametrize(
+    ("more", "dtypes"), zip((0, 1, 1, simt_library.SEGMENTS + 3), DTYPES, strict=True)
+)
+def test_more_tensors_than_one_launch_takes_are_the_cpus(more, dtypes):
+    sizes = [5001, 0, *(k * 37 % 101 + 1 for k in range(simt_library.SEGMENTS + more - 1))]
+    check_like_the_cpu(sizes, *dtypes, shift=more % 2)
 
 
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-@pytest.mark.parametrize("sizes", [[], [0], [0] * 130])
+@pytest.mark.parametrize("sizes", [[], [0], [0] * (simt_library.SEGMENTS + 9)])
 def test_nothing_at_all_is_the_cpus(buffer, storage, sizes):
     check_like_the_cpu(sizes, buffer, storage)
 

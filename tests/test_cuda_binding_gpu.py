@@ -15,7 +15,7 @@ from panel_support import make_panel_case
 MISSING = simt_library.missing("cuda")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-SIZES = [100003, 0, (33, 7), 4097, 1] + [k % 40 for k in range(80)]
+SIZES = [100003, 0, (33, 7), 4097, 1] + [k % 40 for k in range(simt_library.SEGMENTS + 20)]
 
 
 def on(device, case):

@@ -24,7 +24,9 @@ from ops_support import (
 from panel_support import make_panel_case, panel_ascent_options, random_panel
 
 KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
-SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(70))]
+SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(20))]
+#: More than a launch takes.
+MANY = [k % 5 for k in range(simt_library.SEGMENTS * 5 // 4 + 9)]
 #: (elements off alignment, gap between segments); gaps of 16 leave some segments aligned.
 LAYOUTS = [(0, 16), (1, 5), (0, 5), (0, 16)]
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
@@ -91,7 +93,7 @@ def test_steps_are_the_cpus(buffer, storage, k):
         assert_same_sums(*both(case, run))
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [0] * 130, [4097], [k % 7 for k in range(131)]])
+@pytest.mark.parametrize("sizes", [[], [0], [0] * (simt_library.SEGMENTS + 9), [4097], MANY])
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_any_number_of_segments_is_the_cpus(buffer, storage, sizes):
     case = make_panel_case(5, sizes, buffer, storage, gap=16)
@@ -226,7 +228,9 @@ def test_whole_runs_of_k_separations_are_the_cpus(k, options):
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_products_of_the_hessian_are_the_cpus(buffer, storage):
     step = torch.tensor([0.0371], dtype=F64)
-    for sizes, shift in itertools.product((SIZES, [], [0] * 65, [100003]), (0, 1)):
+    for sizes, shift in itertools.product(
+        (SIZES, MANY, [], [0] * (simt_library.SEGMENTS + 1), [100003]), (0, 1)
+    ):
         case = make_case(sizes, buffer, storage, shift=shift, gap=16)
         found, expected = both(
             case, lambda c: ops.displace_(c.theta1, c.q, c.theta, c.offsets, step)

@@ -8,6 +8,9 @@
 #ifdef __CUDACC__
 #define USE_CUDA  // torch's C interface then declares aoti_torch_get_current_cuda_stream
 #include <cuda_runtime.h>
+#if CUDART_VERSION < 12010
+#error "lyapcuda needs CUDA 12.1 or later: before, a kernel's arguments had 4 KB at most"
+#endif
 #define LYAPCUDA_LIBRARY lyapcuda
 #define LYAPCUDA_KEY CUDA
 #else

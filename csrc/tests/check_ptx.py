@@ -108,7 +108,7 @@ def design(name: str, arguments: list[str]) -> Design:
         return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
     if name == "recenter":
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
-        return Design(5, 0, flat + 1, flat + 1)
+        return Design(5, 0, 2 * flat + 1, 2 * flat + 1)  # q, p (taken back), θ
     if name in ("displace", "difference"):
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
         if name == "displace":
