@@ -71,8 +71,6 @@ def one_separation(
     of = storage.itemsize
     size = {"copy": 8.0, "ascent_": 8 + 2 * of, "ascent_ realised": 8 + 3 * of}
     size |= {"ascent_ momentum": 16 + 2 * of, "recenter_": 4 + 2 * of, "descend_": 3 * of}
-    # θ1 = θ + scale·q after all: the state is committed.
-    size["lyapunov_step_"] = 8 + 4 * of
     count = bench.sets(n * (24 + 4 * of))
     calls: dict[str, list[Callable[[], object]]] = {name: [] for name in size}
     for _ in range(count):
@@ -82,7 +80,6 @@ def one_separation(
         state = ops.new_state(
             bench.device, perturbation=1e-2, scale=1.0, beta=0.5, h_ema=1e3, accepted=1.0
         )
-        losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
         step = (d, q, [g0], [g1], [0], state)
         heavy = {"momentum": 0.9, "p": p, "p_next": p_next}
         calls["copy"].append(lambda d=d, q=q: ops.stream_copy_(d, q))
@@ -95,12 +92,6 @@ def one_separation(
         calls["descend_"].append(
             lambda t=theta, g=g0, s=state: ops.descend_([t], [g], s, max_lr=1e-9)
         )
-        if hasattr(ops, "lyapunov_step_"):
-            calls["lyapunov_step_"].append(
-                lambda to=theta1, q=q, g0=g0, g1=g1, t=theta, s=state, x=losses: ops.lyapunov_step_(
-                    [to], q, [g0], [g1], [t], [0], s, x, control=False
-                )
-            )
     return {name: found for name, found in calls.items() if found}, size
 
 

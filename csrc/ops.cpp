@@ -13,16 +13,11 @@ STABLE_TORCH_LIBRARY(lyapcuda, m) {
   m.def("secant_(Tensor(a!) state, Tensor sums, *, int sign=1) -> ()");
   m.def(
       "recenter_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor q_previous, Tensor[] theta, "
-      "int[] offsets, Tensor state) -> ()");
+      "int[] offsets, Tensor state, *, Tensor(c!)? p=None, Tensor? p_previous=None) -> ()");
   m.def(
       "descend_(Tensor(a!)[] theta, Tensor[] gradient, Tensor state, *, float gain=1., "
       "float max_lr=10., float weight_decay=0., float momentum=0., bool nesterov=False, "
       "Tensor(b!)? buffer=None, int[]? offsets=None, Tensor? factor=None) -> Tensor");
-  m.def(
-      "lyapunov_step_(Tensor(a!)[] theta1, Tensor(b!) q, Tensor[] g0, Tensor[] g1, Tensor[] theta, "
-      "int[] offsets, Tensor(c!) state, Tensor losses, *, int sign=1, int estimate=0, "
-      "bool control=True, bool alternate=True, float ema=0., float weight_decay=0., "
-      "bool realised=False) -> ()");
   m.def(
       "displace_(Tensor(a!)[] copies, Tensor v, Tensor[] theta, int[] offsets, Tensor step) "
       "-> Tensor");

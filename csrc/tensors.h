@@ -73,6 +73,11 @@ inline void check_same_buffer(const Tensor& tensor, const char* name, const Tens
                   like_name, " has ", like.numel());
 }
 
+inline void check_both(const std::optional<Tensor>& a, const char* a_name,
+                       const std::optional<Tensor>& b, const char* b_name) {
+  STD_TORCH_CHECK(a.has_value() == b.has_value(), a_name, ", ", b_name, ": give both or neither");
+}
+
 // k vectors, one a row.
 inline void check_panel(const Tensor& tensor, const char* name, int64_t most,
                         const Device& device) {

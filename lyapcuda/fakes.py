@@ -39,7 +39,6 @@ _RETURN_NOTHING = (
     "combine_",
     "difference_",
     "exponent_",
-    "lyapunov_step_",
     "panel_recenter_",
     "recenter_",
     "reseed_",

@@ -104,7 +104,9 @@ def reseed_(
 
 
 class _GroupSeparation:
-    """The flat buffers of one group: q, and the other one, in turns θ + q and the next q."""
+    """The flat buffers of one group: q, and the other one, in turns θ + q and the next q; with
+    momentum p, and the other one for the next p.
+    """
 
     def __init__(self, group: FlatGroup, momentum: float) -> None:
         self.group = group
@@ -112,6 +114,7 @@ class _GroupSeparation:
         # 16-bit parameters need a copy of their own type; others borrow the spare buffer.
         self._rounded = group.new_buffer(group.dtype) if group.rounds else None
         self.p = group.new_buffer() if momentum else None
+        self.p_spare = group.new_buffer() if momentum else None
         # Of the buffer at an address: made once, since that takes longer than most of a step.
         self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
@@ -130,6 +133,13 @@ class _GroupSeparation:
         same = all(a is b for a, b in zip(copy, views, strict=True))
         return segments if same else self.group.segments(copy)
 
+    def turn(self) -> None:
+        """What the step wrote becomes q and p; what they were stays until the next `place`, for a
+        step that isn't committed.
+        """
+        self.q, self.spare = self.spare, self.q
+        self.p, self.p_spare = self.p_spare, self.p
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}  # of other memory, in a copy
 
@@ -139,8 +149,8 @@ class Separation:
 
     A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the
     user's two gradients, and `lyapcuda.benettin.advance`. `lyapcuda.benettin.Benettin` has the
-    same for k of them. Extra memory at rest: two N-float buffers; for 16-bit parameters one more
-    copy of those.
+    same for k of them. Extra memory at rest: two N-float buffers, with momentum four; for 16-bit
+    parameters one more copy of those.
     """
 
     def __init__(
@@ -167,7 +177,6 @@ class Separation:
             "ema": ema,
         }
         self._groups = [_GroupSeparation(group, momentum) for group in layout.groups]
-        self._momenta: list[Tensor | None] = []
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
@@ -204,8 +213,9 @@ class Separation:
         """Writes θ + q; returns the one copy, in the order of `FlatLayout.parameters`."""
         copies: dict[int, Tensor] = {}  # by position
         for part in self._groups:
+            part.group.check()
+        for part in self._groups:
             group, (views, segments) = part.group, part.views()
-            group.check()
             ops.recenter_(
                 segments,
                 part.q,
@@ -213,12 +223,14 @@ class Separation:
                 group.segments(group.tensors),
                 group.offsets,
                 state_on(self.state, group.device),
+                p=part.p,
+                p_previous=part.p_spare,
             )
             copies.update(zip(group.positions, views, strict=True))
         return [[copies[i] for i in range(len(copies))]]
 
     def withdraw(self) -> None:
-        """After `place`, when no gradients came of it: q is whole again and stays as it is."""
+        """After `place`, when no gradients came of it: q and p are whole and stay as they are."""
         self.state[ops.STATE_FIELDS.index("committed")] = 1.0
 
     @property
@@ -231,22 +243,13 @@ class Separation:
         self._needs_secant = False
         ops.secant_(self.state, sums, sign=self._options["sign"])
 
-    def measure(self, found: Gradients) -> Tensor:
-        """Steps both copies along their gradients; returns the sums over this rank's elements."""
-        sums, self._momenta = self._ascend(found)
-        return sums
-
     def conclude(self, sums: Tensor, losses: Tensor) -> None:
         """Takes the growth, by the sums over all elements, into the state."""
         ops.exponent_(self.state, sums, losses, **self._options)
-        momenta, self._momenta = self._momenta, []
-        for part, p_next in zip(self._groups, momenta, strict=True):
-            part.q, part.spare = part.spare, part.q
-            if part.p is not None:
-                kept = state_on(self.state, part.p.device)[ops.STATE_FIELDS.index("committed")] == 0
-                torch.where(kept, part.p, p_next, out=part.p)
+        for part in self._groups:
+            part.turn()
         kept = [part.spare for part in self._groups]  # when a step isn't committed
-        momenta = [part.p for part in self._groups]
+        momenta = [part.p_spare for part in self._groups]
         reseed_(self.layout, kept, momenta, self.state, self._seed)
 
     def probe(self, found: Gradients) -> Tensor:
@@ -279,17 +282,18 @@ class Separation:
                     ).to(total.device)
         return total
 
-    def _ascend(self, found: Gradients) -> tuple[Tensor, list[Tensor | None]]:
-        """Writes the next q beside the present one; returns the sums over all groups."""
-        total, momenta = None, []
+    def measure(self, found: Gradients) -> Tensor:
+        """Steps both copies along their gradients: writes the next q and p beside the present ones;
+        returns the sums over this rank's elements.
+        """
+        total = None
         for part in self._groups:
             group = part.group
             moved: dict[str, Any] = {}
             if group.rounds:
                 moved["theta"] = group.segments(group.tensors)
             if part.p is not None:
-                moved["momentum"] = self._options["momentum"]
-                moved["p"], moved["p_next"] = part.p, torch.zeros_like(part.p)
+                moved.update(momentum=self._options["momentum"], p=part.p, p_next=part.p_spare)
             sums = ops.ascent_(
                 part.spare,
                 part.q,
@@ -302,8 +306,7 @@ class Separation:
                 **moved,
             ).to(self.state.device)
             total = sums if total is None else total + sums
-            momenta.append(moved.get("p_next"))
-        return total, momenta
+        return total
 
     def restart_average(self) -> None:
         """Lets h_ema begin anew at the present h."""
@@ -314,17 +317,17 @@ class Separation:
         """One field of the state (0-dim float64 on the device), a copy."""
         return self.state[ops.STATE_FIELDS.index(name)].clone()
 
-    def _settled(self, part: _GroupSeparation) -> Tensor:
-        """q as the next `place` will see it, whether or not the last step was committed."""
-        kept = state_on(self.state, part.q.device)[ops.STATE_FIELDS.index("committed")] == 0
-        return torch.where(kept, part.spare, part.q)
+    def _settled(self, now: Tensor, previous: Tensor) -> Tensor:
+        """q or p as the next `place` will see it, whether or not the last step was committed."""
+        kept = state_on(self.state, now.device)[ops.STATE_FIELDS.index("committed")] == 0
+        return torch.where(kept, previous, now)
 
     def vectors(self) -> list[list[Tensor]]:
         """q itself, shaped like the parameters, in their order (copies): a list of one."""
         flats = []
         for part in self._groups:
             scale = state_on(self.state, part.q.device)[ops.STATE_FIELDS.index("scale")]
-            flats.append((self._settled(part) * scale).to(part.q.dtype))
+            flats.append((self._settled(part.q, part.spare) * scale).to(part.q.dtype))
         return [self.layout.unpack(flats)]
 
     def replicate_(self, ranks: Ranks) -> None:
@@ -339,12 +342,14 @@ class Separation:
         parameters, in their order.
         """
         state = self.state.clone()
-        momenta = [part.p.clone() for part in self._groups if part.p is not None]
+        momenta = [
+            self._settled(part.p, part.p_spare) for part in self._groups if part.p is not None
+        ]
         state[ops.STATE_FIELDS.index("committed")] = 1.0
         return {
             "state": state,
             "needs_secant": self._needs_secant,
-            "q": self.layout.unpack([self._settled(part) for part in self._groups]),
+            "q": self.layout.unpack([self._settled(part.q, part.spare) for part in self._groups]),
             "p": self.layout.unpack(momenta) if momenta else None,
         }
 

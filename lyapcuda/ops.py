@@ -30,7 +30,6 @@ __all__ = [
     "difference_",
     "displace_",
     "exponent_",
-    "lyapunov_step_",
     "new_state",
     "recenter_",
     "register_fakes",
@@ -177,14 +176,18 @@ def recenter_(
     theta: Sequence[Tensor],
     offsets: Sequence[int],
     state: Tensor,
+    *,
+    p: Tensor | None = None,
+    p_previous: Tensor | None = None,
 ) -> None:
     """``theta1 = theta + scale·q``, rounded to the parameters' dtype.
 
     Where the state says that the last step was not committed, ``q`` is first taken back from
-    ``q_previous``. ``theta1`` may be views of ``q_previous`` at the same offsets.
+    ``q_previous``, and the momentum ``p``, if given, from ``p_previous``; else neither of these is
+    read. ``theta1`` may be views of ``q_previous`` at the same offsets.
     """
-    _written(q, *theta1)
-    _call("recenter_")(theta1, q, q_previous, theta, offsets, state)
+    _written(q, p, *theta1)
+    _call("recenter_")(theta1, q, q_previous, theta, offsets, state, p=p, p_previous=p_previous)
 
 
 # --- reseed_ -------------------------------------------------------------------------------------
@@ -258,53 +261,6 @@ def descend_(
         buffer=buffer,
         offsets=offsets,
         factor=factor,
-    )
-
-
-# --- lyapunov_step_ ------------------------------------------------------------------------------
-
-
-def lyapunov_step_(
-    theta1: Sequence[Tensor],
-    q: Tensor,
-    g0: Sequence[Tensor],
-    g1: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    offsets: Sequence[int],
-    state: Tensor,
-    losses: Tensor,
-    *,
-    sign: int = 1,
-    estimate: int = 0,
-    control: bool = True,
-    alternate: bool = True,
-    ema: float = 0.0,
-    weight_decay: float = 0.0,
-    realised: bool = False,
-) -> None:
-    """`ascent_`, `exponent_` and `recenter_` as one op, for a ``theta`` that stays between steps.
-
-    Afterwards ``q`` is what `ascent_` would have written where the step was committed, else what it
-    was, and ``theta1 = theta + scale·q``: the same bits as the three in turn. ``theta1`` may be
-    ``g1``. ``realised``: `ascent_` is given ``theta``.
-    """
-    _written(q, state, *theta1)
-    _call("lyapunov_step_")(
-        theta1,
-        q,
-        g0,
-        g1,
-        theta,
-        offsets,
-        state,
-        losses,
-        sign=sign,
-        estimate=estimate,
-        control=control,
-        alternate=alternate,
-        ema=ema,
-        weight_decay=weight_decay,
-        realised=realised,
     )
 
 

@@ -184,19 +184,29 @@ def exponent_(
 
 
 def recenter_(
-    q: Tensor, q_previous: Tensor, theta: Sequence[Tensor], offsets: Sequence[int], state: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Returns (theta1, q)."""
-    q = q.clone()
+    q: Tensor,
+    q_previous: Tensor,
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    state: Tensor,
+    *,
+    p: Tensor | None = None,
+    p_previous: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Returns (theta1, q, p)."""
+    q, p = q.clone(), None if p is None else p.clone()
     if float(state[_INDEX["committed"]]) == 0:
         for t, offset in zip(theta, offsets, strict=True):
-            q[offset : offset + t.numel()] = q_previous[offset : offset + t.numel()]
+            span = slice(offset, offset + t.numel())
+            q[span] = q_previous[span]
+            if p is not None:
+                p[span] = p_previous[span]
     scale = float(state[_INDEX["scale"]])
     theta1 = [
         t.double() + scale * q[offset : offset + t.numel()].double().reshape(t.shape)
         for t, offset in zip(theta, offsets, strict=True)
     ]
-    return theta1, q
+    return theta1, q, p
 
 
 def reseed_(
@@ -285,43 +295,6 @@ def descend_(
     us, following = direction(theta, gradient, buffer=buffer, **options)
     moved = [t.double() - lr * u for t, u in zip(theta, us, strict=True)]
     return moved, torch.tensor(lr, dtype=torch.float64), following
-
-
-def lyapunov_step_(
-    q: Tensor,
-    g0: Sequence[Tensor],
-    g1: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    offsets: Sequence[int],
-    state: Tensor,
-    losses: Tensor,
-    *,
-    sign: int = 1,
-    estimate: int = 0,
-    control: bool = True,
-    alternate: bool = True,
-    ema: float = 0.0,
-    weight_decay: float = 0.0,
-    realised: bool = False,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Returns (theta1, q, state); elements of q outside the segments stay."""
-    moved = theta if realised else None
-    d, _, sums = ascent_(
-        q, g0, g1, offsets, state, sign=sign, weight_decay=weight_decay, theta=moved
-    )
-    after = exponent_(
-        state,
-        sums,
-        losses,
-        sign=sign,
-        estimate=estimate,
-        control=control,
-        alternate=alternate,
-        ema=ema,
-    )
-    d = torch.where(d.isnan(), q.double(), d)
-    theta1, q = recenter_(d, q.double(), theta, offsets, after)
-    return theta1, q, after
 
 
 def displace_(

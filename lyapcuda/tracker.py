@@ -67,7 +67,7 @@ class CurvatureTracker(TrackerState):
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that
             follows the curvature.
-        momentum: m of the heavy-ball map (App. B), 0 for none; needs one more N-float buffer.
+        momentum: m of the heavy-ball map (App. B), 0 for none; needs 2k more N-float buffers.
         weight_decay: for parameters whose group names none.
         ema: weight of the past in `h_ema`, in [0, 1).
         history: how many measurements `history` can look back on, kept on the device; 0 for none.

@@ -204,13 +204,9 @@ def run_every_op() -> list[str]:
             note(ops.ascent_(*step, **options), case.d, case.p_next)
         for committed in (0.0, 1.0):
             state = state_with(case.state, committed=committed)
-            ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, state)
-            note(case.q, *case.theta1)
-        losses = torch.ones(2, dtype=F64)
-        arguments = (case.g0, case.g1, case.theta, case.offsets, case.state.clone(), losses)
-        for realised in (False, True):
-            ops.lyapunov_step_(case.theta1, case.q, *arguments, realised=realised)
-            note(case.q, *case.theta1, arguments[4])
+            beside = {"p": case.d, "p_previous": case.p_next}
+            ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, state, **beside)
+            note(case.q, case.d, *case.theta1)
         for nesterov in (None, False, True):
             options = {"weight_decay": 0.1}
             if nesterov is not None:

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,12 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = ("simt", "simt reverse", "cuda")
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-#: Of the emulated device. A few, so that blocks take several chunks each; 64 segments a launch.
+#: Of the emulated device. A few, so that blocks take several chunks each.
 PROCESSORS = 2
+#: Tensors a launch, on the emulator and on a GPU.
+SEGMENTS = int(
+    re.search(r"kMaxSegments = (\d+);", (ROOT / "csrc/kernels/segments.cuh").read_text())[1]
+)
 
 
 # --- the emulated library ------------------------------------------------------------------------

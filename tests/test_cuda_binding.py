@@ -119,6 +119,18 @@ def check_like_the_cpu(sizes, buffer, storage, **options):
                 c.theta1, c.q, c.p, c.theta, c.offsets, state_with(c.state, committed=committed)
             )
         )
+        both(
+            lambda c, committed=committed: ops.recenter_(
+                c.theta1,
+                c.q,
+                c.p,
+                c.theta,
+                c.offsets,
+                state_with(c.state, committed=committed),
+                p=c.d,
+                p_previous=c.p_next,
+            )
+        )
     for changed in ({}, {"h_ema": -1.0}, {"h_ema": math.nan}, {"accepted": 0.0}):
         for kind in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
 
@@ -146,16 +158,16 @@ def test_tails_and_misaligned_segments_are_the_cpus(buffer, storage, shift):
         check_like_the_cpu(sizes, buffer, storage, shift=shift, gap=gap)
 
 
-@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-@pytest.mark.parametrize("count", [64, 65, 131])
-def test_more_tensors_than_one_launch_takes_are_the_cpus(buffer, storage, count):
-    sizes = [(k * 37) % 101 for k in range(count)]
-    sizes[0] = 5001
-    check_like_the_cpu(sizes, buffer, storage, shift=count % 2)
+@pytest.mark.parametrize(
+    ("more", "dtypes"), zip((0, 1, 1, simt_library.SEGMENTS + 3), DTYPES, strict=True)
+)
+def test_more_tensors_than_one_launch_takes_are_the_cpus(more, dtypes):
+    sizes = [5001, 0, *(k * 37 % 101 + 1 for k in range(simt_library.SEGMENTS + more - 1))]
+    check_like_the_cpu(sizes, *dtypes, shift=more % 2)
 
 
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-@pytest.mark.parametrize("sizes", [[], [0], [0] * 130])
+@pytest.mark.parametrize("sizes", [[], [0], [0] * (simt_library.SEGMENTS + 9)])
 def test_nothing_at_all_is_the_cpus(buffer, storage, sizes):
     check_like_the_cpu(sizes, buffer, storage)
 
@@ -232,6 +244,8 @@ def small_calls(device):
             "q_previous": case.p,
             "theta": case.theta,
             **flat,
+            "p": case.d,
+            "p_previous": case.p_next,
         },
         "descend_": {
             "theta": case.theta,
@@ -244,8 +258,6 @@ def small_calls(device):
         "stream_copy_": {"destination": case.d, "source": case.q},
     }
     step = torch.ones(1, dtype=F64)
-    calls["lyapunov_step_"] = {"theta1": case.theta1, "g0": case.g0, "g1": case.g1, **flat}
-    calls["lyapunov_step_"] |= {"theta": case.theta, "losses": losses}
     where = {"offsets": case.offsets}
     calls["displace_"] = {"v": case.q, "copies": case.theta1, "theta": case.theta, "step": step}
     calls["displace_"] |= where

@@ -21,7 +21,6 @@ MODULES = (
     "test_displace",
     "test_exponent",
     "test_gram",
-    "test_lyapunov_step",
     "test_panel_ascent",
     "test_panel_descend",
     "test_panel_recenter",
@@ -36,9 +35,6 @@ MODULES = (
 CPU_ONLY = {
     "a_run_gives_the_same_bits_on_any_number_of_threads",
     "a_panel_with_itself_is_symmetric_to_the_bit_and_the_same_as_with_a_copy",
-    "lyapunov_step__every_size_to_the_bit",
-    "lyapunov_step__segments_of_every_kind_to_the_bit",
-    "lyapunov_step__anything_to_the_bit",
 }
 HERE = [name for name in simt_library.HERE if name != "simt reverse"]
 

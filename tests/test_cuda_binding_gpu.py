@@ -15,7 +15,7 @@ from panel_support import make_panel_case
 MISSING = simt_library.missing("cuda")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-SIZES = [100003, 0, (33, 7), 4097, 1] + [k % 40 for k in range(80)]
+SIZES = [100003, 0, (33, 7), 4097, 1] + [k % 40 for k in range(simt_library.SEGMENTS + 20)]
 
 
 def on(device, case):
@@ -69,20 +69,9 @@ def panel_step(case, losses):
     ops.difference_(case.p_next[0], views, case.g0, case.offsets, losses[:1], keep=0.5)
 
 
-def frozen_step(case, losses):
-    lists = (case.g0, case.g1, case.theta, case.offsets, case.state, losses)
-    ops.lyapunov_step_(case.theta1, case.q, *lists, realised=True)
-
-
-def small_frozen_case(buffer, storage):  # one table of tensors: the kernel that does all at once
-    return on("cuda", make_case([100003, 33, 4097], buffer, storage, gap=16))
-
-
 STEPS = {
     "one separation": (gpu_case, two_steps),
     "panel": (lambda *dtypes: gpu_panel_case(14, *dtypes), panel_step),
-    "frozen, many tensors": (gpu_case, frozen_step),
-    "frozen, at once": (small_frozen_case, frozen_step),
 }
 
 
@@ -110,8 +99,7 @@ def test_a_graph_replayed_is_the_steps_taken_one_by_one(name, buffer, storage):
 
 def test_no_op_waits_for_the_device():
     losses = torch.ones(2, dtype=F64, device="cuda")
-    cases = [gpu_case(), gpu_panel_case(5), gpu_case()]
-    steps = list(zip((two_steps, panel_step, frozen_step), cases, strict=True))
+    steps = [(two_steps, gpu_case()), (panel_step, gpu_panel_case(5))]
     for step, case in steps:
         step(case, losses)
     torch.cuda.synchronize()
@@ -229,7 +217,6 @@ def calls():
     sums = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64, device="cuda")
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
     losses = torch.ones(2, dtype=F64, device="cuda")
-    frozen = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state, losses)
     square = torch.eye(6, dtype=F64, device="cuda")
     small = square[:3, :3].contiguous()
     newton = (panel.theta, panel.g0, panel.offsets, panel.d, panel.state)
@@ -240,13 +227,15 @@ def calls():
         "ascent_": (step, moved),
         "exponent_": ((case.state, sums, losses), {}),
         "secant_": ((case.state, sums), {}),
-        "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "recenter_": (
+            (case.theta1, case.q, case.p, case.theta, case.offsets, case.state),
+            {"p": case.d, "p_previous": case.p_next},
+        ),
         "descend_": (
             (case.theta, case.g0, case.state),
             {"momentum": 0.9, "buffer": case.p, "offsets": case.offsets, "factor": losses[:1]},
         ),
         "stream_copy_": ((case.d, case.q), {}),
-        "lyapunov_step_": (frozen, {}),
         "displace_": ((case.theta1, case.q, case.theta, case.offsets, losses[:1]), {}),
         "difference_": ((case.d, case.g0, case.g1, case.offsets, losses[:1]), kept),
         "panel_ascent_": (panels, {"theta": panel.theta}),

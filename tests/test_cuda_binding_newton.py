@@ -32,8 +32,9 @@ def test_steps_are_the_cpus(storage, k):
     few = [4097, 5, 0, (3, 11), 257]
     for kind in KINDS:
         for shift, gap in ((0, 32), (0, 5), (1, 16)):
-            # More than a launch takes, where all is aligned.
-            sizes = few if shift or gap == 5 else [*few, *[40] * 70]
+            # Of three rows more than a launch takes, where all is aligned.
+            many = simt_library.SEGMENTS if k == 3 else 20
+            sizes = few if shift or gap == 5 else [*few, *[40] * many]
             values = {"accepted": 1.0, "pending": 1.0}
             for changed in ({}, {"pending": 0.0}, {"accepted": 0.0}, {"h_ema": math.nan}):
                 if changed and (sizes is few or kind is not KINDS[-1]):

@@ -1,4 +1,4 @@
-"""The CUDA backend against the CPU's: the ops over panels, and those of a frozen step.
+"""The CUDA backend against the CPU's: the ops over panels, and those of a Hessian product.
 
 As test_cuda_binding.py: on the emulator in both orders of warps, and on a GPU where there is one.
 """
@@ -18,16 +18,15 @@ from ops_support import (
     F64,
     LARGE,
     assert_same_bits,
-    fields_of,
     make_case,
-    state_with,
     surroundings,
 )
 from panel_support import make_panel_case, panel_ascent_options, random_panel
-from test_lyapunov_step import in_turn, one_op
 
 KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
-SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(70))]
+SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(20))]
+#: More than a launch takes.
+MANY = [k % 5 for k in range(simt_library.SEGMENTS * 5 // 4 + 9)]
 #: (elements off alignment, gap between segments); gaps of 16 leave some segments aligned.
 LAYOUTS = [(0, 16), (1, 5), (0, 5), (0, 16)]
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
@@ -94,7 +93,7 @@ def test_steps_are_the_cpus(buffer, storage, k):
         assert_same_sums(*both(case, run))
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [0] * 130, [4097], [k % 7 for k in range(131)]])
+@pytest.mark.parametrize("sizes", [[], [0], [0] * (simt_library.SEGMENTS + 9), [4097], MANY])
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_any_number_of_segments_is_the_cpus(buffer, storage, sizes):
     case = make_panel_case(5, sizes, buffer, storage, gap=16)
@@ -223,78 +222,15 @@ def test_whole_runs_of_k_separations_are_the_cpus(k, options):
     assert expected[-1, :k].isfinite().all()
 
 
-# --- one op for a step, products of the Hessian --------------------------------------------------
-
-
-def check_step(case, losses=LOSSES, exact=False, **options):
-    """q is that of the three ops, to the bit, and theta1 that of the state the op came to; the
-    state itself only where ``exact``: at once, the sums are cut otherwise."""
-    case, twin = copies_of(case)
-    in_turn(twin, losses, **options)
-    around = [surroundings(t) for t in (case.q, *case.theta1)]
-    one_op(case, losses, **options)
-    assert_same_bits(case.q, twin.q)
-    if exact:
-        assert_same_bits(case.state, twin.state)
-    found, expected = fields_of(case.state), fields_of(twin.state)
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-12, nan_ok=True), name
-    recentered = [torch.empty_like(t) for t in case.theta1]
-    state = state_with(case.state, committed=1.0)
-    with simt_library.cpu():
-        ops.recenter_(recentered, case.q, case.q.clone(), case.theta, case.offsets, state)
-    for a, b in zip(case.theta1, recentered, strict=True):
-        assert_same_bits(a, b)
-    assert all(map(torch.equal, around, [surroundings(t) for t in (case.q, *case.theta1)]))
-    for name in ("g0", "g1", "theta"):
-        for a, b in zip(getattr(case, name), getattr(twin, name), strict=True):
-            assert_same_bits(a, b)
-
-
-@pytest.mark.parametrize("realised", [False, True])
-@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-def test_more_tensors_than_a_table_take_the_three_ops_to_the_bit(buffer, storage, realised):
-    sizes = [k % 37 + 1 for k in range(70)]
-    for shift in (0, 1):
-        case = make_case(sizes, buffer, storage, shift=shift, gap=16)
-        check_step(case, exact=True, realised=realised, weight_decay=0.1)
-
-
-@pytest.mark.parametrize("realised", [False, True])
-@pytest.mark.parametrize(("buffer", "storage"), DTYPES)
-@pytest.mark.parametrize(
-    "sizes", [[0], [1], [4097], [70001], [9, 0, (), (3, 0, 2), 16385, (33, 7), 1], [1000003]]
-)
-def test_a_step_at_once_is_the_three_ops(sizes, buffer, storage, realised):
-    for shift, gap in ((0, 16), (1, 5)):
-        case = make_case(sizes, buffer, storage, shift=shift, gap=gap)
-        check_step(case, realised=realised, weight_decay=0.1, estimate=1, ema=0.5)
-
-
-@pytest.mark.parametrize("which", ["loss", "gradient", "met"])
-def test_a_step_at_once_that_does_not_count_keeps_the_separation(which):
-    case = make_case([70001, 33], shift=1)
-    losses = LOSSES.clone()
-    if which == "loss":
-        losses[1] = math.nan
-    elif which == "gradient":
-        case.g1[0][40000] = math.inf
-    else:
-        case.state = state_with(case.state, scale=1.0, beta=0.5)
-        for offset, g0, g1 in zip(case.offsets, case.g0, case.g1, strict=True):
-            q = case.q[offset : offset + g0.numel()]
-            q.copy_(q.mul(4).round())
-            g0.zero_()
-            g1.copy_(-2 * q)
-    q = case.q.clone()
-    check_step(case, losses)
-    assert_same_bits(case.q, q)
+# --- products of the Hessian ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_products_of_the_hessian_are_the_cpus(buffer, storage):
     step = torch.tensor([0.0371], dtype=F64)
-    for sizes, shift in itertools.product((SIZES, [], [0] * 65, [100003]), (0, 1)):
+    for sizes, shift in itertools.product(
+        (SIZES, MANY, [], [0] * (simt_library.SEGMENTS + 1), [100003]), (0, 1)
+    ):
         case = make_case(sizes, buffer, storage, shift=shift, gap=16)
         found, expected = both(
             case, lambda c: ops.displace_(c.theta1, c.q, c.theta, c.offsets, step)

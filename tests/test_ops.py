@@ -24,15 +24,19 @@ def calls(buffer=torch.float32, storage=torch.float32):
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
     moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
     number = torch.tensor([0.3], dtype=F64)
+    skipped = ops_support.state_with(case.state, committed=0.0)
     lost = ops_support.state_with(case.state, reseed=1.0)
     gradients = (case.g1, case.g0, case.offsets, number.clone())
-    whole = (case.theta1, case.q, case.g0, case.g1, case.theta, case.offsets, case.state)
     return {
         "ascent_": (step, {}),
         "ascent_ with everything": (step, {"sign": -1, "weight_decay": 0.1, **moved}),
         "exponent_": ((case.state, SUMS.clone(), LOSSES.clone()), {"estimate": 1, "ema": 0.9}),
         "secant_": ((case.state, SUMS.clone()), {"sign": -1}),
         "recenter_": ((case.theta1, case.q, case.p, case.theta, case.offsets, case.state), {}),
+        "recenter_ with momentum": (
+            (case.theta1, case.q, case.p, case.theta, case.offsets, skipped),
+            {"p": case.d, "p_previous": case.p_next},
+        ),
         "descend_": ((case.theta, case.g0, case.state), {"weight_decay": 0.1}),
         "descend_ with everything": (
             (case.theta, case.g0, case.state),
@@ -54,11 +58,6 @@ def calls(buffer=torch.float32, storage=torch.float32):
         "difference_ with everything": (
             (case.d, *gradients),
             {"keep": 0.5, "weight_decay": 0.1, "v": case.q},
-        ),
-        "lyapunov_step_": ((*whole, LOSSES.clone()), {}),
-        "lyapunov_step_ with everything": (
-            (*whole, LOSSES.clone()),
-            {"sign": -1, "estimate": 1, "weight_decay": 0.1, "realised": True, "ema": 0.5},
         ),
         **panel_calls(buffer, storage),
     }

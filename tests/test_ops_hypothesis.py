@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hypothesis_support import Drawn, Untouched, drawn, same
 from lyapcuda import ops, panel_ops, panel_reference, reference
-from ops_support import F64, ascent_options, assert_same_bits, fields_of, make_case
+from ops_support import F64, ascent_options, assert_same_bits, make_case
 from panel_support import panel_ascent_options
 from quasi_newton_support import KINDS, newton_case
 from test_benettin import check as check_benettin
@@ -57,15 +57,17 @@ def ascent_(d: Drawn) -> None:
 
 def recenter_(d: Drawn) -> None:
     case = d.case(committed=float(d.flags[0]))
-    exact_theta1, exact_q = reference.recenter_(
-        case.q, case.p, case.theta, case.offsets, case.state
-    )
+    beside = {"p": case.d, "p_previous": case.p_next} if d.flags[0] else {}
+    rest = (case.p, case.theta, case.offsets, case.state)
+    exact_theta1, exact_q, exact_p = reference.recenter_(case.q, *rest, **beside)
     untouched = Untouched(case)
-    ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, case.state)
+    ops.recenter_(case.theta1, case.q, *rest, **beside)
     for mine, exact in zip(case.theta1, exact_theta1, strict=True):
         same(mine, exact)
     assert_same_bits(case.q, exact_q)
-    untouched.check(case.q, *case.theta1)
+    if beside:
+        assert_same_bits(case.d, exact_p)
+    untouched.check(case.q, *case.theta1, *([case.d] if beside else []))
 
 
 def descend_(d: Drawn) -> None:
@@ -78,28 +80,6 @@ def descend_(d: Drawn) -> None:
         same(mine, exact)
     same(lr, exact_lr)
     untouched.check(*case.theta)
-
-
-def lyapunov_step_(d: Drawn) -> None:
-    case = d.case()
-    losses = torch.tensor([0.5, float("nan") if d.flags[2] else 0.25], dtype=F64)
-    options = dict(sign=d.sign, realised=d.flags[0], weight_decay=0.5, ema=0.5, estimate=d.k % 4)
-    rest = (case.g0, case.g1, case.theta, case.offsets)
-    theta1, q, state = reference.lyapunov_step_(case.q, *rest, case.state, losses, **options)
-    untouched, before = Untouched(case), case.q.clone()
-    ops.lyapunov_step_(case.theta1, case.q, *rest, case.state, losses, **options)
-    exact_state(case.state, state)
-    # The scale is rounded (a root): elements to a few roundings.
-    eps = torch.finfo(case.q.dtype).eps
-    committed = fields_of(case.state)["committed"] != 0
-    if committed:
-        torch.testing.assert_close(case.q.double(), q, rtol=4 * eps, atol=4 * eps)
-    else:
-        assert_same_bits(case.q, before)
-    for mine, exact in zip(case.theta1, theta1, strict=True):
-        coarse = 4 * torch.finfo(mine.dtype).eps
-        torch.testing.assert_close(mine.double(), exact, rtol=coarse, atol=coarse)
-    untouched.check(case.q, case.state, *case.theta1)
 
 
 def displace_(d: Drawn) -> None:
@@ -287,7 +267,7 @@ def project_(d: Drawn) -> None:
 
 
 CHECKS = [
-    *(ascent_, exponent_, secant_, recenter_, descend_, lyapunov_step_, displace_, difference_),
+    *(ascent_, exponent_, secant_, recenter_, descend_, displace_, difference_),
     *(stream_copy_, panel_ascent_, benettin_, benettin_refine_, panel_recenter_, gram, combine_),
     *(project_, reseed_, panel_slopes_, panel_descend_),
 ]

@@ -27,27 +27,36 @@ from ops_support import (
 )
 
 
-def run(case, theta1=None, **state):
-    """Runs the op on a case; p plays q_previous."""
+def momenta(case, heavy):
+    """The op's p and p_previous."""
+    return {"p": case.d, "p_previous": case.p_next} if heavy else {}
+
+
+def run(case, theta1=None, heavy=False, **state):
+    """Runs the op on a case; p plays q_previous, d and p_next the momentum's two."""
     state = state_with(case.state, **state)
     theta1 = case.theta1 if theta1 is None else theta1
-    ops.recenter_(theta1, case.q, case.p, case.theta, case.offsets, state)
+    beside = momenta(case, heavy)
+    ops.recenter_(theta1, case.q, case.p, case.theta, case.offsets, state, **beside)
     return theta1
 
 
-def oracle(case, **state):
+def oracle(case, heavy=False, **state):
     state = state_with(case.state, **state)
-    return reference.recenter_(case.q, case.p, case.theta, case.offsets, state)
+    beside = momenta(case, heavy)
+    return reference.recenter_(case.q, case.p, case.theta, case.offsets, state, **beside)
 
 
-def check(case, exact, **state):
-    expected_theta1, expected_q = oracle(case, **state)
-    written = [case.q, *case.theta1]
+def check(case, exact, heavy=False, **state):
+    expected_theta1, expected_q, expected_p = oracle(case, heavy, **state)
+    written = [case.q, case.d, *case.theta1]
     around = [surroundings(t) for t in written]
-    untouched = [case.d, case.p, *case.theta, case.state]
+    untouched = [case.p, case.p_next, *case.theta, case.state, *([] if heavy else [case.d])]
     before = [t.clone() for t in untouched]
-    theta1 = run(case, **state)
+    theta1 = run(case, heavy=heavy, **state)
     assert_same_bits(case.q, expected_q)
+    if heavy:
+        assert_same_bits(case.d, expected_p)
     assert (case.q[case.gaps()] == GUARD).all()
     scale = abs(float(state_with(case.state, **state)[ops.STATE_FIELDS.index("scale")]))
     parts = zip(theta1, expected_theta1, case.theta, case.offsets, strict=True)
@@ -71,17 +80,18 @@ def check(case, exact, **state):
 @pytest.mark.parametrize("size", TAILS)
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_every_size_exactly(buffer, storage, size, committed):
-    case = make_case([size], buffer, storage, exact=True, shift=size % 3)
-    check(case, exact=True, committed=committed)
+    for heavy in (False, True):
+        case = make_case([size], buffer, storage, exact=True, shift=size % 3)
+        check(case, exact=True, heavy=heavy, committed=committed)
 
 
 @pytest.mark.parametrize("committed", [0.0, 1.0])
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_segments_of_every_kind_exactly(buffer, storage, committed):
     sizes = [9, 0, (), (3, 0, 2), 16385, (33, 7), 1]
-    for shift, gap in itertools.product((0, 1, 3), (0, 1, 5)):
+    for shift, gap, heavy in itertools.product((0, 1, 3), (0, 1, 5), (False, True)):
         case = make_case(sizes, buffer, storage, exact=True, shift=shift, gap=gap)
-        check(case, exact=True, committed=committed)
+        check(case, exact=True, heavy=heavy, committed=committed)
 
 
 @pytest.mark.parametrize("committed", [0.0, 1.0])
@@ -89,7 +99,7 @@ def test_segments_of_every_kind_exactly(buffer, storage, committed):
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_outputs_beyond_the_cache_exactly(buffer, storage, shift, committed):
     case = make_case([LARGE - 16384, 16384], buffer, storage, exact=True, gap=16, shift=shift)
-    check(case, exact=True, committed=committed)
+    check(case, exact=True, heavy=shift == 0, committed=committed)
 
 
 @pytest.mark.parametrize("scale", [0.0371, -0.0371, 1e-30, 0.0])
@@ -111,28 +121,30 @@ def test_random_values_to_the_last_rounding(buffer, storage, scale):
     dtypes=st.sampled_from(DTYPES),
     scale=st.floats(-1e3, 1e3),
     committed=st.booleans(),
+    heavy=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=150, deadline=None)
-def test_anything_to_the_last_rounding(sizes, gap, shift, dtypes, scale, committed, seed):
+def test_anything_to_the_last_rounding(sizes, gap, shift, dtypes, scale, committed, heavy, seed):
     case = make_case(sizes, *dtypes, gap=gap, shift=shift, seed=seed)
-    check(case, exact=False, scale=scale, committed=float(committed))
+    check(case, exact=False, heavy=heavy, scale=scale, committed=float(committed))
 
 
 @pytest.mark.parametrize("committed", [0.0, 1.0])
 @pytest.mark.parametrize("sizes", [[7, 16385, (), 3], [LARGE]])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_theta1_may_lie_where_q_previous_lies(dtype, sizes, committed):
-    for shift in (0, 1):
+    for shift, heavy in itertools.product((0, 1), (False, True)):
         case = make_case(sizes, dtype, dtype, gap=16, shift=shift)
         views = [
             case.p[o : o + t.numel()].view(t.shape)
             for o, t in zip(case.offsets, case.theta, strict=True)
         ]
         twin = case.clone()
-        expected = run(twin, committed=committed)
-        actual = run(case, theta1=views, committed=committed)
+        expected = run(twin, heavy=heavy, committed=committed)
+        actual = run(case, theta1=views, heavy=heavy, committed=committed)
         assert_same_bits(case.q, twin.q)
+        assert_same_bits(case.d, twin.d)
         for a, b in zip(actual, expected, strict=True):
             assert_same_bits(a, b)
         assert (case.p[case.gaps()] == GUARD).all()
@@ -197,8 +209,8 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
     for count in (1, 2, 2):
         case = make_case([70001, LARGE], F32, F16)
         with threads(count):
-            run(case, committed=0.0)
-        results.append([case.q, *case.theta1])
+            run(case, heavy=True, committed=0.0)
+        results.append([case.q, case.d, *case.theta1])
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(bits(a), bits(b))
@@ -236,6 +248,17 @@ WRONG = {
     "offsets count": ({"offsets": [0]}, "offsets has 1"),
     "offset negative": ({"offsets": [-3, 20]}, r"offsets\[0\]: -3"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
+    "p alone": ({"p": torch.zeros(40)}, "p, p_previous: give both or neither"),
+    "p_previous alone": ({"p_previous": torch.zeros(40)}, "p, p_previous: give both or neither"),
+    "p size": ({"p": torch.zeros(39), "p_previous": torch.zeros(40)}, "p: 39 elements"),
+    "p_previous dtype": (
+        {"p": torch.zeros(40), "p_previous": torch.zeros(40, dtype=F64)},
+        "p_previous: dtype",
+    ),
+    "p_previous strided": (
+        {"p": torch.zeros(40), "p_previous": torch.zeros(80)[::2]},
+        "p_previous: expected",
+    ),
     "state size": ({"state": torch.zeros(15, dtype=F64)}, "state: expected"),
     "state dtype": ({"state": torch.zeros(14)}, "state: expected"),
 }
@@ -254,6 +277,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
     }
     arguments |= replaced
     written = [arguments["q"], *arguments["theta1"]]
+    written += [arguments["p"]] if "p" in arguments else []
     before = [t.clone() for t in written]
     with pytest.raises(RuntimeError, match=message):
         ops.recenter_(**arguments)

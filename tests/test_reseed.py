@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import simt_library
 from lyapcuda import ops, panel_ops, reference
 from lyapcuda.flat import FlatLayout
 from ops_support import F32, F64, assert_same_bits, make_case, state_with, threads
@@ -27,7 +28,9 @@ def flat_case(dtype, sizes=SIZES, **fields):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, -1])
 def test_a_flat_buffer_to_the_bit(dtype, seed):
-    case, state = flat_case(dtype, scale=-0.3)
+    # One of them with more segments than a launch takes.
+    sizes = [k % 5 for k in range(simt_library.SEGMENTS * 3 // 2)] if seed == 7 else SIZES
+    case, state = flat_case(dtype, sizes, scale=-0.3)
     sizes, elements = sizes_of(case), sum(sizes_of(case)) + 100  # (another group has 100)
     where = (case.offsets, sizes, state)
     expected = reference.reseed_(case.q, *where, elements=elements, seed=seed)

@@ -10,7 +10,6 @@
 
 #include "ascent.h"
 #include "blocks.h"
-#include "step.h"
 #include "tensors.h"
 
 #define LYAPCUDA_BODY "ascent.inc"
@@ -71,8 +70,6 @@ void ascent_typed(const Tensor& d, const Tensor& q, const std::vector<Tensor>& g
   if (!(std::sqrt(sums[kSumDD]) < largest)) sums[kSumDD] = std::numeric_limits<double>::infinity();
 }
 
-}  // namespace
-
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g1,
                std::vector<int64_t> offsets, Tensor state, int64_t sign, double weight_decay,
                std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
@@ -84,7 +81,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   check_like(g1, "g1", g0, "g0");
   check_vector(state, "state", kStateSize);
   check_sign(sign);
-  STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
+  check_both(p, "p", p_next, "p_next");
   STD_TORCH_CHECK(p.has_value() || momentum == 0.0, "momentum: ", momentum, " needs p and p_next");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");
@@ -119,6 +116,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   return sums;
 }
 
+}  // namespace
 }  // namespace lyapcuda::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lyapcuda, CPU, m) {

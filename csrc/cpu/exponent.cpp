@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "step.h"
 #include "tensors.h"
 
 namespace lyapcuda::cpu {
+namespace {
 
 void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t estimate,
                double momentum, bool control, bool alternate, double ema) {
@@ -20,8 +20,6 @@ void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t e
                 {static_cast<double>(sign), static_cast<Estimate>(estimate), momentum, control,
                  alternate, ema});
 }
-
-namespace {
 
 void secant_(Tensor state, Tensor sums, int64_t sign) {
   check_vector(state, "state", kStateSize);

@@ -73,7 +73,7 @@ Tensor panel_ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1,
   check_storage_panel(g1, "g1", q, "q", g0, "g0");
   check_vector(state, "state", panel_size(q.size(0)));
   check_sign(sign);
-  STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
+  check_both(p, "p", p_next, "p_next");
   STD_TORCH_CHECK(p.has_value() || momentum == 0.0, "momentum: ", momentum, " needs p and p_next");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");

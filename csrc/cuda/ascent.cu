@@ -2,7 +2,6 @@
 #include "../kernels/ascent.cuh"
 
 #include "launch.h"
-#include "step.h"
 
 namespace lyapcuda::cuda {
 namespace {
@@ -36,8 +35,6 @@ void ascent_typed(const Launcher& launcher, const std::vector<Tensor>& g0,
   launcher.run("ascent_", kernels::ascent_finish<T>, 1, kernels::kThreads, to_add, count, sums);
 }
 
-}  // namespace
-
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g1,
                std::vector<int64_t> offsets, Tensor state, int64_t sign, double weight_decay,
                std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
@@ -50,7 +47,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   check_like(g1, "g1", g0, "g0");
   check_vector(state, "state", kStateSize, device);
   check_sign(sign);
-  STD_TORCH_CHECK(p.has_value() == p_next.has_value(), "p, p_next: give both or neither");
+  check_both(p, "p", p_next, "p_next");
   STD_TORCH_CHECK(p.has_value() || momentum == 0.0, "momentum: ", momentum, " needs p and p_next");
   if (theta) {
     check_like(*theta, "theta", g0, "g0");
@@ -84,6 +81,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, std::vector<Tensor> g
   return sums;
 }
 
+}  // namespace
 }  // namespace lyapcuda::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, LYAPCUDA_KEY, m) {

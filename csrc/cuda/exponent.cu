@@ -2,9 +2,9 @@
 #include "../kernels/exponent.cuh"
 
 #include "launch.h"
-#include "step.h"
 
 namespace lyapcuda::cuda {
+namespace {
 
 void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t estimate,
                double momentum, bool control, bool alternate, double ema) {
@@ -23,8 +23,6 @@ void exponent_(Tensor state, Tensor sums, Tensor losses, int64_t sign, int64_t e
   launcher.run("exponent_", kernels::exponent, 1, 32, written<double>(state), read<double>(sums),
                read<double>(losses), losses.numel(), options);
 }
-
-namespace {
 
 void secant_(Tensor state, Tensor sums, int64_t sign) {
   const Device device = device_of(state, "state");

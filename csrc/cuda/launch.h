@@ -8,6 +8,9 @@
 #ifdef __CUDACC__
 #define USE_CUDA  // torch's C interface then declares aoti_torch_get_current_cuda_stream
 #include <cuda_runtime.h>
+#if CUDART_VERSION < 12010
+#error "lyapcuda needs CUDA 12.1 or later: before, a kernel's arguments had 4 KB at most"
+#endif
 #define LYAPCUDA_LIBRARY lyapcuda
 #define LYAPCUDA_KEY CUDA
 #else
@@ -108,45 +111,14 @@ class Launcher {
   template <class... P, class... A>
   void run(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
            A&&... arguments) const {
-    cudaLaunchConfig_t config = configuration(blocks, threads);
-    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
-  }
-
-  // All blocks at once: no more than together().
-  template <class... P, class... A>
-  void run_together(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
-                    A&&... arguments) const {
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-    cudaLaunchConfig_t config = configuration(blocks, threads);
-    config.attrs = &cooperative;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
-  }
-
-  // Blocks that the device holds at once; 0 where it can't launch them together.
-  template <class... P>
-  int64_t together(void (*kernel)(P...), int threads) const {
-    int device = 0, able = 0, blocks = 0;
-    check_cuda(cudaGetDevice(&device), "the current device");
-    check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device),
-               "cooperative launches");
-    if (!able) return 0;
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
-               "the blocks of a multiprocessor");
-    return int64_t{blocks} * processors_;
-  }
-
- private:
-  cudaLaunchConfig_t configuration(int64_t blocks, int threads) const {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.stream = stream_;
-    return config;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...), name);
   }
 
+ private:
   torch::stable::accelerator::DeviceGuard guard_;
   int processors_;
   cudaStream_t stream_ = nullptr;
@@ -167,18 +139,6 @@ class Launcher {
   void run(const char*, void (*kernel)(P...), int64_t blocks, int threads, A&&... arguments) const {
     simt::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), simt_order, kernel,
                  std::forward<A>(arguments)...);
-  }
-
-  template <class... P, class... A>
-  void run_together(const char*, void (*kernel)(P...), int64_t blocks, int threads,
-                    A&&... arguments) const {
-    simt::launch_cooperative(static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                             simt_order, kernel, std::forward<A>(arguments)...);
-  }
-
-  template <class... P>
-  int64_t together(void (*)(P...), int) const {
-    return int64_t{simt_processors} * 4;
   }
 };
 

@@ -7,7 +7,8 @@ namespace lyapcuda::cuda {
 namespace {
 
 void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vector<Tensor> theta,
-               std::vector<int64_t> offsets, Tensor state) {
+               std::vector<int64_t> offsets, Tensor state, std::optional<Tensor> p,
+               std::optional<Tensor> p_previous) {
   const Device device = device_of(q, "q");
   check_buffer(q, "q", device);
   check_same_buffer(q_previous, "q_previous", q, "q", device);
@@ -15,6 +16,11 @@ void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vec
   check_segments(theta1, "theta1", offsets, q, device);
   check_like(theta1, "theta1", theta, "theta");
   check_vector(state, "state", kStateSize, device);
+  check_both(p, "p", p_previous, "p_previous");
+  if (p) {
+    check_same_buffer(*p, "p", q, "q", device);
+    check_same_buffer(*p_previous, "p_previous", q, "q", device);
+  }
   if (theta.empty()) return;
 
   const Launcher launcher(device);
@@ -26,8 +32,9 @@ void recenter_(std::vector<Tensor> theta1, Tensor q, Tensor q_previous, std::vec
         const auto theta_data = beside_written<P>(theta);
         P* const* const lists[2] = {theta1_data.data(), theta_data.data()};
         const auto sizes = sizes_of(theta);
-        const kernels::RecenterArguments<T> arguments{written<T>(q), read<T>(q_previous),
-                                                      read<double>(state)};
+        const kernels::RecenterArguments<T> arguments{
+            written<T>(q), read<T>(q_previous), p ? written<T>(*p) : nullptr,
+            p ? read<T>(*p_previous) : nullptr, read<double>(state)};
         kernels::for_each_table(lists, sizes.data(), offsets.data(),
                                 static_cast<int64_t>(sizes.size()),
                                 [&](const kernels::RecenterSegments<P>& table) {

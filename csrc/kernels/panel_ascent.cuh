@@ -83,7 +83,7 @@ struct PanelAscent {
   }
 
   __device__ __forceinline__ void find(int64_t tile) {
-    while (tile >= table.first_chunk[segment + 1]) ++segment;
+    segment = segment_of(table, tile, segment);
     const int64_t inside = (tile - table.first_chunk[segment]) * kLength;
     const int64_t left = table.size[segment] - inside;
     place.g0 = table.data[0][segment] + inside;

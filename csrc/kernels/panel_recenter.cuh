@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(P) ? 4 : 3)
   const int64_t tiles = table.first_chunk[table.count];
   int segment = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    while (tile >= table.first_chunk[segment + 1]) ++segment;
+    segment = segment_of(table, tile, segment);
     const int64_t inside = (tile - table.first_chunk[segment]) * kLength;
     const int64_t left = table.size[segment] - inside;
     const int64_t begin = table.offset[segment] + inside;

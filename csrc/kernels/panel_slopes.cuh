@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t tiles = go ? table.first_chunk[table.count] : 0;
   int segment = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    while (tile >= table.first_chunk[segment + 1]) ++segment;
+    segment = segment_of(table, tile, segment);
     const int64_t begin = (tile - table.first_chunk[segment]) * kLength;
     const int64_t at = table.offset[segment] + begin, left = table.size[segment] - begin;
     const int length = left < kLength ? static_cast<int>(left) : kLength;

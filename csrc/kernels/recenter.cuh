@@ -1,4 +1,5 @@
-// θ1 = θ + scale·q; where the last step was not committed, q is first taken back from q_previous.
+// θ1 = θ + scale·q; where the last step was not committed, q is first taken back from q_previous,
+// and the momentum p, if there is one, from p_previous.
 #pragma once
 
 #include "../state.h"
@@ -10,6 +11,8 @@ template <class T>
 struct RecenterArguments {
   T* q;
   const T* q_previous;  // θ1 may share its memory: each element is read before it is written
+  T* p;                 // null without momentum
+  const T* p_previous;
   const double* state;
 };
 
@@ -30,7 +33,8 @@ struct Recenter {
   __device__ __forceinline__ bool aligned(const RecenterSegments<P>& table, int segment) const {
     const int64_t at = table.offset[segment];
     return aligned16(a.q + at) && aligned16(a.q_previous + at) &&
-           aligned16(table.data[0][segment]) && aligned16(table.data[1][segment]);
+           aligned16(table.data[0][segment]) && aligned16(table.data[1][segment]) &&
+           (a.p == nullptr || (aligned16(a.p + at) && aligned16(a.p_previous + at)));
   }
 
   template <int N>
@@ -43,6 +47,10 @@ struct Recenter {
     LYAPCUDA_UNROLL
     for (int k = 0; k < N; ++k) theta[k] += product(q[k], scale);
     store(table.data[0][segment] + i, theta);
+    if (!committed && a.p != nullptr) {
+      load(q, a.p_previous + at);
+      store(a.p + at, q);
+    }
   }
 };
 

@@ -7,7 +7,12 @@
 
 namespace lyapcuda::kernels {
 
-constexpr int kMaxSegments = 64;  // what keeps a table under the 4 KB that arguments may have
+// Bytes of a kernel's arguments: from CUDA 12.1 and sm_70 on; 4 KB before, which csrc/cuda/launch.h
+// therefore refuses.
+constexpr int kMostArguments = 32764;
+// Tensors a launch. All the parameters of a GPT-2 (148) or a ResNet-50 (161) take one; a table is
+// copied with every launch, so it is no larger than that asks for.
+constexpr int kMaxSegments = 256;
 constexpr int kGroupsPerChunk = 2;
 
 // Work is dealt in chunks of one segment: small enough that 528 blocks (132 processors of 4) come
@@ -30,7 +35,7 @@ template <class P, int kLists, class F>
 void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, const int64_t* offsets,
                     int64_t count, const F& launch, int64_t chunk = kChunk<P>) {
   Segments<P, kLists> table{};
-  static_assert(sizeof(table) < 3700);
+  static_assert(sizeof(table) + 256 <= kMostArguments);  // and the kernel's other arguments
   bool launched = false;
   for (int64_t i = 0; i < count; ++i) {
     if (sizes[i] == 0) continue;
@@ -48,6 +53,24 @@ void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, cons
   if (table.count != 0 || !launched) launch(table);
 }
 
+// The segment that a chunk belongs to, not before `known`, that of the block's last chunk: in large
+// segments the same, else looked for by halves.
+template <class P, int kLists>
+__device__ __forceinline__ int segment_of(const Segments<P, kLists>& table, int64_t chunk,
+                                          int known) {
+  if (chunk < table.first_chunk[known + 1]) return known;
+  int least = known + 1, most = static_cast<int>(table.count) - 1;
+  while (least < most) {
+    const int middle = (least + most) / 2;
+    if (chunk < table.first_chunk[middle + 1]) {
+      most = middle;
+    } else {
+      least = middle + 1;
+    }
+  }
+  return least;
+}
+
 // Calls op.group<N>(table, segment, i) for every element i of every segment once, with N =
 // kGroup<P> elements at a time where op.aligned(table, segment) says that 16-byte accesses may be
 // had, and N = 1 elsewhere. A chunk starts at a multiple of the group, so what holds for a segment
@@ -58,7 +81,7 @@ __device__ __forceinline__ void for_each_group(const Segments<P, kLists>& table,
   const int64_t chunks = table.first_chunk[table.count];
   int segment = 0;
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    while (chunk >= table.first_chunk[segment + 1]) ++segment;
+    segment = segment_of(table, chunk, segment);
     const int64_t begin = (chunk - table.first_chunk[segment]) * kChunk<P>;
     const int64_t left = table.size[segment] - begin;
     const int length = left < kChunk<P> ? static_cast<int>(left) : kChunk<P>;

@@ -23,7 +23,7 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 << 10;
 
-enum class Waits { kNot, kCollective, kBarrier, kGrid, kEnded };
+enum class Waits { kNot, kCollective, kBarrier, kEnded };
 
 struct Fiber {
   ucontext_t context;  // where it starts; under ASan, where it is as well
@@ -31,7 +31,7 @@ struct Fiber {
   bool was_left = false;
   const void* stack = nullptr;
   size_t stack_size = 0;
-  unsigned thread = 0, block = 0;
+  unsigned thread = 0;
   int barriers = 0;  // so far
   Waits waits = Waits::kNot;
 };
@@ -51,27 +51,25 @@ struct AlignedDelete {
   }
 };
 
-// What LYAPCUDA_SHARED gave a block; on the heap, where ASan sees what goes beyond it.
+// What LYAPCUDA_SHARED gave the block; on the heap, where ASan sees what goes beyond it.
 struct Shared {
   const void* site;
   size_t bytes;
   std::unique_ptr<unsigned char, AlignedDelete> memory;
 };
 
-// Fibers in the order in which they are scheduled: those of one block, or of all blocks of a
-// cooperative launch, block after block. Warps likewise.
+// The fibers of one block, in the order in which they are scheduled. Warps likewise.
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
-std::vector<std::vector<Shared>> shared_of;  // by block, where it stands among the fibers
+std::vector<Shared> pieces;
 Fiber launcher;
 std::unique_ptr<unsigned char[]> stacks;
 size_t stack_count = 0;
-size_t current = 0, block_size = 0;
-bool is_cooperative = false;
+size_t current = 0;
 int missing = -1;  // the barrier that this launch is to do without
 // Set by the fiber that gives up. Fibers then never unwind, so theirs is nothing to free.
 const char* fault = nullptr;
-unsigned fault_thread = 0, fault_block = 0;
+unsigned fault_thread = 0;
 Thread body;
 void* body_context;
 
@@ -109,14 +107,12 @@ void resume(Fiber& from, size_t next) {
   if (&from == &fibers[next]) return;
   current = next;
   threadIdx.x = fibers[next].thread;
-  blockIdx.x = fibers[next].block;
   switch_to(from, fibers[next]);
 }
 
 [[noreturn]] void fail(Fiber& from, const char* message) {
   fault = message;
   fault_thread = from.thread;
-  fault_block = from.block;
   switch_to(from, launcher);
   __builtin_unreachable();
 }
@@ -131,9 +127,8 @@ void release(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) fibers[i].waits = Waits::kNot;
 }
 
-// The calling fiber can't go on: to the rest of its warp, then of its block, then to the next
-// blocks. Warps and blocks run as far as they can before others start, which is what makes a
-// missing barrier visible.
+// The calling fiber can't go on: to the rest of its warp, then of its block. Warps run as far as
+// they can before others start, which is what makes a missing barrier visible.
 void yield() {
   Fiber& self = fibers[current];
   const size_t first = current / kWarp * kWarp, n = fibers.size();
@@ -144,24 +139,12 @@ void yield() {
   if (count(first, first + kWarp, Waits::kCollective) != 0) {
     fail(self, "a shuffle that not all lanes of the warp reach");
   }
-  const size_t begin = current / block_size * block_size, end = begin + block_size;
-  for (size_t i = begin; i < end; ++i) {
-    if (fibers[i].waits == Waits::kNot) return resume(self, i);
-  }
-  const unsigned waiting = count(begin, end, Waits::kBarrier);
-  if (waiting != 0) {
-    if (waiting != block_size) {
-      fail(self, "a __syncthreads that not all threads of the block reach");
-    }
-    release(begin, end);
-    return resume(self, begin);
-  }
   for (size_t i = 0; i < n; ++i) {
     if (fibers[i].waits == Waits::kNot) return resume(self, i);
   }
-  const unsigned at_grid = count(0, n, Waits::kGrid);
-  if (at_grid == 0) return switch_to(self, launcher);
-  if (at_grid != n) fail(self, "a grid barrier that not all threads of the grid reach");
+  const unsigned waiting = count(0, n, Waits::kBarrier);
+  if (waiting == 0) return switch_to(self, launcher);
+  if (waiting != n) fail(self, "a __syncthreads that not all threads of the block reach");
   release(0, n);
   resume(self, 0);
 }
@@ -174,7 +157,7 @@ void fiber_main() {
   __builtin_unreachable();
 }
 
-void prepare(size_t position, unsigned block, unsigned thread) {
+void prepare(size_t position, unsigned thread) {
   Fiber& fiber = fibers[position];
   unsigned char* const stack = stacks.get() + position * kStack;
 #if defined(__SANITIZE_ADDRESS__)
@@ -183,7 +166,6 @@ void prepare(size_t position, unsigned block, unsigned thread) {
   fiber.stack = stack;
   fiber.stack_size = kStack;
   fiber.thread = thread;
-  fiber.block = block;
   fiber.barriers = 0;
   fiber.waits = Waits::kNot;
   fiber.was_left = false;
@@ -196,22 +178,16 @@ void prepare(size_t position, unsigned block, unsigned thread) {
   fiber.context.uc_stack.ss_size = 0;
 }
 
-// Runs blocks [first, first + blocks) together.
-void run_blocks(unsigned first, unsigned blocks, Order order) {
-  const unsigned size = static_cast<unsigned>(block_size);
-  shared_of.clear();
-  shared_of.resize(blocks);
-  warps.assign(blocks * size / kWarp, Warp{});
-  for (unsigned b = 0; b < blocks; ++b) {
-    const unsigned block = first + (order == Order::kForward ? b : blocks - 1 - b);
-    for (unsigned i = 0; i < size; ++i) {
-      prepare(size_t{b} * size + i, block, order == Order::kForward ? i : size - 1 - i);
-    }
-  }
+void run_block(unsigned block, Order order) {
+  const unsigned size = static_cast<unsigned>(fibers.size());
+  pieces.clear();
+  warps.assign(size / kWarp, Warp{});
+  for (unsigned i = 0; i < size; ++i) prepare(i, order == Order::kForward ? i : size - 1 - i);
+  blockIdx.x = block;
   resume(launcher, 0);
   if (fault != nullptr) {
     throw std::runtime_error(std::string("simt: ") + fault + " (block " +
-                             std::to_string(fault_block) + ", thread " +
+                             std::to_string(blockIdx.x) + ", thread " +
                              std::to_string(fault_thread) + ")");
   }
 }
@@ -221,13 +197,6 @@ void run_blocks(unsigned first, unsigned blocks, Order order) {
 void barrier() {
   if (fibers[current].barriers++ == missing) return;
   fibers[current].waits = Waits::kBarrier;
-  yield();
-}
-
-void grid_barrier() {
-  if (!is_cooperative) fail(fibers[current], "a grid barrier in a launch that is not cooperative");
-  if (fibers[current].barriers++ == missing) return;
-  fibers[current].waits = Waits::kGrid;
   yield();
 }
 
@@ -255,7 +224,6 @@ const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const u
 }
 
 void* shared(const void* site, size_t bytes, size_t alignment) {
-  std::vector<Shared>& pieces = shared_of[current / block_size];
   size_t total = bytes;
   for (const Shared& known : pieces) {
     if (known.site == site) return known.memory.get();
@@ -268,29 +236,24 @@ void* shared(const void* site, size_t bytes, size_t alignment) {
   return memory;
 }
 
-void run(unsigned grid, unsigned block, Order order, bool cooperative, Thread thread,
-         void* context) {
+void run(unsigned grid, unsigned block, Order order, Thread thread, void* context) {
   if (grid == 0 || block == 0 || block > 1024) throw std::runtime_error("simt: no such launch");
   if (block % kWarp != 0) throw std::runtime_error("simt: blocks of whole warps only");
-  const unsigned together = cooperative ? grid : 1;
-  const size_t count = size_t{together} * block;
-  if (stack_count < count) {
-    stacks.reset(new unsigned char[count * kStack]);
-    stack_count = count;
+  if (stack_count < block) {
+    stacks.reset(new unsigned char[block * kStack]);
+    stack_count = block;
   }
   body = thread;
   body_context = context;
   gridDim.x = grid;
   blockDim.x = block;
-  block_size = block;
-  is_cooperative = cooperative;
   missing = missing_barrier.launch == 0 ? missing_barrier.barrier : -1;
   if (missing_barrier.launch >= 0) --missing_barrier.launch;
   launcher.stack = nullptr;
   launcher.waits = Waits::kNot;
   fault = nullptr;
-  fibers.resize(count);
-  for (unsigned first = 0; first < grid; first += together) run_blocks(first, together, order);
+  fibers.resize(block);
+  for (unsigned i = 0; i < grid; ++i) run_block(i, order);
 }
 
 }  // namespace simt

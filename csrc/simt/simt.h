@@ -4,8 +4,8 @@
 //
 // One dimension, full warps. It sees wrong results, overruns (with ASan or guard bytes), barriers
 // that not all threads reach and shuffles that not all lanes reach; a race shows up in one of the
-// two orders of warps (of blocks too, in a cooperative launch), so run both. UBSan sees misaligned
-// accesses. It is blind to the memory model within a warp and between blocks, and to speed.
+// two orders of warps, so run both. UBSan sees misaligned accesses. It is blind to the memory model
+// within a warp and between blocks, and to speed.
 #pragma once
 
 namespace simt {
@@ -18,7 +18,6 @@ using Same = T;
 
 // __shared__ with one difference: the emulator fills it with NaN at the start of a block.
 #define LYAPCUDA_SHARED(type, name) __shared__ simt::Same<type> name
-#define LYAPCUDA_GRID_SYNC() cooperative_groups::this_grid().sync()
 #define LYAPCUDA_UNROLL _Pragma("unroll")
 #define LYAPCUDA_ROLLED _Pragma("unroll 1")
 #define LYAPCUDA_PRAGMA(text) _Pragma(#text)
@@ -69,8 +68,7 @@ enum class Order { kForward, kReverse };
 constexpr size_t kMostShared = 48 << 10;
 
 // A fault to seed: in the launch of this number from now (0: the next one) every thread runs
-// through its barrier of that number (from 0, those of the grid counted too) as if it were not
-// there.
+// through its barrier of that number (from 0) as if it were not there.
 struct MissingBarrier {
   int launch = -1, barrier = 0;
 };
@@ -84,7 +82,6 @@ constexpr unsigned kMostWords = 8;
 using Lanes = uint64_t[32];
 
 void barrier();
-void grid_barrier();
 // Waits for every lane of the warp with the same call; the words of all 32, as [word][lane], this
 // lane's number in `lane`.
 const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const uint64_t* words,
@@ -107,12 +104,12 @@ T shuffle(unsigned mask, T value, Collective call, unsigned argument) {
 
 // --- launch -------------------------------------------------------------------------------------
 using Thread = void (*)(void*);
-void run(unsigned grid, unsigned block, Order order, bool cooperative, Thread thread,
-         void* context);
+void run(unsigned grid, unsigned block, Order order, Thread thread, void* context);
 
+// kernel<<<grid, block>>>(arguments...): blocks one after another, each to its end. Throws
+// std::runtime_error where CUDA would hang or leave the result undefined.
 template <class... P, class... A>
-void launch_as(bool cooperative, unsigned grid, unsigned block, Order order, void (*kernel)(P...),
-               A&&... arguments) {
+void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&&... arguments) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<std::decay_t<P>...> arguments;
@@ -121,22 +118,7 @@ void launch_as(bool cooperative, unsigned grid, unsigned block, Order order, voi
     const Call& c = *static_cast<const Call*>(context);
     std::apply(c.kernel, c.arguments);
   };
-  run(grid, block, order, cooperative, thread, &call);
-}
-
-// kernel<<<grid, block>>>(arguments...): blocks one after another, each to its end. Throws
-// std::runtime_error where CUDA would hang or leave the result undefined.
-template <class... P, class... A>
-void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&&... arguments) {
-  launch_as(false, grid, block, order, kernel, std::forward<A>(arguments)...);
-}
-
-// cudaLaunchCooperativeKernel: all blocks at once, each as far as it gets before the next one; in
-// reverse the last block starts. LYAPCUDA_GRID_SYNC waits for all of them.
-template <class... P, class... A>
-void launch_cooperative(unsigned grid, unsigned block, Order order, void (*kernel)(P...),
-                        A&&... arguments) {
-  launch_as(true, grid, block, order, kernel, std::forward<A>(arguments)...);
+  run(grid, block, order, thread, &call);
 }
 
 }  // namespace simt
@@ -145,7 +127,6 @@ void launch_cooperative(unsigned grid, unsigned block, Order order, void (*kerne
   static char name##_site;                                  \
   simt::Same<type>& name = *static_cast<simt::Same<type>*>( \
       ::simt::shared(&name##_site, sizeof(simt::Same<type>), alignof(simt::Same<type>)))
-#define LYAPCUDA_GRID_SYNC() ::simt::grid_barrier()
 
 inline void __syncthreads() { simt::barrier(); }
 

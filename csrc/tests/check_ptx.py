@@ -28,8 +28,6 @@ PRODUCTS = 13
 BUILT_WITH = ["-std=c++17", "-O3", "-fmad=false"]
 #: Of enum GramSide: rows of the tile, threads and blocks.
 SIDES = {"0": (32, 256, 3), "1": (128, 512, 1), "2": (64, 256, 2), "3": (256, 512, 1)}
-#: Bytes of the state vector (csrc/state.h).
-STATE = 18 * 8
 #: Bytes of an element.
 SIZE = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
@@ -84,14 +82,6 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
     if name == "project":
         rows = int(arguments[1])
         return Design(5 if rows == 32 else 3, tile(buffer, rows) + (rows + 1) // 2 * 2 * 8, 4)
-    if name == "lyapunov_step":
-        buffer, storage, realised = arguments
-        flat = SIZE[buffer] // SIZE[storage]
-        chunk = THREADS * 16 * flat  # bytes of d
-        sums = THREADS // 32 * (6 + (0 if realised == "true" else 4)) * 8
-        shared = 45056 // chunk * chunk + STATE + sums
-        # q twice (it may have to stay), g0, g1, θ; then θ.
-        return Design(4, shared, 2 * flat + 3 + (realised == "true"), flat + 1)
     return None
 
 
@@ -120,7 +110,7 @@ def design(name: str, arguments: list[str]) -> Design:
         return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
     if name == "recenter":
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
-        return Design(5, 0, flat + 1, flat + 1)
+        return Design(5, 0, 2 * flat + 1, 2 * flat + 1)  # q, p (taken back), θ
     if name in ("displace", "difference"):
         flat = SIZE[arguments[0]] // SIZE[arguments[1]]
         if name == "displace":

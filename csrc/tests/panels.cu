@@ -1,27 +1,22 @@
-// The other kernels on panels, and the one of a whole step, for the nvcc check (check_ptx.py).
+// The other kernels on panels, and those of a Hessian product, for the nvcc check (check_ptx.py).
 #include "../kernels/benettin.cuh"
 #include "../kernels/combine.cuh"
 #include "../kernels/difference.cuh"
 #include "../kernels/displace.cuh"
 #include "../kernels/gram.cuh"
-#include "../kernels/lyapunov_step.cuh"
 #include "../kernels/panel_recenter.cuh"
 #include "../kernels/project.cuh"
 
 namespace lyapcuda::kernels {
 
-#define LYAPCUDA_STORAGE(T, P)                                                                   \
-  template __global__ void panel_recenter<T, P>(                                                 \
-      const __grid_constant__ PanelRecenterSegments<P>,                                          \
-      const __grid_constant__ PanelRecenterArguments<T, P>);                                     \
-  template __global__ void displace<T, P>(const __grid_constant__ DisplaceSegments<P>,           \
-                                          const __grid_constant__ DisplaceArguments<T>);         \
-  template __global__ void difference<T, P>(const __grid_constant__ DifferenceSegments<P>,       \
-                                            const __grid_constant__ DifferenceArguments<T>);     \
-  template __global__ void lyapunov_step<T, P, false>(const __grid_constant__ StepSegments<P>,   \
-                                                      const __grid_constant__ StepArguments<T>); \
-  template __global__ void lyapunov_step<T, P, true>(const __grid_constant__ StepSegments<P>,    \
-                                                     const __grid_constant__ StepArguments<T>);
+#define LYAPCUDA_STORAGE(T, P)                                                             \
+  template __global__ void panel_recenter<T, P>(                                           \
+      const __grid_constant__ PanelRecenterSegments<P>,                                    \
+      const __grid_constant__ PanelRecenterArguments<T, P>);                               \
+  template __global__ void displace<T, P>(const __grid_constant__ DisplaceSegments<P>,     \
+                                          const __grid_constant__ DisplaceArguments<T>);   \
+  template __global__ void difference<T, P>(const __grid_constant__ DifferenceSegments<P>, \
+                                            const __grid_constant__ DifferenceArguments<T>);
 LYAPCUDA_STORAGE(float, float)
 LYAPCUDA_STORAGE(float, BFloat16)
 LYAPCUDA_STORAGE(float, Half)

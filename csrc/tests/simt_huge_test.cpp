@@ -2,7 +2,6 @@
 // touched elsewhere.
 #include <sys/mman.h>
 
-#include "../kernels/lyapunov_step.cuh"
 #include "../kernels/panel_ascent.cuh"
 #include "../kernels/panel_recenter.cuh"
 #include "simt_panel_support.h"
@@ -99,7 +98,6 @@ void panels_have_64_bits() {
     }
   }
   CHECK(right);
-  CHECK(kernels::step_capacity<float, float>(int64_t{1} << 30) == (int64_t{11} << 40));
 }
 
 }  // namespace

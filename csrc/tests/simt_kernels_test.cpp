@@ -36,38 +36,49 @@ void conversions() {
 
 // --- recenter -----------------------------------------------------------------------------------
 template <class T, class P>
-void recenter_case(const Layout& layout, bool committed) {
+void recenter_case(const Layout& layout, bool committed, bool heavy) {
   std::vector<double> state = some_state();
   state[k_committed] = committed ? 1.0 : 0.0;
   Walled<T> q(layout.total, 0, 0), previous(layout.total, layout.shift, 64);  // aligned unlike q
   randomise(q);
   randomise(previous);
+  Walled<T> p(layout.total, layout.shift, 0), p_previous(layout.total, 0, 64);
+  randomise(p);
+  randomise(p_previous);
   Tensors<P> theta(layout, true);
   const T scale = static_cast<T>(state[k_scale]);
   for (const unsigned grid : {1u, 3u, 7u}) {
     for (const Order order : kOrders) {
       Walled<T> now(layout.total, 0, 0);
       std::memcpy(now.data(), q.data(), layout.total * sizeof(T));
+      Walled<T> p_now(layout.total, layout.shift, 0);
+      std::memcpy(p_now.data(), p.data(), layout.total * sizeof(T));
       Tensors<P> theta1(layout, false);
       P* const* const lists[2] = {theta1.list(), theta.list()};
-      kernels::for_each_table(
-          lists, layout.sizes.data(), layout.offsets.data(), layout.count(),
-          [&](const auto& table) {
-            simt::launch(grid, kThreads, order, kernels::recenter<T, P>, table,
-                         kernels::RecenterArguments<T>{now.data(), previous.data(), state.data()});
-          });
+      kernels::for_each_table(lists, layout.sizes.data(), layout.offsets.data(), layout.count(),
+                              [&](const auto& table) {
+                                simt::launch(
+                                    grid, kThreads, order, kernels::recenter<T, P>, table,
+                                    kernels::RecenterArguments<T>{
+                                        now.data(), previous.data(), heavy ? p_now.data() : nullptr,
+                                        heavy ? p_previous.data() : nullptr, state.data()});
+                              });
       bool right = true;
       int64_t end = 0;
       for (int64_t s = 0; s < layout.count(); ++s) {
-        for (; end < layout.offsets[s]; ++end) right = right && now[end] == q[end];
+        for (; end < layout.offsets[s]; ++end) {
+          right = right && now[end] == q[end] && p_now[end] == p[end];
+        }
         for (int64_t i = 0; i < layout.sizes[s]; ++i, ++end) {
           const T kept = committed ? q[end] : previous[end];
+          right = right && p_now[end] == (committed || !heavy ? p[end] : p_previous[end]);
           const P out = stored_as<P>(value_of<T>(theta[s][i]) + kept * scale);
           right = right && now[end] == kept && std::memcmp(&theta1[s][i], &out, sizeof(P)) == 0;
         }
       }
       CHECK(right);
       CHECK(now.whole() && theta1.whole() && theta.whole() && previous.whole());
+      CHECK(p_now.whole() && p_previous.whole());
     }
   }
 }
@@ -87,7 +98,8 @@ void recenter_over_previous() {
   kernels::for_each_table(
       lists, layout.sizes.data(), layout.offsets.data(), layout.count(), [&](const auto& table) {
         simt::launch(3, kThreads, Order::kReverse, kernels::recenter<float, float>, table,
-                     kernels::RecenterArguments<float>{q.data(), previous.data(), state.data()});
+                     kernels::RecenterArguments<float>{q.data(), previous.data(), nullptr, nullptr,
+                                                       state.data()});
       });
   bool right = true;
   for (int64_t s = 0; s < layout.count(); ++s) {
@@ -164,8 +176,10 @@ void storage_cases() {
   for (const auto& sizes : size_lists()) {
     for (const int64_t shift : {0, 1}) {
       const Layout layout(sizes, shift);
-      recenter_case<T, P>(layout, true);
-      recenter_case<T, P>(layout, false);
+      for (const bool heavy : {false, true}) {
+        recenter_case<T, P>(layout, true, heavy);
+        recenter_case<T, P>(layout, false, heavy);
+      }
       descend_case<T, P, Momentum::kNone>(layout, 3.7, true);
       descend_case<T, P, Momentum::kHeavy>(layout, 3.7, true);
       descend_case<T, P, Momentum::kNesterov>(layout, 3.7, true);

@@ -7,13 +7,12 @@
 #include "check.h"
 
 namespace lyapcuda::test {
-void simt_grid_tests();
+void simt_tiles_tests();
 void simt_probe_tests();
 void simt_gram_tests();
 void simt_transform_tests();
 void simt_panel_ascent_tests();
 void simt_benettin_tests();
-void simt_step_tests();
 void simt_quasi_newton_tests();
 void simt_huge_tests();
 }  // namespace lyapcuda::test
@@ -25,17 +24,11 @@ int main(int count, char** arguments) {
     const char* name;
     void (*tests)();
   } families[] = {
-      {"emulator", simt_emulator_tests},
-      {"grid", simt_grid_tests},
-      {"ascent", simt_ascent_tests},
-      {"kernels", simt_kernel_tests},
-      {"probe", simt_probe_tests},
-      {"gram", simt_gram_tests},
-      {"transform", simt_transform_tests},
-      {"panel_ascent", simt_panel_ascent_tests},
-      {"benettin", simt_benettin_tests},
-      {"step", simt_step_tests},
-      {"quasi_newton", simt_quasi_newton_tests},
+      {"emulator", simt_emulator_tests},   {"tiles", simt_tiles_tests},
+      {"ascent", simt_ascent_tests},       {"kernels", simt_kernel_tests},
+      {"probe", simt_probe_tests},         {"gram", simt_gram_tests},
+      {"transform", simt_transform_tests}, {"panel_ascent", simt_panel_ascent_tests},
+      {"benettin", simt_benettin_tests},   {"quasi_newton", simt_quasi_newton_tests},
       {"huge", simt_huge_tests},
   };
   for (int i = 1 + without; i < count; ++i) {

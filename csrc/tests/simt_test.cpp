@@ -103,6 +103,12 @@ __global__ void two_shuffles() {
   }
 }
 
+__global__ void too_much_shared() {
+  LYAPCUDA_SHARED(char[30000], some);
+  LYAPCUDA_SHARED(char[20000], more);
+  some[0] = more[0];
+}
+
 template <class Kernel>
 std::string fault_of(Kernel* kernel, unsigned block, Order order) {
   try {
@@ -123,6 +129,7 @@ void misuse_is_an_error() {
     CHECK(says(fault_of(shuffle_for_some, 64, order), "not all lanes"));
     CHECK(says(fault_of(shuffle_of_half, 64, order), "part of a warp"));
     CHECK(says(fault_of(two_shuffles, 64, order), "two different shuffles"));
+    CHECK(says(fault_of(too_much_shared, 64, order), "48 KB"));
     CHECK(says(fault_of(shuffle_for_some, 33, order), "whole warps"));
     CHECK(says(fault_of(shuffle_for_some, 0, order), "no such launch"));
   }
@@ -266,20 +273,44 @@ void indices_have_64_bits() {
   });
 }
 
-void tables_take_64_tensors() {
-  std::vector<int64_t> sizes(150, 3), counts;
+void tables_take_so_many_tensors() {
+  constexpr int64_t kMost = kernels::kMaxSegments, kTensors = 2 * kMost + 22;
+  std::vector<int64_t> sizes(kTensors, 3), counts;
   sizes[7] = 0;
-  std::vector<float*> list(150, nullptr);
+  std::vector<float*> list(kTensors, nullptr);
   float* const* const lists[1] = {list.data()};
   const auto note = [&](const auto& table) { counts.push_back(table.count); };
-  kernels::for_each_table(lists, sizes.data(), nullptr, 150, note);
-  CHECK(counts == std::vector<int64_t>({64, 64, 21}));
+  kernels::for_each_table(lists, sizes.data(), nullptr, kTensors, note);
+  CHECK(counts == std::vector<int64_t>({kMost, kMost, 21}));
   counts.clear();
-  kernels::for_each_table(lists, sizes.data(), nullptr, 65, note);  // one of them is empty
-  CHECK(counts == std::vector<int64_t>({64}));
+  kernels::for_each_table(lists, sizes.data(), nullptr, kMost + 1, note);  // one of them is empty
+  CHECK(counts == std::vector<int64_t>({kMost}));
   counts.clear();
   kernels::for_each_table(lists, sizes.data(), nullptr, 0, note);
   CHECK(counts == std::vector<int64_t>({0}));
+}
+
+// Every chunk from every segment that it may be looked for from, in tables of all lengths.
+void chunks_are_found() {
+  std::vector<int64_t> sizes;
+  std::vector<float*> list(kernels::kMaxSegments, nullptr);
+  float* const* const lists[1] = {list.data()};
+  for (int count = 1; count <= kernels::kMaxSegments; count += count < 9 ? 1 : 13) {
+    sizes.assign(count, 0);
+    for (int s = 0; s < count; ++s) sizes[s] = s % 7 == 3 ? 5 : 1;
+    const auto find = [&](const kernels::Segments<float, 1>& table) {
+      bool right = table.count == count;
+      for (int s = 0; s < count; ++s) {
+        for (int64_t chunk = table.first_chunk[s]; chunk < table.first_chunk[s + 1]; ++chunk) {
+          for (int known = 0; known <= s; ++known) {
+            right = right && kernels::segment_of(table, chunk, known) == s;
+          }
+        }
+      }
+      CHECK(right);
+    };
+    kernels::for_each_table(lists, sizes.data(), nullptr, count, find, 1);
+  }
 }
 
 }  // namespace
@@ -289,7 +320,8 @@ void simt_emulator_tests() {
   misuse_is_an_error();
   seeded_faults_are_seen();
   indices_have_64_bits();
-  tables_take_64_tensors();
+  tables_take_so_many_tensors();
+  chunks_are_found();
 }
 
 }  // namespace lyapcuda::test
