@@ -5,9 +5,10 @@ of csrc/simt as `torch.ops.lyapcuda_simt`, whose tensors are on the CPU.
         ops.ascent_(...)
 
 `Mirror` does the converse where there is a GPU: ops called with CPU tensors run on copies of their
-memory on the device. So the same tests serve both. LYAPCUDA_TEST_LIBRARIES="cuda" (names with commas
-between) leaves the tests of the binding the libraries that it names. As a pytest plugin (``-p simt_library`` with
-``LYAPCUDA_TEST_LIBRARY=cuda``, this folder on PYTHONPATH) it runs any tests of the ops that way.
+memory on the device. So the same tests serve both, on the libraries that can be had or, where that
+is set, on those that LYAPCUDA_TEST_LIBRARIES names (with commas between). As a pytest plugin
+(``-p simt_library`` with ``LYAPCUDA_TEST_LIBRARY=cuda``, this folder on PYTHONPATH) it runs any
+tests of the ops that way.
 """
 
 from __future__ import annotations

@@ -126,7 +126,14 @@ class Check:
         """Runs it; True where nothing of it failed."""
         right, jobs = True, step.jobs
         if self.rehearse:  # beside other work
-            jobs = [replace(job, seconds=PATIENCE * job.seconds) for job in jobs]
+            jobs = [
+                replace(
+                    job,
+                    seconds=PATIENCE * job.seconds,
+                    environment={**job.environment, **stages.ONE_THREAD},
+                )
+                for job in jobs
+            ]
         for ended in run(jobs, step.at_once, end, lines, log):
             self._take(ended, lines)
             right = right and ended.outcome != "failed"

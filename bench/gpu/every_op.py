@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck python -m gpu.every_op PART      # parts: gpu.stages.PARTS
 
-Sizes around those of blocks and vectors, aligned and not; more tensors than one launch takes. A line
-says how many calls of a kind were made, so that a run that is cut off tells how far it came.
+Sizes around those of blocks and vectors, aligned and not; more tensors than one launch takes. A
+line says how many calls of a kind were made, so that a run that is cut off tells how far it came.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""k separations: a whole step against eager Gram-Schmidt, and the ops over panels against PyTorch."""
+"""k separations: a step against eager Gram-Schmidt, and the ops over panels against PyTorch."""
 
 from __future__ import annotations
 
@@ -87,9 +87,10 @@ def whole_step(bench: Bench, n: int, k: int) -> None:
 
 @dataclass(frozen=True)
 class PanelJob:
-    """What an op has to move (bytes) and to multiply (products of doubles, summed), and its forms."""
+    """What an op has to move and to multiply, and its forms."""
 
     bytes: float
+    #: Of doubles, summed.
     products: float
     ours: Call
     eager: Call

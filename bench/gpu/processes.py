@@ -1,7 +1,7 @@
 """Runs processes side by side, each within its time, and keeps what they print.
 
-Whatever one of them does (fails, crashes, hangs), the others go on. Their output goes to one log, line by
-line as it comes, each line behind the name of its process.
+Whatever one of them does (fails, crashes, hangs), the others go on. Their output goes to one log,
+line by line as it comes, each line behind the name of its process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Job:
     #: What running out of time means: "failed" (it may hang), "unfinished" (a check that found
     #: nothing wrong as far as it came), "enough" (what was measured is written).
     late: str = "failed"
-    #: Printed lines that mean a fault, where a process that runs out of time can't say so at its end.
+    #: Printed lines that mean a fault, also where it runs out of time before it can say so.
     fault: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     #: Why it isn't to be run; None: it is.

@@ -1,8 +1,8 @@
 """A pytest plugin: every failing test is a line at once, and how many passed every few seconds.
 
 With xdist the process that hands out the tests writes; a test that hung or crashed its worker is a
-failing one there. A worker whose device is lost (after an illegal access every call fails) ends, and xdist
-starts another: so one wrong kernel is one failure, not a hundred.
+failing one there. A worker whose device is lost (after an illegal access every call fails) ends,
+and xdist starts another: so one wrong kernel is one failure, not a hundred.
 """
 
 from __future__ import annotations

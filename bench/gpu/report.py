@@ -75,7 +75,7 @@ def _device(found: Sequence[Line]) -> list[str]:
 
 
 def _failures(kinds: dict[str, list[Line]]) -> list[str]:
-    """What is wrong, each with its output; that of a process only where no line of its own tells."""
+    """What is wrong, each with its output: that of a process where no line of its own tells."""
     text: list[str] = []
     told: set[str] = set()
     for line in kinds.get("op", []):

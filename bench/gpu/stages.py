@@ -37,6 +37,8 @@ BENCHES = {
 #: Parts of gpu/every_op.py: the sanitizers look at each in a process of its own.
 PARTS = ("one separation", "panels", "Krylov vectors")
 SANITIZER_FAULT = r"^========= (?!COMPUTE-SANITIZER|ERROR SUMMARY: 0|Warning|RACECHECK SUMMARY: 0)"
+#: On the CPU side, where many processes run side by side.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 #: Some of the binding's tests, for a rehearsal.
 FEW = "every_op_has or reruns or not_finite_leaves"
 
@@ -64,7 +66,10 @@ def stage_a(rehearse: bool) -> Iterator[Step]:
     """Is it right? (`about` comes before)"""
     tiny = ["--rehearse"] if rehearse else []
     yield Step(
-        [Job(f"ops: {group}", module("ops_like_cpu", group, *tiny), 20) for group in OP_GROUPS],
+        [
+            Job(f"ops: {group}", module("ops_like_cpu", group, *tiny), 20, environment=ONE_THREAD)
+            for group in OP_GROUPS
+        ],
         at_once=4,
     )
     files = [f"tests/test_cuda_binding{end}.py" for end in ("", "_panels", "_newton", "_again")]
@@ -108,7 +113,7 @@ def tests(
     if rehearse:
         command += ["-k", few]
     library = "simt copied" if rehearse else "cuda"
-    environment = {"LYAPCUDA_TEST_LIBRARIES": library, "OMP_NUM_THREADS": "1"}
+    environment = {"LYAPCUDA_TEST_LIBRARIES": library, **ONE_THREAD}
     # Nothing wrong as far as they came is no failure, but not the whole of it either.
     return Job(name, command, seconds, late="unfinished", environment=environment)
 
@@ -131,7 +136,7 @@ def sanitizer(name: str, seconds: float, rehearse: bool) -> list[Job]:
     # "lyapcuda" is in the mangled names of our kernels: torch's own stay out.
     front = [program, "--tool", name, "--error-exitcode", "9", "--kernel-regex", "kns=lyapcuda"]
     # Every tensor its own allocation: else an overrun stays within torch's block.
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **ONE_THREAD}
     for part in PARTS:
         command = module("every_op", part, *(["--rehearse"] if rehearse else []))
         missing = None

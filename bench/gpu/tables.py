@@ -130,8 +130,8 @@ TABLES = {
         "Training steps",
         ("step", "plain, ms", "tracked", "every=10", "vector work, ms", "of plain", "spread"),
         _training,
-        "Vector work: a tracked step without the plain one and without one gradient more. Spread: how "
-        "far the two rounds of one form lie apart at most.",
+        "Vector work: a tracked step without the plain one and without one gradient more. Spread: "
+        "how far the two rounds of one form lie apart at most.",
     ),
     "panel step": Table(
         "A step of k separations: ascent, orthonormalisation, re-centring",
