@@ -1,33 +1,17 @@
 #!/usr/bin/env bash
-# Everything there is to check and to measure on a machine with a GPU, in one command of at most nine
-# minutes: builds in place with CUDA against the torch of PYTHON (default python3; nothing is
-# installed or fetched), runs the tests and compute-sanitizer, then the benches.
+# Everything there is to check and to measure on a machine with one GPU, in three stages of at most
+# nine minutes together: A is it right, B how fast is it, C what the kernels wait for. Every line is in
+# FOLDER as soon as it is known: a run that is cut off has lost only what it was at.
 #
-#   bash bench/gpu_check.sh [--out FOLDER] [--seconds 540]
+#   bash bench/gpu_check.sh [--out FOLDER] [--stage A] [--stage B] [--stage C] [--no-build]
+#   bash bench/gpu_check.sh --rehearse FOLDER          # all of it in tiny sizes, without a GPU
+#   bash bench/gpu_check.sh --report FILE.jsonl ...    # the report anew, from the lines of runs
 #
-# Writes FOLDER/gpu_NAME.json and .md (default: bench/results). Exit status: 0, 1 when a check failed,
-# 2 without a GPU. `--rehearse FOLDER` walks through all of it in tiny sizes where there is no GPU.
+# Uses the torch of PYTHON (default python3) and the extension in lyapcuda/. Only where that has no
+# CUDA or doesn't import is one built (scripts/build_cuda.sh); with --no-build that is an error. Nothing is
+# installed or fetched. Writes gpu_NAME.jsonl, .log and .md, and from stage C _counters.csv, into FOLDER
+# (default: bench/results). Exit status: 0, 1 when a check failed or didn't end, 2 without a GPU.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-case " $* " in
-*" --rehearse"*) ;;
-*)
-  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "gpu_check: no GPU that $python's torch can use; --rehearse FOLDER needs none" >&2
-    exit 2
-  }
-  if [ -z "${CUDA_HOME:-}" ]; then
-    command -v nvcc >/dev/null || {
-      echo "gpu_check: no nvcc on PATH; set CUDA_HOME" >&2
-      exit 2
-    }
-    # What nvcc itself calls its home: the nvcc on PATH may be a wrapper elsewhere.
-    CUDA_HOME=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
-    CUDA_HOME=$(cd "$CUDA_HOME" && pwd)
-    export CUDA_HOME
-  fi
-  ;;
-esac
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" bench/gpu_report.py "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH="$root:$root/bench${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" -P -m gpu.check "$@"

@@ -5,8 +5,10 @@ of csrc/simt as `torch.ops.lyapcuda_simt`, whose tensors are on the CPU.
         ops.ascent_(...)
 
 `Mirror` does the converse where there is a GPU: ops called with CPU tensors run on copies of their
-memory on the device. So the same tests serve both. As a pytest plugin (``-p simt_library`` with
-``LYAPCUDA_TEST_LIBRARY=cuda``, this folder on PYTHONPATH) it runs any tests of the ops that way.
+memory on the device. So the same tests serve both, on the libraries that can be had or, where that
+is set, on those that LYAPCUDA_TEST_LIBRARIES names (with commas between). As a pytest plugin
+(``-p simt_library`` with ``LYAPCUDA_TEST_LIBRARY=cuda``, this folder on PYTHONPATH) it runs any
+tests of the ops that way.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from lyapcuda import ops
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("simt", "simt reverse", "cuda")
+#: The emulator as a GPU is reached, over copies of memory: a rehearsal of what tests do on one.
+COPIED = "simt copied"
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 #: Of the emulated device. A few, so that blocks take several chunks each.
@@ -174,7 +178,7 @@ class Mirror:
             storage = value.untyped_storage()
             if storage.data_ptr() not in storages:
                 here = torch.empty(0, dtype=torch.uint8).set_(storage)
-                storages[storage.data_ptr()] = here, here.to(self._device)
+                storages[storage.data_ptr()] = here, here.to(self._device, copy=True)
             base = storages[storage.data_ptr()][1].untyped_storage()
             moved = torch.empty(0, dtype=value.dtype, device=self._device)
             return moved.set_(base, value.storage_offset(), value.size(), value.stride())
@@ -203,11 +207,35 @@ def library(name: str) -> Any:
     """One of `LIBRARIES`, taking CPU tensors."""
     if name == "cuda":
         return Mirror(torch.ops.lyapcuda, "cuda")
+    if name == COPIED:
+        return Mirror(simt(), "cpu")
     return simt(reverse=name == "simt reverse")
 
 
-#: Those of `LIBRARIES` that can be had here.
-HERE = [name for name in LIBRARIES if not missing(name)]
+def chosen(variable: str) -> list[str] | None:
+    """The libraries that an environment variable names; None where it isn't set.
+
+    Raises:
+        ValueError: one that there isn't.
+        RuntimeError: one that can't be had here.
+    """
+    if variable not in os.environ:
+        return None
+    names = [name.strip() for name in os.environ[variable].split(",")]
+    for name in names:
+        if name not in (*LIBRARIES, COPIED):
+            known = ", ".join((*LIBRARIES, COPIED))
+            raise ValueError(f"{variable}: {name!r}: expected one of {known}")
+        if reason := missing(name):
+            raise RuntimeError(f"{variable}: {name}: {reason}")
+    return names
+
+
+#: Those that the tests of the binding run on: as LYAPCUDA_TEST_LIBRARIES names them, else those of
+#: `LIBRARIES` that can be had here.
+HERE = chosen("LYAPCUDA_TEST_LIBRARIES")
+if HERE is None:
+    HERE = [name for name in LIBRARIES if not missing(name)]
 
 
 @contextmanager
@@ -230,14 +258,8 @@ def cpu() -> AbstractContextManager[None]:
 
 
 def pytest_configure(config: Any) -> None:
-    name = os.environ.get("LYAPCUDA_TEST_LIBRARY")
-    if name is None:
-        return
-    if name not in LIBRARIES:
-        raise ValueError(f"LYAPCUDA_TEST_LIBRARY={name!r}: expected one of {', '.join(LIBRARIES)}")
-    if reason := missing(name):
-        raise RuntimeError(f"LYAPCUDA_TEST_LIBRARY={name}: {reason}")
-    ops._library = library(name)
+    for name in chosen("LYAPCUDA_TEST_LIBRARY") or ():
+        ops._library = library(name)
 
 
 if __name__ == "__main__":  # scripts/test.sh: compiling takes longer than a test may

@@ -223,9 +223,9 @@ def elsewhere(library):
     through._destroy()
 
 
-def small_calls(device):
+def small_calls(device, sizes=(5, 33)):
     """(arguments by name) of each op, on one device."""
-    case = make_case([5, 33], gap=2)
+    case = make_case(sizes, gap=2)
 
     def to(value):
         if isinstance(value, list):
@@ -263,7 +263,7 @@ def small_calls(device):
     calls["displace_"] |= where
     calls["difference_"] = {"out": case.d, "plus": case.g0, "minus": case.g1, "scale": step}
     calls["difference_"] |= {"v": case.q, **where}
-    panel = make_panel_case(2, [5, 33], gap=2)
+    panel = make_panel_case(2, sizes, gap=2)
     both = {"q": panel.q, "d": panel.d, "state": panel.state, "offsets": panel.offsets}
     moved = {"theta": panel.theta, "momentum": 0.9, "p": panel.p, "p_next": panel.p_next}
     calls["panel_ascent_"] = {"g0": panel.g0, "g1": panel.g1, **both, **moved}
@@ -278,8 +278,8 @@ def small_calls(device):
     calls["gram"] = {"a": panel.q, "b": panel.d, "gate": step}
     calls["combine_"] = {"panel": panel.q, "out": panel.d, "gate": step}
     calls["combine_"] |= {"matrix": square[:2, :2].contiguous()}
-    sizes = {"offsets": panel.offsets, "sizes": [t.numel() for t in panel.theta], "elements": 38}
-    calls["reseed_"] = {"panel": panel.q, "state": panel.state, "p": panel.p, **sizes}
+    whole = {"offsets": panel.offsets, "sizes": list(sizes), "elements": sum(sizes)}
+    calls["reseed_"] = {"panel": panel.q, "state": panel.state, "p": panel.p, **whole}
     calls["project_"] = {"w": panel.d[0], "v": panel.q, "coefficients": torch.ones(2, dtype=F64)}
     return {
         name: {key: to(value) for key, value in arguments.items()}

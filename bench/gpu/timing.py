@@ -1,67 +1,67 @@
-"""Timing on a GPU within a budget, for gpu_sections.py: events, warm-up, medians, caches kept cold.
+"""Timing on a GPU within a budget: events, warm-up, medians, caches kept cold.
 
-A rehearsal runs everything once on the CPU and makes the times up.
+A rehearsal runs everything on the CPU and makes the times up.
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from gpu.lines import Lines
+
+Call = Callable[[], object]
 #: Data of one measurement is at least this, in turns, so that no cache holds it (an H200: 60 MB).
 COLD = 512e6
+#: Clock cycles that the device waits before a queue of calls, so that the host gets ahead: about a
+#: millisecond.
+HEAD_START = 2_000_000
 
 
 class Bench:
-    """One section: its rows, what was left out, and how its table is written."""
+    """What the sections measure with, and where their rows go."""
 
-    def __init__(self, out: Path, seconds: float, rehearse: bool) -> None:
-        self.out, self.rehearse = out, rehearse
+    def __init__(self, lines: Lines, rehearse: bool) -> None:
+        self._lines, self.rehearse = lines, rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
-        self.end = time.monotonic() + seconds
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.lines: list[str] = []
         self._made_up = 1e-3
 
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
-
-    def save(self) -> None:
-        """Whatever happens next, what was measured is in the file."""
-        found = {"rows": self.rows, "notes": self.notes, "markdown": self.lines}
-        unfinished = self.out.with_suffix(".part")
-        unfinished.write_text(json.dumps(found, indent=1))
-        unfinished.replace(self.out)
-
-    def head(self, *columns: str) -> None:
-        """Starts a table."""
-        self.lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-
-    def row(self, cells: Sequence[str], **values: Any) -> None:
-        """A line of the table, and the same with all digits."""
-        self.rows.append(values)
-        self.lines.append("| " + " | ".join(cells) + " |")
-        print(self.lines[-1], flush=True)
-        self.save()
+    def row(self, table: str, **values: Any) -> None:
+        """A measurement, at once."""
+        self._lines.write("row", table=table, **values)
+        print(table, values, flush=True)
 
     def note(self, text: str) -> None:
-        self.notes.append(f"- {text}")
+        self._lines.write("note", text=text)
         print(text, flush=True)
-        self.save()
 
-    def free(self) -> float:
-        """Bytes of device memory to be had."""
+    def room(self, label: str, seconds: float, size: float) -> bool:
+        """Whether there are so many seconds and bytes of device memory left; a note where not."""
+        lacking = None
+        if self._lines.left() < seconds and not self.rehearse:
+            lacking = "time"
+        elif size > self._free():
+            lacking = "memory"
+        if lacking:
+            self.note(f"{label}: left out, no {lacking}")
+        return lacking is None
+
+    def most(self, part: float, least: float) -> float:
+        """A part of the seconds that are left."""
+        return max(least, part * min(self._lines.left(), 60.0))
+
+    def _free(self) -> float:
         return 1e8 if self.rehearse else float(torch.cuda.mem_get_info()[0])
 
     def release(self) -> None:
+        """Gives memory that is no longer used back to the device."""
+        gc.collect()
         if not self.rehearse:
             torch.cuda.empty_cache()
 
@@ -74,44 +74,38 @@ class Bench:
         backend = "aot_eager" if self.rehearse else "inductor"
         return torch.compile(function, dynamic=False, backend=backend)
 
-    def _fake(self) -> float:
-        self._made_up = 1e-3 + (self._made_up * 1.618) % 1e-3
-        return self._made_up
-
-    def seconds(
-        self, calls: Sequence[Callable[[], object]], most: float = 0.4, queue: int = 10
-    ) -> float:
+    def seconds(self, calls: Sequence[Call], most: float, queue: int) -> float:
         """Median seconds of a call on the device; the calls take turns, ``queue`` at a time.
 
-        Queued, the gaps between launches don't count unless launching is what takes the time. Calls
-        that take long are made fewer times: two queues, but at least ``most`` seconds of them.
+        Several of them wait for the device, so that the gaps between launches don't count unless
+        launching is what takes the time. A single one counts with its gaps, from its first launch
+        on. At least two queues are timed, unless they take ``most`` seconds more than planned.
         """
-        for call in calls[: 3 if queue > 1 else 1]:
-            call()
+        turns = itertools.cycle(calls)
+        for _ in range(3 if queue > 1 else 1):
+            next(turns)()
         if self.rehearse:
-            return self._fake()
+            self._made_up = 1e-3 + (self._made_up * 1.618) % 1e-3
+            return self._made_up
         torch.cuda.synchronize()
         times: list[float] = []
-        end, turn = time.monotonic() + most, 0
+        end = time.monotonic() + most
         while len(times) < 2 * queue or (time.monotonic() < end and len(times) < 2000):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(queue + 1)]
+            if queue > 1:
+                torch.cuda._sleep(HEAD_START)
             marks[0].record()
             for mark in marks[1:]:
-                calls[turn % len(calls)]()
-                turn += 1
+                next(turns)()
                 mark.record()
             torch.cuda.synchronize()
-            pairs = zip(marks[:-1], marks[1:], strict=True)
-            times += [a.elapsed_time(b) * 1e-3 for a, b in pairs]
+            times += [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks)]
             if time.monotonic() > end + most:  # slow ones: one queue does
                 break
         return statistics.median(times)
 
     def compare(
-        self,
-        forms: dict[str, Sequence[Callable[[], object]]],
-        most: float = 0.3,
-        queue: int = 10,
+        self, forms: Mapping[str, Sequence[Call]], most: float = 0.3, queue: int = 10
     ) -> tuple[dict[str, float], float]:
         """Median seconds of each form, in two rounds; and how far the rounds lie apart at most.
 
@@ -126,7 +120,7 @@ class Bench:
                 try:
                     rounds.setdefault(name, []).append(self.seconds(calls, most, queue))
                 except Exception as error:
-                    if "compiled" not in name and not isinstance(error, torch.OutOfMemoryError):
+                    if name != "compiled" and not isinstance(error, torch.OutOfMemoryError):
                         raise
                     failed.add(name)
                     rounds.pop(name, None)
@@ -134,7 +128,3 @@ class Bench:
                     self.release()
         spread = max((max(t) / min(t) - 1 for t in rounds.values()), default=0.0)
         return {name: statistics.median(t) for name, t in rounds.items()}, spread
-
-
-def gb(size: float, seconds: float) -> float:
-    return size / seconds / 1e9

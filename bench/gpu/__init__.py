@@ -1,0 +1,1 @@
+"""The checks and measurements of bench/gpu_check.sh, a module an idea."""
