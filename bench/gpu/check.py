@@ -72,7 +72,7 @@ class Check:
             lines.write("stage", outcome="left out", status=f"left out: {why}")
             print(f"B: left out: {why}", flush=True)
             if "A" not in wanted:
-                self.failed.append("B: left out")
+                self.failed.append(f"B: left out: {why}")
             return
         steps: Iterable[Step]
         if stage == "A":
@@ -182,7 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     if options.report:
         target = options.report[0].with_suffix(".md")
-        target.write_text(report.markdown(read(options.report)))
+        try:
+            text = report.markdown(read(options.report))
+        except (OSError, ValueError) as error:
+            sys.exit(f"gpu_check: --report: {error}")
+        target.write_text(text)
         print(target)
         return 0
     wanted = set(options.stage or stages.SECONDS)

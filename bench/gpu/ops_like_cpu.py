@@ -28,7 +28,7 @@ from ops_support import assert_same_bits  # noqa: E402
 from test_cuda_binding import small_calls  # noqa: E402
 
 #: Numbers of elements: about a vector, several blocks, more tensors than a launch takes.
-SIZES = ([5, 33], [70001, 33, 4097], [k % 41 for k in range(70)])
+SIZES = ([5, 33], [70001, 33, 4097], [k % 41 for k in range(simt_library.SEGMENTS + 6)])
 #: Fields of the state that make an op do its work.
 FIELDS = {
     "panel_recenter_": {"pending": 1.0},

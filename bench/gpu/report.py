@@ -41,7 +41,7 @@ def markdown(lines: Sequence[Line]) -> str:
         kinds.setdefault(line["kind"], []).append(line)
     rows = kinds.get("row", [])
     text = _title(run, ended) + _device(kinds.get("device", []))
-    text += _failures(kinds) + ["## Goals", "", *goals.table(rows), ""]
+    text += _failures(kinds) + ["## Goals", "", *goals.table(rows, run["rehearsal"]), ""]
     text += ["## How it ended", "", *_ends(kinds), ""]
     text += _ops(kinds.get("op", []))
     for name, table in TABLES.items():
