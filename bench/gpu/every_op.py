@@ -61,7 +61,9 @@ def one_separation(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
             count += 1
         for committed in (0.0, 1.0):
             state = state_with(case.state, committed=committed)
-            ops.recenter_(case.theta1, case.q, case.p, case.theta, case.offsets, state)
+            for beside in ({}, {"p": case.d, "p_previous": case.p_next}):
+                taken = (case.theta1, case.q, case.p, case.theta, case.offsets, state)
+                ops.recenter_(*taken, **beside)
         for kind in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
             beside = {"buffer": case.p, "offsets": case.offsets} if kind else {}
             state = state_with(case.state, accepted=1.0, h_ema=2.0)
@@ -74,7 +76,7 @@ def one_separation(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
         again = state_with(case.state, reseed=1.0)
         lengths = [tensor.numel() for tensor in case.theta]
         ops.reseed_(case.q, case.offsets, lengths, again, elements=sum(lengths), p=case.p)
-        yield count + 13, f"{buffer} beside {storage}, {len(sizes)} tensors, shift {shift}"
+        yield count + 15, f"{buffer} beside {storage}, {len(sizes)} tensors, shift {shift}"
 
 
 def panels(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Counted:
