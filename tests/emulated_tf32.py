@@ -63,9 +63,7 @@ class Rounding(TorchDispatchMode):
 
 
 @contextmanager
-def emulated(
-    to: Callable[[Tensor], Tensor] = rounded, *, known: bool = True
-) -> Iterator[Rounding]:
+def emulated(to: Callable[[Tensor], Tensor] = rounded, *, known: bool = True) -> Iterator[Rounding]:
     """Rounds within, and has the package take the CPU for a device with TF32 where ``known``.
 
     The flags are torch's: convolutions by default, matrix products where the user allows them.
