@@ -187,7 +187,7 @@ class Separation:
 
     def adapt(self, epsilon: float, smooth: bool) -> None:
         """Takes another Δq from the next q on: a larger one where the loss turned out to be
-        computed more coarsely than the parameters are stored (to ``epsilon``, under autocast), a
+        computed more coarsely than the parameters are stored (to ``epsilon``: autocast, TF32), a
         smaller one where it turned out to be ``smooth``.
         """
         size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)

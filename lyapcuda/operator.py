@@ -115,8 +115,8 @@ class HessianOperator:
         self._fixed = perturbation is not None
         #: Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
         self.kinked: bool | None = None
-        #: ε of the coarsest type that the loss is computed in, 16 bits under autocast; as far as
-        #: the graph shows it, and at least the parameters' own.
+        #: ε of the coarsest type that the loss is computed in, 16 bits under autocast, or TF32; as
+        #: far as the graph shows it, and at least the parameters' own.
         self.epsilon = self.layout.epsilon()
         self._warn_if_small(perturbation)
         self._closure = closure

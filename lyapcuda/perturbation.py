@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 
+import torch
+
 from lyapcuda.flat import FlatLayout
 from lyapcuda.precision import COARSE
 
@@ -14,6 +16,9 @@ __all__ = ["adapted_perturbation", "chosen_perturbation", "default_perturbation"
 # A tracker's Δq in ε^(1/3)·‖θ‖: at most; on smooth losses that over √N, but at least that over
 # N^(1/4) (below which, in very large nets, single parameters would hardly move).
 _MOST, _SMOOTH, _SMOOTH_LEAST = 0.25, 8.0, 0.15
+# Over √N, where the arithmetic is coarser than the parameters: a Δq in ε^(1/3)·‖θ‖ is large then,
+# and the rounding of single factors averages out.
+_COARSER = 2.0
 
 # Rounding errors of a difference fall as 1/Δq, its own error grows as Δq (forward) or Δq²
 # (central): Δq = c·ε^p·size balances them. The size that sets the scale of the third derivatives is
@@ -37,8 +42,8 @@ def default_perturbation(
     layout: FlatLayout, epsilon: float | None = None, smooth: bool = False
 ) -> float:
     """A tracker's Δq for gradients computed to ``epsilon`` (default: in the parameters' precision):
-    ε^(1/3)·max(‖θ‖, √N/100)/4; less for large nets, where the loss is known to be ``smooth`` and
-    ε isn't that of a 16-bit type.
+    ε^(1/3)·max(‖θ‖, √N/100)/4; less for large nets, where the loss is known to be ``smooth`` or
+    ``epsilon`` is coarser than the parameters; but never for 16-bit parameters.
 
     Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq,
     but of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is
@@ -46,13 +51,21 @@ def default_perturbation(
     that start at zero. Measured on small smooth nets in bench/perturbation.py. ‖θ‖ grows with every
     layer and unit, the distance over which the curvature changes doesn't: bench/tracking_scale.py
     measures nets of 0.7 to 11 million parameters, of which c·ε^(1/3)·‖θ‖/N^(1/4) suits all with
-    c = 0.1 to 0.2. Kinks (ReLU) want a larger Δq, so as not to count single ones.
+    c = 0.1 to 0.2. Under autocast or in TF32 it is 2·ε^(1/3)·‖θ‖/√N. Kinks (ReLU) want a larger
+    Δq, so as not to count single ones, whatever the arithmetic.
     """
+    stored, n = max(torch.finfo(group.dtype).eps for group in layout.groups), layout.numel
     epsilon = layout.epsilon() if epsilon is None else epsilon
-    factor, n = _MOST, layout.numel
-    if smooth and epsilon <= COARSE:
-        factor = min(factor, max(_SMOOTH / math.sqrt(n), _SMOOTH_LEAST / n**0.25))
-    return factor * epsilon ** (1.0 / 3.0) * _size(layout)
+    if stored > COARSE:  # at less, most elements would not move at all
+        factor = _MOST
+    elif epsilon > stored:
+        factor = min(_MOST, _COARSER / math.sqrt(n))
+    else:
+        factor = min(_MOST, max(_SMOOTH / math.sqrt(n), _SMOOTH_LEAST / n**0.25))
+    share = factor * epsilon ** (1.0 / 3.0)
+    if not smooth:
+        share = max(share, _MOST * stored ** (1.0 / 3.0))
+    return share * _size(layout)
 
 
 def separation_size(
@@ -99,7 +112,7 @@ def chosen_perturbation(
             f"{advised:.1g} where the loss has kinks (ReLU)"
             if epsilon is None
             else f"perturbation={perturbation:g} is small for a loss computed to {epsilon:.1g} "
-            f"(autocast): {advised:.1g} is advised",
+            f"(autocast, or TF32 on CUDA): {advised:.1g} is advised",
             stacklevel=stacklevel,
         )
     return perturbation

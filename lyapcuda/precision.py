@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from lyapcuda import tf32
+
 __all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon"]
 
-#: Types with a larger ε than this are 16-bit.
+#: A larger ε than this is that of a 16-bit type, or of TF32.
 COARSE = 1e-4
 # Functions whose derivative jumps.
 _KINKS = (
@@ -34,9 +36,11 @@ def graph_nodes(loss: Any) -> Iterator[Any]:
 def loss_epsilon(loss: Any) -> float:
     """Machine epsilon of the coarsest type that a loss was computed in; 0.0 where nothing shows.
 
-    Under autocast that is bfloat16 or float16 beside float32 parameters. Seen are the results of
-    the forward pass's functions and what compiled parts saved for the backward pass (before that
-    has freed it); not what a checkpointed part or a custom function did inside.
+    Under autocast that is bfloat16 or float16 beside float32 parameters; on CUDA it is TF32 where
+    products take it (`lyapcuda.tf32`). Seen are the results of the forward pass's functions and
+    what compiled parts saved for the backward pass (before that has freed it); not which 16-bit
+    types a checkpointed part or a custom function used inside. On CUDA what is hidden counts as
+    products, which take TF32 where it is allowed.
     """
     coarsest = 0.0
     for node in graph_nodes(loss):
@@ -47,7 +51,7 @@ def loss_epsilon(loss: Any) -> float:
             except RuntimeError:  # freed by a backward() of the closure's own
                 pass
         floats = (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-        coarsest = max((coarsest, *floats))
+        coarsest = max((coarsest, tf32.node_epsilon(node), *floats))
     return coarsest
 
 

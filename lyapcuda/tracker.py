@@ -52,8 +52,8 @@ class CurvatureTracker(TrackerState):
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
             (`lyapcuda.perturbation.default_perturbation`), from the second step on from what
-            autograd's graph shows of the loss, the precision (autocast) and that it has no kinks
-            (as ReLU has); the paper's is 5e-2.
+            autograd's graph shows of the loss, the precision (autocast, TF32) and that it has no
+            kinks (as ReLU has); the paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
+from emulated_tf32 import emulated
 from nets import build, exact_eigenvalues
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -24,12 +25,15 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 @dataclass
 class Problem:
-    """A model, its closure, and what is exact: eigenvalues (ascending) and gradient in float64."""
+    """A model, its closure, and what is exact: eigenvalues (ascending) and gradient in float64;
+    ``during``: a context for both passes.
+    """
 
     model: nn.Module
     closure: Callable[[], Tensor]
     eigenvalues: Tensor
     gradient: Tensor
+    during: Callable[[], AbstractContextManager] = nullcontext
 
 
 class Attention(nn.Module):
@@ -54,6 +58,9 @@ class WrittenOut(Attention):
         return self.out(y.transpose(1, 2).flatten(2)).mean(1)
 
 
+ATTENTION = {"attention": Attention, "written_out": WrittenOut}
+
+
 def problem(
     name: str = "gelu_mlp",
     *,
@@ -62,21 +69,23 @@ def problem(
     forward: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model,
     whole: Callable[[Callable], Callable] = lambda loss: loss,
     memory_format: torch.memory_format = torch.contiguous_format,
+    during: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Problem:
     """Cross-entropy of a small net on random data.
 
     Args:
-        name: "attention", or of `nets.NAMES`.
+        name: of `ATTENTION`, or of `nets.NAMES`.
         dtype: of parameters and inputs.
         around: a context that the closure computes the loss in.
         forward: makes of the model what the closure calls.
         whole: makes of the loss's function what the closure calls.
         memory_format: of parameters and inputs.
+        during: a context that everything is to be computed in, the backward pass as well.
     """
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        if name == "attention":
-            model, x = Attention(), torch.randn(24, 5, 8)
+        if name in ATTENTION:
+            model, x = ATTENTION[name](), torch.randn(24, 5, 8)
         else:
             model, x = build(name)
         y = torch.randint(0, 4, (len(x),))
@@ -101,7 +110,7 @@ def problem(
         with around():
             return call()
 
-    return Problem(model, closure, eigenvalues, torch.cat([g.flatten() for g in gradients]))
+    return Problem(model, closure, eigenvalues, torch.cat([g.flatten() for g in gradients]), during)
 
 
 def autocast(dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
@@ -133,6 +142,18 @@ def autocast_inside(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+@contextmanager
+def tf32(known: bool = True) -> Iterator[None]:
+    """All products in TF32, emulated; ``known`` to the package."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with emulated(known=known):
+            yield
+    finally:
+        matmul.fp32_precision = before
+
+
 CHANNELS_LAST = torch.channels_last
 
 #: Types: test_precision.py.
@@ -145,6 +166,9 @@ PRECISIONS: dict[str, Callable[[], Problem]] = {
     "bfloat16 autocast, channels_last": lambda: problem(
         "conv", around=autocast(BF16), memory_format=CHANNELS_LAST
     ),
+    "TF32": lambda: problem(during=tf32),
+    "TF32, attention": lambda: problem("written_out", during=tf32),
+    "TF32 in convolutions": lambda: problem("conv", during=emulated),
     "bfloat16 parameters": lambda: problem(dtype=BF16),
     "float16 parameters": lambda: problem(dtype=F16),
 }
@@ -194,6 +218,9 @@ TOLERANCES = {
     "float64": (5e-6, 1e-9, 2e-4, 2.5e-2, 1e-13, 1e-3),
     "float16 autocast": (5e-3, 1e-2, 2.5e-2, 5e-2, 2e-3, 5e-3),
     "float16 parameters": (5e-3, 1e-2, 2.5e-2, 5e-2, 5e-3, 5e-3),
+    "TF32": (5e-3, 1e-2, 2.5e-2, 5e-2, 2e-3, 5e-3),
+    "TF32, attention": (5e-3, 1e-2, 2.5e-2, 5e-2, 2e-3, 5e-3),
+    "TF32 in convolutions": (5e-3, 1e-2, 2.5e-2, 5e-2, 2e-3, 5e-3),
     "bfloat16 parameters": (2e-2, 4e-2, 8e-2, 8e-2, 3e-2, 3e-2),
     # hN = −0.39·h0 is off by 0.12·h0.
     "bfloat16 autocast, attention": (3e-2, 3e-2, 2.5e-1, 1e-1, 1e-2, 2e-2),
@@ -239,9 +266,10 @@ def measured(case: Problem, method: str, steps: int = 60) -> tuple[Tensor, Tenso
 def errors(case: Problem, method: str) -> tuple[float, bool]:
     """(the largest error relative to h0, whether every interval holds an exact eigenvalue)."""
     h0 = float(case.eigenvalues[-1])
-    if method in ("LyapunovSGD", "its step"):
-        return step_errors(case)[method], True
-    values, intervals = measured(case, method)
+    with case.during():
+        if method in ("LyapunovSGD", "its step"):
+            return step_errors(case)[method], True
+        values, intervals = measured(case, method)
     low, high = intervals[:, :1], intervals[:, 1:]
     inside = ((case.eigenvalues >= low) & (case.eigenvalues <= high)).any(1)
     return float((values - exact(case, method)).abs().max()) / h0, bool(inside.all())

@@ -56,11 +56,11 @@ void with_buffer_and_storage(ScalarType buffer, ScalarType storage, F&& f) {
 
 #ifdef __CUDACC__
 
-static_assert(kInsufficientDriver == cudaErrorInsufficientDriver);
-static_assert(kCallRequiresNewerDriver == cudaErrorCallRequiresNewerDriver);
-static_assert(kInvalidDeviceFunction == cudaErrorInvalidDeviceFunction);
-static_assert(kNoKernelImageForDevice == cudaErrorNoKernelImageForDevice);
-static_assert(kUnsupportedPtxVersion == cudaErrorUnsupportedPtxVersion);
+static_assert(kInsufficientDriver == int{cudaErrorInsufficientDriver});
+static_assert(kCallRequiresNewerDriver == int{cudaErrorCallRequiresNewerDriver});
+static_assert(kInvalidDeviceFunction == int{cudaErrorInvalidDeviceFunction});
+static_assert(kNoKernelImageForDevice == int{cudaErrorNoKernelImageForDevice});
+static_assert(kUnsupportedPtxVersion == int{cudaErrorUnsupportedPtxVersion});
 
 // Of the current device; {0, 0} where the driver doesn't tell.
 inline Gpu current_gpu() {
