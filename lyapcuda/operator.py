@@ -20,7 +20,8 @@ from lyapcuda.flat import FlatGroup, FlatLayout
 from lyapcuda.parameters import Parameters, select_by_name
 from lyapcuda.perturbation import separation_size
 from lyapcuda.precision import COARSE, has_kinks, loss_epsilon
-from lyapcuda.surroundings import RandomStates, modules_of
+from lyapcuda.random_states import RandomStates
+from lyapcuda.surroundings import modules_of
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator"]
 
