@@ -116,8 +116,10 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
-def _appeared(parameters: Sequence[Tensor]) -> bool:
-    return any(p.grad is not None for p in parameters)
+def _gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
+    """What is in ``.grad``; None where there is nothing in any of them."""
+    found = [parameter.grad for parameter in parameters]
+    return found if any(gradient is not None for gradient in found) else None
 
 
 def evaluate(
@@ -131,7 +133,8 @@ def evaluate(
     with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
-        if not _appeared(parameters):
+        appeared = _gradients_of(parameters)
+        if appeared is None:
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
@@ -139,17 +142,18 @@ def evaluate(
                     "torch.inference_mode)?"
                 )
             loss.backward()
-            if not _appeared(parameters):
+            appeared = _gradients_of(parameters)
+            if appeared is None:
                 raise ValueError(
                     "closure: its loss gives none of the tracked parameters a gradient: were they "
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients = list(locals_of([parameter.grad for parameter in parameters]))
-    for name, gradient in zip(names, gradients, strict=True):
+    gradients = locals_of(appeared)
+    for i, gradient in enumerate(gradients):
         if gradient is not None and gradient.layout is not torch.strided:
             raise TypeError(
-                f"closure: the gradient of {name} has layout {gradient.layout}; only dense "
+                f"closure: the gradient of {names[i]} has layout {gradient.layout}; only dense "
                 "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
             )
     value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
@@ -187,7 +191,9 @@ def _check_same(
 def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients in the memory of other tensors like them, as far as there are any."""
     moved = [None if g is None else c for c, g in zip(to, gradients, strict=True)]
-    there, held = [c for c in moved if c is not None], [g for g in gradients if g is not None]
+    there, held = moved, gradients
+    if any(g is None for g in gradients):
+        there, held = ([t for t in some if t is not None] for some in (moved, gradients))
     torch._foreach_copy_(there, held)  # as torch.optim does
     return moved
 

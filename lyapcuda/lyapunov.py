@@ -203,7 +203,7 @@ class Separation:
                 group.offsets,
                 state_on(self.state, group.device),
             )
-        return [copy.tensors]
+        return [list(copy.tensors)]
 
     def withdraw(self) -> None:
         """After `place`, when no gradients came of it: q is whole again and stays as it is."""

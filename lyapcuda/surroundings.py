@@ -43,6 +43,11 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def _has(modules: Sequence[nn.Module], kind: type) -> bool:
+    """Whether one of them may be of a kind; there are few types among many modules."""
+    return any(issubclass(t, kind) for t in set(map(type, modules)))
+
+
 def _value_of(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
@@ -60,15 +65,14 @@ class Loose(nn.Module):
 
 def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
     """The modules' other parameters that a backward() may give a gradient."""
-    others: dict[int, Tensor] = {}
+    tracked, others = set(map(id, parameters)), {}
+    # Where nothing stands before it the dictionary itself: parameters() walks it in Python.
+    walked = {t for t in set(map(type, modules)) if t.parameters is not nn.Module.parameters}
     for module in modules:
-        # The dictionary where nothing stands before it: parameters() walks it in Python.
-        plain = type(module).parameters is nn.Module.parameters
-        for p in module._parameters.values() if plain else module.parameters(recurse=False):
-            if p is not None:
+        own = module._parameters.values()
+        for p in module.parameters(recurse=False) if type(module) in walked else own:
+            if id(p) not in tracked and p is not None:
                 others[id(p)] = p
-    for parameter in parameters:
-        others.pop(id(parameter), None)
     return [p for p in others.values() if p.requires_grad]
 
 
@@ -85,11 +89,12 @@ class _Buffers:
         self._names: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         tensors: dict[int, Tensor] = {}
         for module in modules:
-            names = dict(module._buffers.items())
-            if names:
-                tensors.update((id(b), b) for b in names.values() if b is not None)
-            if not isinstance(module, torch.jit.ScriptModule):  # its buffers can't be replaced
-                self._names.append((module, names))
+            names = dict(module._buffers.items()) if module._buffers else {}
+            tensors.update((id(b), b) for b in names.values() if b is not None)
+            self._names.append((module, names))
+        if _has(modules, torch.jit.ScriptModule):  # whose buffers can't be replaced
+            replaced = [n for n in self._names if not isinstance(n[0], torch.jit.ScriptModule)]
+            self._names = replaced
         # Buffers, other tensors over their memory, and the values: by dtype and device, which
         # copies then share a launch.
         self._alike: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
@@ -137,10 +142,11 @@ class Surroundings:
                 "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
             )
         # DDP may have gradients lie in its buckets, which the next evaluation writes.
-        buckets = any(
+        buckets = _has(modules, DistributedDataParallel) and any(
             isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
         )
-        self._gradients = [(p, p.grad, _value_of(p.grad) if buckets else None) for p in parameters]
+        self._parameters, self._gradients = parameters, [p.grad for p in parameters]
+        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
@@ -161,7 +167,8 @@ class Surroundings:
 
     @deferred()
     def restore_gradients(self) -> None:
-        for parameter, gradient, value in self._gradients:
+        for gradient, value in zip(self._gradients, self._values, strict=bool(self._values)):
             if value is not None:
                 gradient.data.copy_(value)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
