@@ -116,10 +116,8 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
-def _gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
-    """What is in ``.grad``; None where there is nothing in any of them."""
-    found = [parameter.grad for parameter in parameters]
-    return found if any(gradient is not None for gradient in found) else None
+def _none_appeared(parameters: Sequence[Tensor]) -> bool:
+    return all(parameter.grad is None for parameter in parameters)
 
 
 def evaluate(
@@ -133,8 +131,7 @@ def evaluate(
     with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
-        appeared = _gradients_of(parameters)
-        if appeared is None:
+        if _none_appeared(parameters):
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
@@ -142,14 +139,13 @@ def evaluate(
                     "torch.inference_mode)?"
                 )
             loss.backward()
-            appeared = _gradients_of(parameters)
-            if appeared is None:
+            if _none_appeared(parameters):
                 raise ValueError(
                     "closure: its loss gives none of the tracked parameters a gradient: were they "
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients = locals_of(appeared)
+    gradients = locals_of([parameter.grad for parameter in parameters])
     for i, gradient in enumerate(gradients):
         if gradient is not None and gradient.layout is not torch.strided:
             raise TypeError(

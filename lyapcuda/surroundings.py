@@ -153,7 +153,7 @@ class Surroundings:
             for p in untracked(parameters, modules)
         ]
         self._buffers = _Buffers(modules)
-        self._random = RandomStates((p.device for p in parameters), generators)
+        self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
 
     @deferred()
     def restore(self) -> None:
