@@ -1,6 +1,7 @@
 """What tracking costs beside a training step.
 
     python bench/tracking_cost.py [--models mlp lenet1 resnet18] [--rounds N] [--threads 2]
+    python bench/tracking_cost.py --host NAME [--rounds N]    # see HOST below
 
 Training steps (zero_grad, backward, SGD) plain and tracked in every mode, in blocks (of ten steps;
 for ResNet-18, whose step takes seconds, of one, and without the modes that don't measure at every
@@ -30,6 +31,20 @@ from ops import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 TENTH = 0.1
+
+HOST = """What a tracked step costs the host.
+
+    python bench/tracking_cost.py --host NAME [--rounds N]
+
+The time of `tracker.step(closure)` on one thread, less that of its closures: the nets' tensors have
+4 or 16 elements, so that neither gradients nor vectors take long, and what is left is work for each
+tensor. "gpt2" has GPT-2's 148 tensors, "resnet18" ResNet-18's 62 and its 60 buffers, which the
+closure writes. The gradients come from one function over all parameters. In every round a block of
+ten tracked steps follows one of ten times k + 1 plain evaluations (gradients cleared, forward,
+backward). Reported are the medians over the rounds of both and of their differences, with
+quartiles, in the process's CPU time a step. tracking_cost_host.json keeps the runs of other names,
+which are other states of the code.
+"""
 
 Step = Callable[[], object]
 
@@ -152,8 +167,101 @@ def cost(rounds: int, names: list[str]) -> list[str]:
     return [line for name in BATCHES if name in runs for line in cost_table(name, runs[name])]
 
 
+# --- the host's part -----------------------------------------------------------------------------
+
+
+class Cheap(torch.autograd.Function):
+    """A loss of many tensors whose gradients, half of each, take next to no time."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_ones(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return torch._foreach_mul(ctx.saved_tensors, 0.5)
+
+
+def small_gpt2() -> nn.Module:
+    """As many modules and tensors as GPT-2 has, of width 4."""
+
+    def half() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    layers = [nn.Sequential(half(), half()) for _ in range(12)]
+    return nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), *layers, nn.LayerNorm(4))
+
+
+def small_resnet18() -> nn.Module:
+    """As many modules, tensors and buffers as ResNet-18 has, of width 4."""
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)) for _ in range(20)]
+    return nn.Sequential(*layers, nn.Linear(4, 4))
+
+
+HOST_MODELS = {"gpt2": small_gpt2, "resnet18": small_resnet18}
+HOST_KS = (1, 5, 14)
+HOST_BLOCK = 10  # steps
+
+
+def host_seconds(model: nn.Module, k: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a tracked step and of its closures, a number a round."""
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    tracker = lyapcuda.CurvatureTracker(model.named_parameters(), k=k)
+
+    def closure() -> Tensor:
+        if buffers:
+            torch._foreach_add_(buffers, 1)
+        return Cheap.apply(*parameters)
+
+    def closures() -> None:
+        for _ in range(k + 1):
+            for parameter in parameters:
+                parameter.grad = None
+            closure().backward()
+
+    def tracked() -> None:
+        tracker.step(closure)
+
+    time_of(tracked, HOST_BLOCK), time_of(closures, HOST_BLOCK)
+    found: dict[str, list[float]] = {"closures": [], "tracked": []}
+    for _ in range(rounds):
+        found["closures"].append(time_of(closures, HOST_BLOCK) / HOST_BLOCK)
+        found["tracked"].append(time_of(tracked, HOST_BLOCK) / HOST_BLOCK)
+    if float((tracker.h - 0.5).abs().max()) > 1e-3:
+        raise RuntimeError(f"h = {tracker.h}, but the Hessian is half the identity")
+    return found
+
+
+def host_cost(name: str, rounds: int) -> list[str]:
+    """Measures under a name; returns the table of all names."""
+    path = RESULTS / "tracking_cost_host.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    runs[name] = {"machine": f"{cpu_name()}, torch {torch.__version__}", "milliseconds": {}}
+    for model, make in HOST_MODELS.items():
+        for k in HOST_KS:
+            torch.manual_seed(0)
+            seconds = host_seconds(make(), k, rounds)
+            runs[name]["milliseconds"][f"{model}, k = {k}"] = {
+                part: [round(1e3 * t, 4) for t in times] for part, times in seconds.items()
+            }
+    path.write_text(json.dumps(runs, indent=1))
+    lines = ["| tensors | run | tracked step | its closures | beyond them | quartiles |"]
+    lines.append("|---" * 6 + "|")
+    for case in runs[name]["milliseconds"]:
+        for run, kept in runs.items():
+            tracked, closures = (kept["milliseconds"][case][p] for p in ("tracked", "closures"))
+            beyond = [a - b for a, b in zip(tracked, closures, strict=True)]
+            low, middle, high = statistics.quantiles(beyond, n=4)
+            times = [statistics.median(tracked), statistics.median(closures), middle]
+            row = " | ".join(f"{t:.2f} ms" for t in times)
+            lines.append(f"| {case} | {run} | {row} | {low:.2f}–{high:.2f} |")
+    machines = [f"{run}: {kept['machine']}, {rounds} rounds." for run, kept in runs.items()]
+    return [*lines, "", *machines, ""]
+
+
 def report(name: str, title: str, about: str, lines: list[str]) -> None:
-    """Writes results/NAME.md: the title, what a script's docstring says, the machine, the lines."""
+    """Writes results/NAME.md: the title, what it is about, the machine, the lines."""
     machine = f"Machine: {cpu_name()}, torch {torch.__version__}."
     text = [f"# {title}", "", about.split("\n\n", 2)[2].strip(), "", machine, "", *lines]
     (RESULTS / f"{name}.md").write_text("\n".join(text))
@@ -165,7 +273,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--models", nargs="+", default=["mlp", "lenet1"], choices=BATCHES)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--host", metavar="NAME", help="measure the host's part, under a name")
     arguments = parser.parse_args()
+    if arguments.host:
+        torch.set_num_threads(1)
+        lines = host_cost(arguments.host, arguments.rounds)
+        report("tracking_cost_host", "What a tracked step costs the host", HOST, lines)
+        return
     torch.set_num_threads(arguments.threads)
     lines = cost(arguments.rounds, arguments.models)
     report("tracking_cost", "What tracking costs", __doc__, lines)

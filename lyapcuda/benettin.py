@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops, panel_ops
+from lyapcuda.copies import Copies, Copy
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
@@ -80,6 +81,7 @@ class Benettin:
         }
         self._fields = panel_ops.panel_fields(k)
         self._groups = [_GroupPanel(group, k, momentum) for group in layout.groups]
+        self._copies = Copies(layout)
         self._perturbation = perturbation
         size = chosen_perturbation(layout, perturbation)
         self._randomise(seed, size)
@@ -123,9 +125,9 @@ class Benettin:
 
     # --- a step ----------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def place(self) -> list[list[Tensor]]:
         """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
-        copies: list[dict[int, Tensor]] = [{} for _ in range(self.k)]  # by position
         for part in self._groups:
             part.group.check()
         for part in self._groups:
@@ -142,10 +144,11 @@ class Benettin:
             if part.p is not None:
                 transform, pending = self._field("transform", state), self._field("pending", state)
                 panel_ops.combine_(part.p, part.p_next, transform, gate=pending)
-            for copy, row in zip(copies, part.copies, strict=True):
-                copy.update(zip(group.positions, group.views(row), strict=True))
         self.withdraw()
-        return [[copy[i] for i in range(len(copy))] for copy in copies]
+        return [list(self._copy(j).tensors) for j in range(self.k)]
+
+    def _copy(self, j: int) -> Copy:
+        return self._copies.of([part.copies[j] for part in self._groups])
 
     def withdraw(self) -> None:
         """The separations stay as they are until the next `advance`."""
@@ -160,17 +163,18 @@ class Benettin:
         blocks = 2 + self._options["realised"] + bool(self._options["momentum"])
         return (blocks * self.k) ** 2
 
+    @torch.no_grad()
     def measure(self, found: Gradients) -> Tensor:
         """Steps all copies along their gradients, to every d_j; returns the Gram matrix over this
         rank's elements.
         """
+        for j, gradients in enumerate(found.copies):
+            if any(gradient is None for gradient in gradients):
+                views = zip(gradients, self._copy(j).tensors, strict=True)
+                torch._foreach_zero_([view for gradient, view in views if gradient is None])
         total = None
         for part in self._groups:
             group = part.group
-            for row, copy in zip(part.copies, found.copies, strict=True):
-                for i, view in zip(group.positions, group.views(row), strict=True):
-                    if copy[i] is None:
-                        view.zero_()
             moved: dict[str, Any] = {}
             if self._options["realised"]:
                 moved["theta"] = group.segments(group.tensors)
@@ -179,7 +183,7 @@ class Benettin:
             gram = panel_ops.panel_ascent_(
                 part.d,
                 part.q,
-                group.segments([found.g0[i] for i in group.positions]),
+                group.segments(group.own(found.g0)),
                 part.copies,
                 group.offsets,
                 state_on(self.state, group.device),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda.interrupts import allowed, deferred
-from lyapcuda.shards import in_place, is_sharded, local, reset
+from lyapcuda.shards import any_sharded, in_place, locals_of, reset
 from lyapcuda.surroundings import Surroundings
 
 __all__ = [
@@ -61,35 +61,48 @@ def at_a_copy() -> bool:
 
 
 @contextmanager
+def pointing(
+    parameters: Sequence[Tensor], modules: Sequence[nn.Module] = ()
+) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """Gives a function that has the parameters hold the copies it is called with, until it is
+    called again or the end; θ itself is not written, but where it is sharded.
+
+    A Ctrl-C waits for the end, or for `allowed`.
+    """
+    with deferred():
+        token = _displaced.set(True)
+        try:
+            with (in_place if any_sharded(parameters) else _pointing)(parameters, modules) as hold:
+                yield hold
+        finally:
+            _displaced.reset(token)
+
+
+@contextmanager
+def _pointing(
+    parameters: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    originals = [p.data for p in parameters]
+
+    def hold(copies: Sequence[Tensor]) -> None:
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data = copy
+
+    try:
+        yield hold
+    finally:
+        hold(originals)
+
+
+@contextmanager
 def pointing_to(
     parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
     """Has the parameters hold ``copies``; θ itself is not written, but where it is sharded."""
-    with deferred(), _pointing_to(parameters, copies, modules), allowed():
-        yield
-
-
-@contextmanager
-def _pointing_to(
-    parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module]
-) -> Iterator[None]:
-    token = _displaced.set(True)
-    if any(is_sharded(p) for p in parameters):
-        try:
-            with in_place(parameters, copies, modules):
-                yield
-        finally:
-            _displaced.reset(token)
-        return
-    originals = [p.data for p in parameters]
-    try:
-        for parameter, copy in zip(parameters, copies, strict=True):
-            parameter.data = copy
-        yield
-    finally:
-        _displaced.reset(token)
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = original
+    with pointing(parameters, modules) as hold:
+        hold(copies)
+        with allowed():
+            yield
 
 
 def check_loss(loss: Any) -> None:
@@ -103,8 +116,8 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
-def _appeared(parameters: Sequence[Tensor]) -> bool:
-    return any(p.grad is not None for p in parameters)
+def _none_appeared(parameters: Sequence[Tensor]) -> bool:
+    return all(parameter.grad is None for parameter in parameters)
 
 
 def evaluate(
@@ -118,7 +131,7 @@ def evaluate(
     with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
-        if not _appeared(parameters):
+        if _none_appeared(parameters):
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
@@ -126,23 +139,19 @@ def evaluate(
                     "torch.inference_mode)?"
                 )
             loss.backward()
-            if not _appeared(parameters):
+            if _none_appeared(parameters):
                 raise ValueError(
                     "closure: its loss gives none of the tracked parameters a gradient: were they "
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients: list[Tensor | None] = []
-    for name, parameter in zip(names, parameters, strict=True):
-        gradient = parameter.grad
-        if gradient is not None:
-            gradient = local(gradient)
-            if gradient.layout is not torch.strided:
-                raise TypeError(
-                    f"closure: the gradient of {name} has layout {gradient.layout}; only dense "
-                    "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
-                )
-        gradients.append(gradient)
+    gradients = locals_of([parameter.grad for parameter in parameters])
+    for i, gradient in enumerate(gradients):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise TypeError(
+                f"closure: the gradient of {names[i]} has layout {gradient.layout}; only dense "
+                "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
+            )
     value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
     return value.reshape(()), gradients
 
@@ -177,9 +186,12 @@ def _check_same(
 @torch.no_grad()
 def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients in the memory of other tensors like them, as far as there are any."""
-    there = [c for c, g in zip(to, gradients, strict=True) if g is not None]
-    torch._foreach_copy_(there, [g for g in gradients if g is not None])  # as torch.optim does
-    return [c if g is not None else None for c, g in zip(to, gradients, strict=True)]
+    moved = [None if g is None else c for c, g in zip(to, gradients, strict=True)]
+    there, held = moved, gradients
+    if any(g is None for g in gradients):
+        there, held = ([t for t in some if t is not None] for some in (moved, gradients))
+    torch._foreach_copy_(there, held)  # as torch.optim does
+    return moved
 
 
 def gradients(
@@ -215,16 +227,17 @@ def gradients(
     found, losses = [], []
     try:
         # θ last: that evaluation leaves what training expects.
-        for copy in copies:
-            with pointing_to(parameters, copy, modules):
+        with pointing(parameters, modules) if copies else nullcontext() as hold:
+            for copy in copies:
+                hold(copy)
                 loss, there = evaluate(closure, parameters, names)
-            # θ + q is no longer needed, so its gradient takes its place. By reference it wouldn't
-            # be safe: storage may be used again (DDP's buckets, a closure that writes .grad), and
-            # memory would hold one gradient more for every copy.
-            found.append(_moved(there, copy))
-            del there
-            losses.append(loss)
-            before.restore()
+                # θ + q is no longer needed, so its gradient takes its place. By reference it
+                # wouldn't be safe: storage may be used again (DDP's buckets, a closure that writes
+                # .grad), and memory would hold one gradient more for every copy.
+                found.append(_moved(there, copy))
+                del there
+                losses.append(loss)
+                before.restore()
         if check:  # the last two of all, so that a closure that alternates is found too
             loss, once = evaluate(closure, parameters, names)
             once = [g if g is None else g.detach().clone() for g in once]

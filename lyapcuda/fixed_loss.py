@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lyapcuda.batches import Batches
 from lyapcuda.evaluate import Closure, check_loss, evaluate, pointing_to
-from lyapcuda.surroundings import RandomStates, Surroundings
+from lyapcuda.random_states import RandomStates
+from lyapcuda.surroundings import Surroundings
 
 __all__ = ["Kept", "Point", "gradients_at", "second_derivative"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lyapcuda.distributed import Ranks
 from lyapcuda.parameters import BUFFER_DTYPES, Parameters, collect
-from lyapcuda.shards import is_sharded, local, shard_of, whole
+from lyapcuda.shards import any_sharded, local, locals_of, shard_of, whole
 
 __all__ = [
     "ALIGNMENT",
@@ -85,6 +86,17 @@ class FlatGroup:
         ]
         self._shapes = [t.shape for t in held]
         self.sizes = [t.numel() for t in held]
+        count = len(held)
+        self._dtypes, self._devices = [self.dtype] * count, [self.device] * count
+        alike = [
+            torch.empty_strided(shape, strides, device="meta")
+            for shape, strides in zip(self._shapes, self.strides, strict=True)
+        ]
+        self._contiguous = [t.is_contiguous() for t in alike]
+        self._standard = [
+            torch.empty_like(t, memory_format=torch.contiguous_format).stride() == t.stride()
+            for t in alike
+        ]
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -141,46 +153,59 @@ class FlatGroup:
                 full = flat.new_empty(tensor.shape).normal_(generator=generator)
                 view.copy_(shard_of(full, tensor))
 
+    def own(self, tensors: Sequence[Any]) -> list[Any]:
+        """This group's among things in the order of `FlatLayout.parameters`."""
+        return [tensors[i] for i in self.positions]
+
     def segments(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Tensors shaped like the parameters, as contiguous memory in segment order.
 
         Dense ones of the right strides are read where they lie; others are copied, and None (no
-        gradient) becomes zeros.
+        gradient) becomes zeros. Detached, where gradients are being recorded.
         """
         return self.segments_at(range(len(tensors)), tensors)
 
     def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The same for tensors like some of the parameters, those at ``indices``."""
-        return [self._segment(i, tensor) for i, tensor in zip(indices, tensors, strict=True)]
+        recording, found = torch.is_grad_enabled(), []
+        dtype, strides, contiguous = self.dtype, self.strides, self._contiguous
+        for i, tensor in zip(indices, locals_of(tensors), strict=True):
+            if tensor is None or tensor.dtype is not dtype or tensor.stride() != strides[i]:
+                tensor, lies = self._matching(i, tensor)
+            else:
+                lies = contiguous[i]
+            if recording and tensor.requires_grad:
+                tensor = tensor.detach()
+            found.append(tensor if lies else tensor.as_strided((self.sizes[i],), (1,)))
+        return found
 
-    def _segment(self, i: int, tensor: Tensor | None) -> Tensor:
-        strides = self.strides[i]
+    def _matching(self, i: int, tensor: Tensor | None) -> tuple[Tensor, bool]:
+        """What has the memory of segment i, and whether it is contiguous as a tensor."""
         if tensor is None:
-            return torch.zeros(self.sizes[i], dtype=self.dtype, device=self.device)
-        tensor = local(tensor).detach()
-        if tensor.dtype != self.dtype or tensor.stride() != strides:
-            if tensor.dtype == self.dtype and tensor.is_contiguous() and _is_standard(self, i):
-                return tensor
-            matching = torch.empty_strided(
-                self._shapes[i], strides, dtype=self.dtype, device=self.device
-            )
-            tensor = matching.copy_(tensor)
-        return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+            return torch.zeros(self.sizes[i], dtype=self.dtype, device=self.device), True
+        if tensor.dtype == self.dtype and self._standard[i] and tensor.is_contiguous():
+            return tensor, True  # strides of dimensions of size 1 are of no account
+        matching = torch.empty_strided(
+            self._shapes[i], self.strides[i], dtype=self.dtype, device=self.device
+        )
+        return matching.copy_(tensor.detach()), self._contiguous[i]
 
     def check(self) -> None:
         """Raises ValueError when a parameter isn't what it was: moved, cast or reshaped."""
-        for name, tensor, shape in zip(self.names, self.tensors, self._shapes, strict=True):
-            tensor = local(tensor)
+        held = locals_of(self.tensors)
+        if (
+            [t.shape for t in held] == self._shapes
+            and [t.dtype for t in held] == self._dtypes
+            and [t.device for t in held] == self._devices
+        ):
+            return
+        for name, tensor, shape in zip(self.names, held, self._shapes, strict=True):
             now = (tensor.shape, tensor.dtype, tensor.device)
             if now != (shape, self.dtype, self.device):
                 raise ValueError(
                     f"params: {name} is now {tuple(now[0])} {now[1]} on {now[2]}, but was "
                     f"{tuple(shape)} {self.dtype} on {self.device}: make a new tracker"
                 )
-
-
-def _is_standard(group: FlatGroup, i: int) -> bool:
-    return torch.empty(group._shapes[i], device="meta").stride() == group.strides[i]
 
 
 class FlatLayout:
@@ -251,7 +276,7 @@ class FlatLayout:
     @property
     def sharded(self) -> bool:
         """Whether the buffers hold shards of the parameters, a part of them on every rank."""
-        return any(is_sharded(p.tensor) for p in self.parameters)
+        return any_sharded([p.tensor for p in self.parameters])
 
     def reduce(self, part: Tensor) -> Tensor:
         """Sums over all elements from sums over this rank's: float64, the same bits on all ranks.
@@ -271,6 +296,15 @@ class FlatLayout:
         ``rows``: the segment of a panel, with one more dimension in front.
         """
         return whole(part, self.parameters[position].tensor, rows=rows)
+
+    def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Views of one flat buffer a group, in the user's order: shaped and strided like the
+        parameters, of DTensors like this rank's part.
+        """
+        found: dict[int, Tensor] = {}  # by position
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            found.update(zip(group.positions, group.views(buffer), strict=True))
+        return [found[i] for i in range(len(found))]
 
     def unpack(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Views of one flat buffer or panel a group, in the user's order: shaped like the

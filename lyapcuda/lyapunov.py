@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C, ops
+from lyapcuda.copies import Copies
 from lyapcuda.distributed import Ranks
 from lyapcuda.evaluate import Gradients
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
@@ -115,23 +117,11 @@ class _GroupSeparation:
         self._rounded = group.new_buffer(group.dtype) if group.rounds else None
         self.p = group.new_buffer() if momentum else None
         self.p_spare = group.new_buffer() if momentum else None
-        # Of the buffer at an address: made once, since that takes longer than most of a step.
-        self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def views(self) -> tuple[list[Tensor], list[Tensor]]:
-        """θ + q as tensors shaped like the parameters, and as the ops take them."""
-        buffer = self.spare if self._rounded is None else self._rounded
-        found = self._views.get(buffer.data_ptr())
-        if found is None:
-            views = self.group.views(buffer)
-            found = self._views[buffer.data_ptr()] = (views, self.group.segments(views))
-        return found
-
-    def segments(self, copy: Sequence[Tensor | None]) -> list[Tensor]:
-        """As of `FlatGroup.segments`, of what usually are the views that `place` gave out."""
-        views, segments = self.views()
-        same = all(a is b for a, b in zip(copy, views, strict=True))
-        return segments if same else self.group.segments(copy)
+    @property
+    def copy(self) -> Tensor:
+        """The buffer that θ + q lies in."""
+        return self.spare if self._rounded is None else self._rounded
 
     def turn(self) -> None:
         """What the step wrote becomes q and p; what they were stays until the next `place`, for a
@@ -139,9 +129,6 @@ class _GroupSeparation:
         """
         self.q, self.spare = self.spare, self.q
         self.p, self.p_spare = self.p_spare, self.p
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}  # of other memory, in a copy
 
 
 class Separation:
@@ -177,6 +164,7 @@ class Separation:
             "ema": ema,
         }
         self._groups = [_GroupSeparation(group, momentum) for group in layout.groups]
+        self._copies = Copies(layout)
         # β = 0 until the first gradients set it, except where the paper or the user says.
         start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
         self._needs_secant = start == 0.0
@@ -209,13 +197,14 @@ class Separation:
     #: Numbers that `measure` returns.
     sums = len(ops.SUM_FIELDS)
 
+    @torch.no_grad()
     def place(self) -> list[list[Tensor]]:
         """Writes θ + q; returns the one copy, in the order of `FlatLayout.parameters`."""
-        copies: dict[int, Tensor] = {}  # by position
+        copy = self._copies.of([part.copy for part in self._groups])
         for part in self._groups:
             part.group.check()
-        for part in self._groups:
-            group, (views, segments) = part.group, part.views()
+        for part, segments in zip(self._groups, copy.segments, strict=True):
+            group = part.group
             ops.recenter_(
                 segments,
                 part.q,
@@ -226,8 +215,7 @@ class Separation:
                 p=part.p,
                 p_previous=part.p_spare,
             )
-            copies.update(zip(group.positions, views, strict=True))
-        return [[copies[i] for i in range(len(copies))]]
+        return [list(copy.tensors)]
 
     def withdraw(self) -> None:
         """After `place`, when no gradients came of it: q and p are whole and stay as they are."""
@@ -261,8 +249,8 @@ class Separation:
             group, state = part.group, state_on(self.state, part.group.device)
             scratch = part.q.new_empty(min(_PIECE, part.q.numel()))
             lists = [
-                group.segments([found.g0[i] for i in group.positions]),
-                group.segments([found.copies[0][i] for i in group.positions]),
+                group.segments(group.own(found.g0)),
+                group.segments(group.own(found.copies[0])),
                 group.segments(group.tensors),
             ]
             for offset, *tensors in zip(group.offsets, *lists, strict=True):
@@ -282,12 +270,16 @@ class Separation:
                     ).to(total.device)
         return total
 
+    @torch.no_grad()
     def measure(self, found: Gradients) -> Tensor:
         """Steps both copies along their gradients: writes the next q and p beside the present ones;
         returns the sums over this rank's elements.
         """
         total = None
-        for part in self._groups:
+        copy = self._copies.of([part.copy for part in self._groups])
+        # What usually are the tensors that `place` gave out.
+        same = all(map(operator.is_, found.copies[0], copy.tensors))
+        for part, segments in zip(self._groups, copy.segments, strict=True):
             group = part.group
             moved: dict[str, Any] = {}
             if group.rounds:
@@ -297,8 +289,8 @@ class Separation:
             sums = ops.ascent_(
                 part.spare,
                 part.q,
-                group.segments([found.g0[i] for i in group.positions]),
-                part.segments([found.copies[0][i] for i in group.positions]),
+                group.segments(group.own(found.g0)),
+                segments if same else group.segments(group.own(found.copies[0])),
                 group.offsets,
                 state_on(self.state, group.device),
                 sign=self._options["sign"],

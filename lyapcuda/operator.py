@@ -20,7 +20,8 @@ from lyapcuda.flat import FlatGroup, FlatLayout
 from lyapcuda.parameters import Parameters, select_by_name
 from lyapcuda.perturbation import separation_size
 from lyapcuda.precision import COARSE, has_kinks, loss_epsilon
-from lyapcuda.surroundings import RandomStates, modules_of
+from lyapcuda.random_states import RandomStates
+from lyapcuda.surroundings import modules_of
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator"]
 
@@ -255,7 +256,7 @@ class HessianOperator:
         if central:
             others = [part.minus_copies for part in self._buffers]
             sums = sums - self._displace(others, vectors, -step) * self._first
-            minus = self._ordered([part.minus for part in self._buffers])
+            minus = self.layout.views([part.minus for part in self._buffers])
         # Divided by what was realised along v; 0 for v = 0.
         moved = sums[0] * length
         scale = torch.where(sums[1] > 0, sums[1] / moved, 0.0)
@@ -265,8 +266,8 @@ class HessianOperator:
                 decay = group.weight_decay
                 ops.difference_(
                     y,
-                    group.segments([plus[i] for i in group.positions]),
-                    group.segments([minus[i] for i in group.positions]),
+                    group.segments(group.own(plus)),
+                    group.segments(group.own(minus)),
                     group.offsets,
                     scale.to(y.device),
                     weight_decay=decay / length if decay else 0.0,
@@ -275,16 +276,16 @@ class HessianOperator:
 
         if self._batches is None:
             # The last gradient is taken where it lies.
-            plus = self._ordered(copies)
+            plus = self.layout.views(copies)
             if central:
                 points = [(plus, plus), (minus, lambda found: divided(plus, found))]
             else:
                 points = [(plus, lambda found: divided(found, minus))]
         else:
-            plus = self._ordered(out)
-            points = [(self._ordered(copies), plus)]
+            plus = self.layout.views(out)
+            points = [(self.layout.views(copies), plus)]
             if central:
-                points.append((self._ordered(others), minus))
+                points.append((self.layout.views(others), minus))
         losses = gradients_at(self._closure, self._parameters, points, **self._context)
         if self._batches is not None:
             divided(plus, minus)
@@ -299,7 +300,7 @@ class HessianOperator:
         if not self._buffers:
             central, streams = self.difference == "central", self._batches is not None
             self._buffers = [_GroupBuffers(g, central, streams) for g in self.layout.groups]
-            self._origin = self._ordered([part.minus for part in self._buffers])
+            self._origin = self.layout.views([part.minus for part in self._buffers])
         buffers = [part.minus for part in self._buffers]
         versions = [p._version for p in self._parameters]
         if versions == self._versions:
@@ -380,22 +381,15 @@ class HessianOperator:
             total += sums.to(total.device)
         return total
 
-    def _ordered(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Views of one flat buffer a group, in the order of the parameters."""
-        views: dict[int, Tensor] = {}  # by position
-        for group, buffer in zip(self.layout.groups, buffers, strict=True):
-            views.update(zip(group.positions, group.views(buffer), strict=True))
-        return [views[i] for i in range(len(views))]
-
     def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor], length: float) -> Tensor:
         pieces = [
-            v.to(p.dtype) for v, p in zip(self._ordered(vectors), self._parameters, strict=True)
+            v.to(p.dtype) for v, p in zip(self.layout.views(vectors), self._parameters, strict=True)
         ]
         loss = second_derivative(
             self._closure,
             self._parameters,
             pieces,
-            self._ordered(out),
+            self.layout.views(out),
             kept=self._kept,
             **self._context,
         )

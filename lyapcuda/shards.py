@@ -7,7 +7,7 @@ shown up, and then it is there already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "any_sharded",
     "compute_epsilon",
     "fsdp_modules",
     "in_place",
     "is_sharded",
     "local",
+    "locals_of",
     "reset",
     "reshard",
     "shard_of",
@@ -33,12 +35,25 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether there is a DTensor among them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, detached: all of a plain one. The same memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():  # with grad mode on, to_local() is an op of autograd, ten times as slow
         return tensor.to_local().detach()
+
+
+def locals_of(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """`local` of each; the sequence itself where all are plain."""
+    if not any_sharded(tensors):
+        return tensors
+    return [tensor if tensor is None else local(tensor) for tensor in tensors]
 
 
 def _placements(like: Tensor, rows: bool) -> list[Any]:
@@ -112,27 +127,28 @@ def reset(modules: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def in_place(
-    parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module]
-) -> Iterator[None]:
-    """Has DTensor parameters hold ``copies`` for a while.
+    parameters: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """Gives a function that has DTensor parameters hold what it is called with, for a while.
 
     FSDP2 keeps references to its shards, so pointing a parameter elsewhere wouldn't reach what it
     gathers: the shards are written, and θ is put back from a copy, bitwise.
     """
     shards = [local(p).data for p in parameters]  # .data: no graph's saved tensors are at stake
     kept = [shard.clone() for shard in shards]
-    try:
+
+    def hold(copies: Sequence[Tensor]) -> None:
         for shard, copy in zip(shards, copies, strict=True):
             shard.copy_(copy)
         reshard(modules)
-        yield
+
+    try:
+        yield hold
     except BaseException:
         reset(modules)
         raise
     finally:
-        for shard, value in zip(shards, kept, strict=True):
-            shard.copy_(value)
-        reshard(modules)
+        hold(kept)
 
 
 def compute_epsilon(modules: Sequence[nn.Module]) -> float:

@@ -7,18 +7,17 @@ of parameters that aren't tracked.
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.interrupts import deferred
-from lyapcuda.shards import is_sharded, reshard
+from lyapcuda.random_states import RandomStates
+from lyapcuda.shards import any_sharded, reshard
 
-__all__ = ["Loose", "RandomStates", "Surroundings", "capturing", "modules_of", "untracked"]
+__all__ = ["Loose", "Surroundings", "capturing", "modules_of", "untracked"]
 
 
 def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
@@ -32,7 +31,7 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     # type(), not isinstance(): some objects answer the latter by importing half a library.
     candidates = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
     candidates = [m for m in candidates if "_modules" in m.__dict__]
-    if any(is_sharded(p) for p in parameters):
+    if any_sharded(parameters):
         reshard(candidates)  # after a forward pass alone, FSDP2 has other parameters in place
     for candidate in candidates:
         if any(id(p) in tracked for p in candidate.parameters()):
@@ -40,38 +39,17 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
-def _value_of(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+#: Classes of tensors that are nothing but their memory.
+_PLAIN = (Tensor, nn.Parameter)
 
 
-class RandomStates:
-    """The global random states of Python, NumPy and torch, as they are now.
+def _has(modules: Sequence[nn.Module], kind: type) -> bool:
+    """Whether one of them may be of a kind; there are few types among many modules."""
+    return any(issubclass(t, kind) for t in set(map(type, modules)))
 
-    Args:
-        devices: whose states are kept besides the CPU's.
-        generators: of the user's own, kept as well.
-    """
 
-    def __init__(
-        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()
-    ) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._devices = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in set(devices)
-            if device.type not in ("cpu", "meta")
-        }
-        self._generators = [(generator, generator.get_state()) for generator in generators]
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        for generator, state in self._generators:
-            generator.set_state(state)
+def _value_of(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
 
 
 class Loose(nn.Module):
@@ -85,24 +63,68 @@ class Loose(nn.Module):
         return iter(self._loose)
 
 
-def _own_parameters(module: nn.Module) -> Iterable[Tensor | None]:
-    # The dictionary where nothing stands before it: parameters() walks it in Python.
-    if type(module).parameters is nn.Module.parameters:
-        return module._parameters.values()
-    return module.parameters(recurse=False)
-
-
 def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
     """The modules' other parameters that a backward() may give a gradient."""
-    others = {id(p): p for m in modules for p in _own_parameters(m) if p is not None}
-    for parameter in parameters:
-        others.pop(id(parameter), None)
+    tracked, others = set(map(id, parameters)), {}
+    # Where nothing stands before it the dictionary itself: parameters() walks it in Python.
+    walked = {t for t in set(map(type, modules)) if t.parameters is not nn.Module.parameters}
+    for module in modules:
+        own = module._parameters.values()
+        for p in module.parameters(recurse=False) if type(module) in walked else own:
+            if id(p) not in tracked and p is not None:
+                others[id(p)] = p
     return [p for p in others.values() if p.requires_grad]
 
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class _Buffers:
+    """The buffers of modules, as they are now: which there are, where they lie, their values."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
+        self._names: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        tensors: dict[int, Tensor] = {}
+        for module in modules:
+            names = dict(module._buffers.items()) if module._buffers else {}
+            tensors.update((id(b), b) for b in names.values() if b is not None)
+            self._names.append((module, names))
+        if _has(modules, torch.jit.ScriptModule):  # whose buffers can't be replaced
+            replaced = [n for n in self._names if not isinstance(n[0], torch.jit.ScriptModule)]
+            self._names = replaced
+        # Buffers, other tensors over their memory, and the values: by dtype and device, which
+        # copies then share a launch.
+        self._alike: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        self._apart: list[tuple[Tensor, Tensor]] = []
+        for buffer in tensors.values():
+            if type(buffer) not in _PLAIN or buffer.layout is not torch.strided:
+                self._apart.append((buffer, buffer.detach().clone()))
+                continue
+            buffers, places, values = self._alike.setdefault(
+                (buffer.dtype, buffer.device), ([], [], [])
+            )
+            place = buffer.data
+            buffers.append(buffer), places.append(place), values.append(place.clone())
+
+    def restore(self) -> None:
+        # .data: a graph the user still holds may have saved a buffer, and finds it unchanged.
+        for buffers, places, values in self._alike.values():
+            for buffer, place in zip(buffers, places, strict=True):
+                buffer.data = place  # it may have been pointed elsewhere, or resized
+            torch._foreach_copy_(places, values)
+        for buffer, value in self._apart:
+            if buffer.shape == value.shape:
+                buffer.data.copy_(value)
+            else:
+                buffer.data = value.clone()
+        for module, names in self._names:
+            now = module._buffers
+            if names or now:
+                now.clear()
+                now.update(names)
 
 
 class Surroundings:
@@ -120,41 +142,24 @@ class Surroundings:
                 "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
             )
         # DDP may have gradients lie in its buckets, which the next evaluation writes.
-        buckets = any(
+        buckets = _has(modules, DistributedDataParallel) and any(
             isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
         )
-        self._gradients = [(p, p.grad, _value_of(p.grad) if buckets else None) for p in parameters]
+        self._parameters, self._gradients = parameters, [p.grad for p in parameters]
+        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
             for p in untracked(parameters, modules)
         ]
-        # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
-        self._buffers = [
-            (module, {name: (b, _value_of(b)) for name, b in module._buffers.items()})
-            for module in modules
-        ]
-        self._random = RandomStates((p.device for p in parameters), generators)
+        self._buffers = _Buffers(modules)
+        self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
 
     @deferred()
     def restore(self) -> None:
         """Everything but the tracked parameters' own gradients, bitwise."""
         self._random.restore()
-        for module, buffers in self._buffers:
-            if not buffers and not module._buffers:
-                continue
-            for buffer, value in buffers.values():
-                if buffer is None:
-                    continue
-                # .data: a graph the user still holds may have saved this buffer, and finds it
-                # unchanged.
-                if buffer.shape == value.shape:
-                    buffer.data.copy_(value)
-                else:
-                    buffer.data = value.clone()
-            if not isinstance(module, torch.jit.ScriptModule):  # its buffers can't be replaced
-                module._buffers.clear()
-                module._buffers.update((name, buffer) for name, (buffer, _) in buffers.items())
+        self._buffers.restore()
         for parameter, gradient, value in self._other_gradients:
             if gradient is not None:
                 gradient.data.copy_(value)
@@ -162,7 +167,8 @@ class Surroundings:
 
     @deferred()
     def restore_gradients(self) -> None:
-        for parameter, gradient, value in self._gradients:
+        for gradient, value in zip(self._gradients, self._values, strict=bool(self._values)):
             if value is not None:
                 gradient.data.copy_(value)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
