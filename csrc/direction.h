@@ -47,6 +47,9 @@ inline void check_parameters(const std::vector<Tensor>& theta, const std::vector
                     " is not float32, float64, bfloat16 or float16");
     STD_TORCH_CHECK(dtype == theta[0].scalar_type(), "theta[", i, "]: dtype ", dtype_name(dtype),
                     " differs from theta[0]'s ", dtype_name(theta[0].scalar_type()));
+    STD_TORCH_CHECK(gradient[i].scalar_type() == dtype, "gradient[", i, "]: dtype ",
+                    dtype_name(gradient[i].scalar_type()), " differs from theta's ",
+                    dtype_name(dtype));
   }
 }
 

@@ -160,43 +160,48 @@ inline void check_step_options(int64_t sign, int64_t estimate, double momentum, 
   STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
 }
 
-// A list of tensors that lie at `offsets` of a flat buffer, or of every row of a panel.
+// A list of tensors that lie at `offsets` of a flat buffer, or of every row of a panel. (Each
+// question to a tensor is a call through the stable ABI: none is asked twice.)
 inline void check_segments(const std::vector<Tensor>& list, const char* name,
                            const std::vector<int64_t>& offsets, const Tensor& flat,
                            const Device& device) {
   const int64_t length = flat.size(flat.dim() - 1);
   STD_TORCH_CHECK(list.size() == offsets.size(), name, ": ", list.size(),
                   " tensors, but offsets has ", offsets.size(), " entries");
+  if (list.empty()) return;
+  const ScalarType first = list[0].scalar_type(), buffer = flat.scalar_type();
+  int64_t end = 0;  // of the segment before
   for (size_t i = 0; i < list.size(); ++i) {
-    const ScalarType dtype = list[i].scalar_type();
+    const ScalarType dtype = i == 0 ? first : list[i].scalar_type();
     STD_TORCH_CHECK(is_on(list[i], device) && list[i].is_contiguous(), name, "[", i,
                     "]: expected a contiguous ", tensor_on(device));
-    STD_TORCH_CHECK(is_storage_dtype(dtype, flat.scalar_type()), name, "[", i, "]: dtype ",
-                    dtype_name(dtype), " can't go with a ", dtype_name(flat.scalar_type()),
-                    " buffer");
-    STD_TORCH_CHECK(dtype == list[0].scalar_type(), name, "[", i, "]: dtype ", dtype_name(dtype),
-                    " differs from ", name, "[0]'s ", dtype_name(list[0].scalar_type()));
+    STD_TORCH_CHECK(is_storage_dtype(dtype, buffer), name, "[", i, "]: dtype ", dtype_name(dtype),
+                    " can't go with a ", dtype_name(buffer), " buffer");
+    STD_TORCH_CHECK(dtype == first, name, "[", i, "]: dtype ", dtype_name(dtype), " differs from ",
+                    name, "[0]'s ", dtype_name(first));
     const int64_t numel = list[i].numel();
     // In order and apart: two threads would write what two segments share.
-    STD_TORCH_CHECK(i == 0 || offsets[i] >= offsets[i - 1] + list[i - 1].numel(), "offsets[", i,
-                    "]: ", offsets[i], " lies inside or before the segment of ", name, "[", i - 1,
-                    "]");
+    STD_TORCH_CHECK(i == 0 || offsets[i] >= end, "offsets[", i, "]: ", offsets[i],
+                    " lies inside or before the segment of ", name, "[", i - 1, "]");
     STD_TORCH_CHECK(offsets[i] >= 0 && numel <= length && offsets[i] <= length - numel, "offsets[",
                     i, "]: ", offsets[i], " + ", numel, " elements of ", name,
                     " don't fit a buffer of ", length);
+    end = offsets[i] + numel;
   }
 }
 
+// Of two lists of which each is of one dtype, as check_segments sees to.
 inline void check_like(const std::vector<Tensor>& list, const char* name,
                        const std::vector<Tensor>& like, const char* like_name) {
   STD_TORCH_CHECK(list.size() == like.size(), name, ": ", list.size(), " tensors, but ", like_name,
                   " has ", like.size());
+  if (list.empty()) return;
+  const ScalarType dtype = list[0].scalar_type(), wanted = like[0].scalar_type();
+  STD_TORCH_CHECK(dtype == wanted, name, "[0]: dtype ", dtype_name(dtype), " differs from ",
+                  like_name, "'s ", dtype_name(wanted));
   for (size_t i = 0; i < list.size(); ++i) {
     STD_TORCH_CHECK(list[i].numel() == like[i].numel(), name, "[", i, "]: ", list[i].numel(),
                     " elements, but ", like_name, "[", i, "] has ", like[i].numel());
-    STD_TORCH_CHECK(list[i].scalar_type() == like[i].scalar_type(), name, "[", i, "]: dtype ",
-                    dtype_name(list[i].scalar_type()), " differs from ", like_name, "'s ",
-                    dtype_name(like[i].scalar_type()));
   }
 }
 

@@ -10,10 +10,12 @@ written, and put back.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class Gradients:
         span = slice(first, first + count)
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
+
+_GRAD = operator.attrgetter("grad")
 
 #: True while a closure is evaluated at θ + q.
 _displaced: ContextVar[bool] = ContextVar("lyapcuda_displaced", default=False)
@@ -116,8 +120,11 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
-def _none_appeared(parameters: Sequence[Tensor]) -> bool:
-    return all(parameter.grad is None for parameter in parameters)
+def _appeared(parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
+    """The parameters' gradients; None where none of them has one."""
+    # map(), here and below: these passes over all tensors are a good part of what a step costs.
+    found = list(map(_GRAD, parameters))
+    return None if all(map(operator.is_, found, repeat(None))) else found
 
 
 def evaluate(
@@ -131,7 +138,8 @@ def evaluate(
     with torch.enable_grad(), allowed():
         loss = closure()
         check_loss(loss)
-        if _none_appeared(parameters):
+        found = _appeared(parameters)
+        if found is None:
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(
                     "closure: no parameter got a gradient, and the loss it returned can't be "
@@ -139,19 +147,20 @@ def evaluate(
                     "torch.inference_mode)?"
                 )
             loss.backward()
-            if _none_appeared(parameters):
+            found = _appeared(parameters)
+            if found is None:
                 raise ValueError(
                     "closure: its loss gives none of the tracked parameters a gradient: were they "
                     "replaced since, or do they belong to another model?"
                 )
     torch.clear_autocast_cache()
-    gradients = locals_of([parameter.grad for parameter in parameters])
-    for i, gradient in enumerate(gradients):
-        if gradient is not None and gradient.layout is not torch.strided:
-            raise TypeError(
-                f"closure: the gradient of {names[i]} has layout {gradient.layout}; only dense "
-                "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
-            )
+    gradients = locals_of(found)
+    if not all(g is None or g.layout is torch.strided for g in gradients):
+        i = next(i for i, g in enumerate(gradients) if g is not None and g.layout != torch.strided)
+        raise TypeError(
+            f"closure: the gradient of {names[i]} has layout {gradients[i].layout}; only dense "
+            "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
+        )
     value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
     return value.reshape(()), gradients
 

@@ -96,7 +96,10 @@ def ninja_file(
     setup: dict[str, Any], target: Target, home: Path, architectures: str, folder: Path, out: Path
 ) -> str:
     """The text of build.ninja: an object a source, and the library of all of them."""
-    compiler = os.environ.get("CXX", "c++")
+    # In full: the same compiler under two names would be another command, and all compiled anew.
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        sys.exit("build_cuda: no C++ compiler was found: install g++ or set CXX")
     torch_library = Path(cpp_extension.TORCH_LIB_PATH)
     own = (torch_library / "libtorch_cuda.so").exists()
     cuda_at = torch_library if own else stub_libraries(folder / "stubs", compiler)
