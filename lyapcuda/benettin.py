@@ -17,7 +17,7 @@ from torch import Tensor
 from lyapcuda import ops, panel_ops
 from lyapcuda.copies import Copies, Copy
 from lyapcuda.distributed import Ranks
-from lyapcuda.evaluate import Gradients
+from lyapcuda.evaluate import Gradients, lacks_any
 from lyapcuda.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.lyapunov import Separation, reseed_, state_on
 from lyapcuda.perturbation import adapted_perturbation, chosen_perturbation
@@ -169,7 +169,7 @@ class Benettin:
         rank's elements.
         """
         for j, gradients in enumerate(found.copies):
-            if any(gradient is None for gradient in gradients):
+            if lacks_any(gradients):
                 views = zip(gradients, self._copy(j).tensors, strict=True)
                 torch._foreach_zero_([view for gradient, view in views if gradient is None])
         total = None

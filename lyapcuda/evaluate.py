@@ -30,6 +30,7 @@ __all__ = [
     "Gradients",
     "at_a_copy",
     "gradients",
+    "lacks_any",
     "plain_gradient",
 ]
 
@@ -53,7 +54,7 @@ class Gradients:
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
 
-_GRAD = operator.attrgetter("grad")
+_GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
 #: True while a closure is evaluated at θ + q.
 _displaced: ContextVar[bool] = ContextVar("lyapcuda_displaced", default=False)
@@ -120,6 +121,11 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
 
 
+def lacks_any(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether one of them is None."""
+    return any(map(operator.is_, gradients, repeat(None)))
+
+
 def _appeared(parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
     """The parameters' gradients; None where none of them has one."""
     # map(), here and below: these passes over all tensors are a good part of what a step costs.
@@ -155,7 +161,8 @@ def evaluate(
                 )
     torch.clear_autocast_cache()
     gradients = locals_of(found)
-    if not all(g is None or g.layout is torch.strided for g in gradients):
+    present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
+    if set(map(_LAYOUT, present)) != {torch.strided}:
         i = next(i for i, g in enumerate(gradients) if g is not None and g.layout != torch.strided)
         raise TypeError(
             f"closure: the gradient of {names[i]} has layout {gradients[i].layout}; only dense "
@@ -195,11 +202,12 @@ def _check_same(
 @torch.no_grad()
 def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients in the memory of other tensors like them, as far as there are any."""
+    if not lacks_any(gradients):
+        torch._foreach_copy_(to, gradients)  # as torch.optim does
+        return list(to)
     moved = [None if g is None else c for c, g in zip(to, gradients, strict=True)]
-    there, held = moved, gradients
-    if any(g is None for g in gradients):
-        there, held = ([t for t in some if t is not None] for some in (moved, gradients))
-    torch._foreach_copy_(there, held)  # as torch.optim does
+    there, held = ([t for t in some if t is not None] for some in (moved, gradients))
+    torch._foreach_copy_(there, held)
     return moved
 
 

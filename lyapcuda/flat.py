@@ -8,6 +8,7 @@ where it lies, whatever its strides. Segments start at multiples of `ALIGNMENT` 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
 #: aligned.
 ALIGNMENT = 32
+_KIND = operator.attrgetter("shape", "dtype", "device")
 # Bytes: where torch's own tensors start.
 _LINE = 64
 
@@ -86,8 +88,7 @@ class FlatGroup:
         ]
         self._shapes = [t.shape for t in held]
         self.sizes = [t.numel() for t in held]
-        count = len(held)
-        self._dtypes, self._devices = [self.dtype] * count, [self.device] * count
+        self._kinds = [(shape, self.dtype, self.device) for shape in self._shapes]
         alike = [
             torch.empty_strided(shape, strides, device="meta")
             for shape, strides in zip(self._shapes, self.strides, strict=True)
@@ -193,11 +194,7 @@ class FlatGroup:
     def check(self) -> None:
         """Raises ValueError when a parameter isn't what it was: moved, cast or reshaped."""
         held = locals_of(self.tensors)
-        if (
-            [t.shape for t in held] == self._shapes
-            and [t.dtype for t in held] == self._dtypes
-            and [t.device for t in held] == self._devices
-        ):
+        if list(map(_KIND, held)) == self._kinds:
             return
         for name, tensor, shape in zip(self.names, held, self._shapes, strict=True):
             now = (tensor.shape, tensor.dtype, tensor.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +27,21 @@ def _twister() -> bytes | None:
 class _NumPyState:
     """NumPy's global state as it is now.
 
-    To write it takes longer than all other random states together, so that is done only where it
-    has changed, which its bits in memory tell.
+    To read and write it takes longer than all other random states together, so that is done only
+    where it has changed, which its bits in memory tell.
     """
 
+    # The last state that was read, and its bits. The second of a pair of normal numbers is kept
+    # outside of these: a state that has one is read and written each time.
+    _last: tuple[bytes | None, dict[str, Any] | None] = (None, None)
+
     def __init__(self) -> None:
-        self._state = np.random.get_state(legacy=False)
-        # The second of a pair of normal numbers is kept outside of these bits.
-        self._bits = None if self._state["has_gauss"] else _twister()
+        self._bits, self._state = _NumPyState._last
+        bits = _twister()
+        if bits is None or bits != self._bits:
+            self._state = np.random.get_state(legacy=False)
+            self._bits = None if self._state["has_gauss"] else bits
+            _NumPyState._last = self._bits, self._state
 
     def restore(self) -> None:
         if self._bits is None or _twister() != self._bits:

@@ -7,6 +7,7 @@ of parameters that aren't tracked.
 from __future__ import annotations
 
 import gc
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -39,6 +40,7 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
+_BUFFERS = operator.attrgetter("_buffers")
 #: Classes of tensors that are nothing but their memory.
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -87,11 +89,14 @@ class _Buffers:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
         self._names: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        # Most modules have none, and in the end they have none.
+        self._without = [module for module in modules if not module._buffers]
         tensors: dict[int, Tensor] = {}
-        for module in modules:
-            names = dict(module._buffers.items()) if module._buffers else {}
-            tensors.update((id(b), b) for b in names.values() if b is not None)
-            self._names.append((module, names))
+        if len(self._without) < len(modules):
+            for module in filter(_BUFFERS, modules):
+                names = dict(module._buffers.items())
+                tensors.update((id(b), b) for b in names.values() if b is not None)
+                self._names.append((module, names))
         if _has(modules, torch.jit.ScriptModule):  # whose buffers can't be replaced
             replaced = [n for n in self._names if not isinstance(n[0], torch.jit.ScriptModule)]
             self._names = replaced
@@ -121,10 +126,12 @@ class _Buffers:
             else:
                 buffer.data = value.clone()
         for module, names in self._names:
-            now = module._buffers
-            if names or now:
-                now.clear()
-                now.update(names)
+            module._buffers.clear()
+            module._buffers.update(names)
+        if any(map(_BUFFERS, self._without)):
+            for module in self._without:
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module._buffers.clear()
 
 
 class Surroundings:
