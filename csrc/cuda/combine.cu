@@ -38,8 +38,8 @@ void combine_(Tensor out, Tensor panel, Tensor matrix, std::optional<Tensor> gat
                                                  columns,
                                                  read<double>(matrix),
                                                  gate ? read<double>(*gate) : nullptr};
-    rows <= 32 && columns <= 32 ? combine_typed<T, 32>(launcher, arguments)
-                                : combine_typed<T, 128>(launcher, arguments);
+    kernels::with_rows<8, 16, 32, 128>(
+        std::max(rows, columns), [&](auto most) { combine_typed<T, most()>(launcher, arguments); });
   });
 }
 

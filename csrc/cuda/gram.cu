@@ -16,21 +16,20 @@ void finish_gram(const Launcher& launcher, const char* name, const double* parti
 
 namespace {
 
-template <class T, kernels::GramSide kSide>
+template <class T, bool kSymmetric, int kRows>
 void gram_typed(const Launcher& launcher, kernels::GramArguments<T> arguments, const Tensor& like,
                 double* out) {
-  constexpr bool kSymmetric =
-      kSide == kernels::GramSide::kSmallSymmetric || kSide == kernels::GramSide::kLargeSymmetric;
-  constexpr int kLength = kernels::Tile<T, kernels::kGramRows<kSide>>::kLength;
+  constexpr int kLength = kernels::Tile<T, kRows>::kLength;
   const kernels::GramShape shape{arguments.rows, arguments.columns, kSymmetric};
   const int pairs = kSymmetric ? kernels::symmetric_pairs(shape.rows)
                                : kernels::rectangular_pairs(shape.rows, shape.columns);
   const int64_t blocks =
-      blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::kGramBlocks<kSide>);
+      blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::gram_blocks(kRows));
   const Tensor partial =
       torch::stable::new_empty(like, {blocks, kernels::gram_row(pairs)}, ScalarType::Double);
   arguments.partial = written<double>(partial);
-  launcher.run("gram", kernels::gram<T, kSide>, blocks, kernels::kGramThreads<kSide>, arguments);
+  launcher.run("gram", kernels::gram<T, kSymmetric, kRows>, blocks, kernels::gram_threads(kRows),
+               arguments);
   finish_gram(launcher, "gram", arguments.partial, blocks, shape, out, arguments.gate);
 }
 
@@ -47,20 +46,17 @@ Tensor gram(Tensor a, Tensor b, std::optional<Tensor> gate) {
   const bool symmetric = a.const_data_ptr() == b.const_data_ptr() && rows == columns;
   with_buffer_and_storage(a.scalar_type(), a.scalar_type(), [&](auto* buffer, auto*) {
     using T = std::remove_pointer_t<decltype(buffer)>;
-    using kernels::GramSide;
     const kernels::GramArguments<T> arguments{
         read<T>(a), read<T>(b), a.size(1), rows, columns, gate ? read<double>(*gate) : nullptr,
         nullptr};
     double* const to = written<double>(out);
-    switch (kernels::gram_side(symmetric, rows, columns)) {
-      case GramSide::kSmallSymmetric:
-        return gram_typed<T, GramSide::kSmallSymmetric>(launcher, arguments, a, to);
-      case GramSide::kLargeSymmetric:
-        return gram_typed<T, GramSide::kLargeSymmetric>(launcher, arguments, a, to);
-      case GramSide::kSmall:
-        return gram_typed<T, GramSide::kSmall>(launcher, arguments, a, to);
-      case GramSide::kLarge:
-        return gram_typed<T, GramSide::kLarge>(launcher, arguments, a, to);
+    if (symmetric) {
+      kernels::with_rows<8, 16, 32, 128>(
+          rows, [&](auto most) { gram_typed<T, true, most()>(launcher, arguments, a, to); });
+    } else {
+      kernels::with_rows<64, 256>(2 * std::max(rows, columns), [&](auto most) {
+        gram_typed<T, false, most()>(launcher, arguments, a, to);
+      });
     }
   });
   return out;

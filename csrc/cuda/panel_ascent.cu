@@ -19,7 +19,7 @@ template <class T, class P, bool kRealised, bool kMomentum, int kRows>
 void panel_ascent_typed(const Launcher& launcher, const PanelAscentCall& call) {
   const int k = static_cast<int>(call.q.size(0)), rows = (2 + kRealised + kMomentum) * k;
   const int pairs = kernels::symmetric_pairs(rows);
-  constexpr int kHeld = kRows <= 64 ? 2 : 1;
+  constexpr int kHeld = kernels::kPanelBlocks<T, kRealised, kMomentum, kRows>;
   const auto g0 = data_of<const P>(call.g0);
   // θ's column of the table is not read where it isn't given.
   const auto theta = kRealised ? data_of<const P>(call.theta) : g0;
@@ -64,12 +64,13 @@ void panel_ascent_of(const Launcher& launcher, const PanelAscentCall& call) {
   with_flags(call.realised, call.p.has_value(), [&](auto realised, auto heavy) {
     constexpr bool kRealised = decltype(realised)::value, kMomentum = decltype(heavy)::value;
     const int64_t rows = (2 + kRealised + kMomentum) * call.q.size(0);
-    if (rows <= 32) {
-      panel_ascent_typed<T, P, kRealised, kMomentum, 32>(launcher, call);
-    } else if (rows <= 64) {
-      panel_ascent_typed<T, P, kRealised, kMomentum, 64>(launcher, call);
+    const auto step = [&](auto most) {
+      panel_ascent_typed<T, P, kRealised, kMomentum, most()>(launcher, call);
+    };
+    if constexpr (kRealised || kMomentum) {
+      kernels::with_rows<16, 32, 64, 128>(rows, step);
     } else {
-      panel_ascent_typed<T, P, kRealised, kMomentum, 128>(launcher, call);
+      kernels::with_rows<16, 32, 64>(rows, step);  // those of 32 separations
     }
   });
 }

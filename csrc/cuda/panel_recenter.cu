@@ -6,7 +6,7 @@
 namespace lyapcuda::cuda {
 namespace {
 
-template <class T, class P>
+template <class T, class P, int kRows>
 void panel_recenter_typed(const Launcher& launcher, const std::vector<Tensor>& theta,
                           const std::vector<int64_t>& offsets,
                           const kernels::PanelRecenterArguments<T, P>& arguments) {
@@ -17,11 +17,11 @@ void panel_recenter_typed(const Launcher& launcher, const std::vector<Tensor>& t
   kernels::for_each_table(
       lists, sizes.data(), offsets.data(), static_cast<int64_t>(sizes.size()),
       [&](const kernels::PanelRecenterSegments<P>& table) {
-        launcher.run("panel_recenter_", kernels::panel_recenter<T, P>,
+        launcher.run("panel_recenter_", kernels::panel_recenter<T, P, kRows>,
                      blocks_for(launcher, chunks_of(table), kHeld), kernels::kThreads, table,
                      arguments);
       },
-      kernels::kTransformLength<T, kernels::kMaxRecenter>);
+      kernels::kTransformLength<T, kRows>);
 }
 
 void panel_recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
@@ -45,11 +45,17 @@ void panel_recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> thet
       q.scalar_type(), theta[0].scalar_type(), [&](auto* buffer, auto* storage) {
         using T = std::remove_pointer_t<decltype(buffer)>;
         using P = std::remove_pointer_t<decltype(storage)>;
-        panel_recenter_typed<T, P>(
-            launcher, theta, offsets,
-            {written<T>(q), written<P>(copies), read<T>(d), q.size(1), static_cast<int>(k),
-             values + panel_offset(PanelMatrix::transform, k),
-             values + panel_offset(PanelScalar::pending)});
+        const kernels::PanelRecenterArguments<T, P> arguments{
+            written<T>(q),
+            written<P>(copies),
+            read<T>(d),
+            q.size(1),
+            static_cast<int>(k),
+            values + panel_offset(PanelMatrix::transform, k),
+            values + panel_offset(PanelScalar::pending)};
+        kernels::with_rows<8, 16, 32>(k, [&](auto most) {
+          panel_recenter_typed<T, P, most()>(launcher, theta, offsets, arguments);
+        });
       });
 }
 

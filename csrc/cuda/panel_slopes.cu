@@ -9,7 +9,7 @@ namespace {
 constexpr int kHeld = 4;  // blocks of a multiprocessor
 
 // Every table of segments is a launch, whose blocks leave a row of sums each.
-template <class T, class P, Momentum kMomentum>
+template <class T, class P, Momentum kMomentum, int kRows>
 void slopes_typed(const Launcher& launcher, const std::vector<Tensor>& theta,
                   const std::vector<Tensor>& gradient, const std::vector<int64_t>& offsets,
                   const Tensor& like, kernels::PanelSlopesArguments<T> arguments, double* out) {
@@ -25,11 +25,11 @@ void slopes_typed(const Launcher& launcher, const std::vector<Tensor>& theta,
       [&](const kernels::DirectionSegments<P>& table) {
         const int64_t blocks = blocks_for(launcher, chunks_of(table), kHeld);
         arguments.partial = first_row + count * arguments.k;
-        launcher.run("panel_slopes_", kernels::panel_slopes<T, P, kMomentum>, blocks,
+        launcher.run("panel_slopes_", kernels::panel_slopes<T, P, kMomentum, kRows>, blocks,
                      kernels::kThreads, table, arguments);
         count += blocks;
       },
-      kernels::kSlopesLength<T>);
+      kernels::kSlopesLength<T, kRows>);
   const double* const to_add = first_row;
   const int last = arguments.k - 1;
   launcher.run("panel_slopes_", kernels::project_finish, kernels::project_finish_blocks(last),
@@ -60,8 +60,10 @@ Tensor panel_slopes_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
                                                      momentum,
                                                      nullptr};
     with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
-      slopes_typed<T, P, kind()>(launcher, theta, gradient, offsets, state, arguments,
-                                 written<double>(out));
+      kernels::with_rows<16, 33>(k + 1, [&](auto most) {
+        slopes_typed<T, P, kind(), most()>(launcher, theta, gradient, offsets, state, arguments,
+                                           written<double>(out));
+      });
     });
   });
   return out;

@@ -10,7 +10,7 @@ template <class T, int kRows>
 void project_typed(const Launcher& launcher, kernels::ProjectArguments<T> arguments,
                    const Tensor& like, double* out) {
   const int64_t tiles = ceil_div(arguments.n, kernels::kProjectLength<T, kRows>);
-  const int64_t blocks = blocks_for(launcher, tiles, kRows <= 32 ? 5 : 3);
+  const int64_t blocks = blocks_for(launcher, tiles, kernels::project_blocks(kRows));
   const Tensor partial = torch::stable::new_empty(like, {blocks, int64_t{arguments.rows} + 1});
   arguments.partial = written<double>(partial);
   launcher.run("project_", kernels::project<T, kRows>, blocks, kernels::kThreads, arguments);
@@ -40,8 +40,9 @@ Tensor project_(Tensor w, Tensor v, Tensor coefficients) {
     using T = std::remove_pointer_t<decltype(buffer)>;
     const kernels::ProjectArguments<T> arguments{
         written<T>(w), read<T>(v), w.numel(), rows, read<double>(coefficients), nullptr};
-    rows < 32 ? project_typed<T, 32>(launcher, arguments, coefficients, written<double>(out))
-              : project_typed<T, 129>(launcher, arguments, coefficients, written<double>(out));
+    kernels::with_rows<16, 32, 129>(rows + 1, [&](auto most) {
+      project_typed<T, most()>(launcher, arguments, coefficients, written<double>(out));
+    });
   });
   return out;
 }

@@ -2,18 +2,35 @@
 // several rows at once share.
 #pragma once
 
+#include <type_traits>
+
 #include "reduce.cuh"
 #include "segments.cuh"
 #include "vec.cuh"
 
 namespace lyapcuda::kernels {
 
-// A tile: kRows rows of kLength elements. 512 bytes of a row up to 64 rows, less above, so that
-// static shared memory does. With the padding eight rows apart lie in different banks, by four
-// elements each, and rows stay aligned to 16 bytes.
+// Calls f with the first of kRows, which ascend, that so many rows fit in, as an integral_constant:
+// the tile that a kernel is to have.
+template <int kRows, int... kMore, class F>
+void with_rows(int64_t rows, const F& f) {
+  if constexpr (sizeof...(kMore) == 0) {
+    f(std::integral_constant<int, kRows>{});
+  } else {
+    rows <= kRows ? f(std::integral_constant<int, kRows>{}) : with_rows<kMore...>(rows, f);
+  }
+}
+
+// Bytes of a row that a tile has: the fewer rows, the more of each, so that as much is on its way.
+__host__ __device__ constexpr int tile_bytes(int rows) {
+  return rows <= 8 ? 2048 : rows <= 16 ? 1024 : rows <= 64 ? 512 : rows <= 129 ? 256 : 128;
+}
+
+// A tile: kRows rows of kLength elements. With the padding eight rows apart lie in different banks,
+// by four elements each, and rows stay aligned to 16 bytes.
 template <class T, int kRows>
 struct Tile {
-  static constexpr int kLength = (kRows <= 64 ? 512 : kRows <= 129 ? 256 : 128) / sizeof(T);
+  static constexpr int kLength = tile_bytes(kRows) / sizeof(T);
   static constexpr int kStride = kLength + 4;
   alignas(16) T data[kRows * kStride];
 
@@ -49,20 +66,10 @@ __device__ __forceinline__ void get(T (&to)[N], const T* from) {
   }
 }
 
-// N elements, or the first `left` of them and zeros where they are not all there or not aligned.
+// N elements, or the first `left` of them where they are not all there or not aligned.
 template <int N, class T, class P>
-__device__ __forceinline__ void load_some(T (&to)[N], const P* from, int left, bool wide) {
-  if (wide) {
-    load_part(to, from);
-  } else {
-    LYAPCUDA_UNROLL
-    for (int i = 0; i < N; ++i) to[i] = i < left ? T(widen(from[i])) : T(0);
-  }
-}
-
-template <int N, class T, class P>
-__device__ __forceinline__ void store_some(P* to, const T (&from)[N], int left, bool wide) {
-  if (wide) {
+__device__ __forceinline__ void store_some(P* to, const T (&from)[N], int left, bool aligned) {
+  if (aligned && left >= N) {
     store_part(to, from);
   } else {
     LYAPCUDA_UNROLL
@@ -78,37 +85,104 @@ __device__ __forceinline__ bool rows_aligned16(const P* data, int64_t stride, in
   return aligned16(data) && (rows == 1 || stride % kGroup<P> == 0);
 }
 
-// Rows [0, rows) of a panel, elements [begin, begin + length), to a tile; zeros up to its end. All
-// threads of the block; wide says that the tile is full and its rows aligned.
+// Tiles that static shared memory has room for: with two, the next one is on its way while the one
+// at hand is worked on.
+template <int kRows>
+constexpr int kSlots = kRows <= 33 ? 2 : 1;
+
+// Where a tile lies.
+struct TilePlace {
+  int64_t begin;  // in a row of the panel
+  int length;
+  bool aligned;  // every row, to 16 bytes
+};
+
+// The place of a tile of a panel whose rows are one segment of n elements.
+template <int kLength>
+__device__ __forceinline__ TilePlace place_of(int64_t tile, int64_t n, bool aligned) {
+  const int64_t begin = tile * kLength, left = n - begin;
+  const int length = left < kLength ? static_cast<int>(left) : kLength;
+  return {begin, length, aligned};
+}
+
+// The place of a tile of a table of segments, whose chunks are tiles.
+struct SegmentPlace : TilePlace {
+  int64_t inside;  // of the segment's tensors
+};
+
+template <int kLength, class P, int kLists>
+__device__ __forceinline__ SegmentPlace place_in(const Segments<P, kLists>& table, int segment,
+                                                 int64_t tile, bool aligned) {
+  const int64_t inside = (tile - table.first_chunk[segment]) * kLength;
+  const int64_t left = table.size[segment] - inside;
+  aligned = aligned && table.offset[segment] % kGroup<P> == 0;
+  LYAPCUDA_UNROLL
+  for (int list = 0; list < kLists; ++list) {
+    aligned = aligned && aligned16(table.data[list][segment]);
+  }
+  return {
+      {table.offset[segment] + inside, left < kLength ? static_cast<int>(left) : kLength, aligned},
+      inside};
+}
+
+// Calls work(place, slot) for every tile of this block in turn. fill(tile, slot) starts the copies
+// of a tile to a slot and returns its place. work() finds this thread's own copies done, and those
+// of others after a barrier of its own.
+template <int kSlotCount, class Fill, class Work>
+__device__ __forceinline__ void for_each_tile(int64_t tiles, const Fill& fill, const Work& work) {
+  int64_t tile = blockIdx.x;
+  if (tile >= tiles) return;
+  auto place = fill(tile, 0);
+  __pipeline_commit();
+  LYAPCUDA_ROLLED
+  for (int slot = 0;; slot ^= kSlotCount - 1) {
+    tile += gridDim.x;
+    auto ahead = place;
+    if (kSlotCount == 2 && tile < tiles) ahead = fill(tile, slot ^ 1);
+    __pipeline_commit();
+    __pipeline_wait_prior(kSlotCount - 1);
+    work(place, slot);
+    if (tile >= tiles) return;
+    __syncthreads();  // all are done with the slot
+    if (kSlotCount == 1) ahead = fill(tile, 0);
+    place = ahead;
+  }
+}
+
+// Starts the copy of N elements to shared memory, as they are; where they are not all there or not
+// aligned copies the first `left`, and zeros.
+template <int N, class P>
+__device__ __forceinline__ void start_copy(void* to, const P* from, int left, bool aligned) {
+  constexpr size_t kBytes = N * sizeof(P);
+  static_assert(kBytes == 8 || kBytes == 16);
+  if (aligned && left >= N) {
+    __pipeline_memcpy_async(to, from, kBytes);
+    return;
+  }
+  Sixteen<P> held;
+  LYAPCUDA_UNROLL
+  for (int i = 0; i < N; ++i) held.parts[i] = i < left ? from[i] : P{};
+  if constexpr (kBytes == 16) {
+    *static_cast<typename Wide<P>::type*>(to) = held.whole;
+  } else {
+    Eight<P> half;
+    LYAPCUDA_UNROLL
+    for (int i = 0; i < N; ++i) half.parts[i] = held.parts[i];
+    *static_cast<uint2*>(to) = half.whole;
+  }
+}
+
+// Starts the copy of rows [0, rows) of a panel, elements [begin, begin + length), to a tile; zeros
+// up to its end. All threads of the block.
 template <int kBlock, class T, int kRows>
 __device__ __forceinline__ void stage(Tile<T, kRows>& tile, int first_row, const T* panel,
-                                      int64_t stride, int rows, int64_t begin, int length,
-                                      bool wide) {
+                                      int64_t stride, int rows, const TilePlace& place) {
   constexpr int kStep = kGroup<T>, kGroups = Tile<T, kRows>::kLength / kStep;
-  constexpr int kFlight = 4;  // loads that a thread issues before it uses the first
-  if (wide) {
-    const int count = rows * kGroups;
-    LYAPCUDA_ROLLED
-    for (int item = threadIdx.x; item < count; item += kBlock * kFlight) {
-      T held[kFlight][kStep];
-      LYAPCUDA_UNROLL
-      for (int f = 0; f < kFlight; ++f) {
-        const int at = item + f * kBlock;
-        if (at < count) load(held[f], panel + at / kGroups * stride + begin + at % kGroups * kStep);
-      }
-      LYAPCUDA_UNROLL
-      for (int f = 0; f < kFlight; ++f) {
-        const int at = item + f * kBlock;
-        if (at < count) put(tile.row(first_row + at / kGroups) + at % kGroups * kStep, held[f]);
-      }
-    }
-  } else {
-    constexpr int kLength = Tile<T, kRows>::kLength;
-    LYAPCUDA_ROLLED
-    for (int item = threadIdx.x; item < rows * kLength; item += kBlock) {
-      const int row = item / kLength, e = item % kLength;
-      tile.row(first_row + row)[e] = e < length ? panel[row * stride + begin + e] : T(0);
-    }
+  LYAPCUDA_ROLLED
+  for (int item = threadIdx.x; item < rows * kGroups; item += kBlock) {
+    const int row = item / kGroups, e = item % kGroups * kStep;
+    start_copy<kStep>(tile.row(first_row + row) + e, panel + row * stride + place.begin + e,
+                      place.length - e, place.aligned);
   }
 }
 

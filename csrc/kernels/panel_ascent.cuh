@@ -3,9 +3,9 @@
 // arithmetic of elements is that of cpu/panel_ascent.inc, to the bit.
 //
 //   panel_ascent<T, P, kRealised, kMomentum, kRows>
-//                       rows = (2 + kRealised + kMomentum)·k; kRows: 32, 64 or 128, the next above
-//                       grid: any, of panel_threads(kRows); a launch per table of for_each_table
-//                       with chunks of kPanelLength<T, kRows> (lists: g0, θ)
+//                       rows = (2 + kRealised + kMomentum)·k; kRows: the first of 16, 32, 64, 128
+//                       that they fit in grid: any, of panel_threads(kRows); a launch per table of
+//                       for_each_table with chunks of kPanelLength<T, kRows> (lists: g0, θ)
 //                       partial: gram_row(symmetric_pairs(rows)) doubles a block, of all launches
 //   gram_finish         (gram_finish.cuh) with shape {rows, rows, true}
 //   panel_ascent_check<T>  1 block of 32: a Gram matrix whose d may not fit T is made unusable
@@ -13,7 +13,7 @@
 // Meant to be bound by memory. At k = 14 an element is 172 bytes in all rows, 11 clocks of the 15
 // bytes that a multiprocessor of an H200 gets; the products of its 28 rows are 5 clocks of the
 // tensor cores at their full rate, widening them 2 of the conversions. Up to 32 rows of the stack a
-// block's next tile is on its way while it multiplies the one at hand; above, other blocks' are.
+// block's next tile is on its way while it works on the one at hand; above, other blocks' are.
 #pragma once
 
 #include <cfloat>
@@ -42,17 +42,14 @@ template <class P>
 using PanelAscentSegments = Segments<const P, 2>;  // g0, θ (θ only where realised)
 
 __host__ __device__ constexpr int panel_threads(int rows) { return rows <= 64 ? 256 : 512; }
+// Blocks that a multiprocessor is to hold, as registers allow.
+template <class T, bool kRealised, bool kMomentum, int kRows>
+constexpr int kPanelBlocks = (kRows <= 16   ? 3
+                              : kRows <= 64 ? 2
+                                            : 1) +
+                             (kRows <= 32 && !kRealised && !kMomentum && sizeof(T) == 4);
 template <class T, int kRows>
 constexpr int kPanelLength = Tile<T, kRows>::kLength;
-
-// Where a tile lies.
-template <class P>
-struct PanelPlace {
-  const P *g0, *theta;
-  int64_t begin;  // in a row of the panels
-  int length;
-  bool wide;  // a full tile, aligned to 16 bytes
-};
 
 template <class T, class P, bool kRealised, bool kMomentum, int kRows>
 struct PanelAscent {
@@ -60,134 +57,124 @@ struct PanelAscent {
   static constexpr int N = kGroup<T>,
                        kGroups = kLength / N;       // elements of a thread; groups of a row
   static constexpr int kAtOnce = kBlock / kGroups;  // rows that the block's threads cover
-  // Rows that a thread loads before it stores: two where the sums leave registers for them, or
-  // where that is the whole tile.
-  static constexpr int kMost = kRows / (2 + kRealised + kMomentum);  // separations
-  static constexpr int kFlight =
-      kMost <= kAtOnce || (kRows > 32 && (kRealised || kMomentum)) ? 1 : 2;
-  static constexpr bool kAhead = kMost <= kAtOnce * kFlight && kRows == 32;
 
+  using Sums = GramSums<T, kRows, kBlock / 32>;
+  struct Memory {
+    typename Sums::Memory stack;
+    alignas(16) P g0[kSlots<kRows>][kLength];
+    alignas(16) P theta[kSlots<kRows>][kRealised ? kLength : kGroup<P>];
+  };
+
+  Memory& memory;
   const PanelAscentArguments<T, P>& a;
   const PanelAscentSegments<P>& table;
   bool aligned;
   int segment = 0;
-  PanelPlace<P> place;
-  T q[kFlight][N], g1[kFlight][N], p[kFlight][N], base[N], here[N];
 
-  __device__ PanelAscent(const PanelAscentSegments<P>& segments,
+  __device__ PanelAscent(Memory& shared, const PanelAscentSegments<P>& segments,
                          const PanelAscentArguments<T, P>& arguments)
-      : a(arguments), table(segments) {
+      : memory(shared), a(arguments), table(segments) {
     aligned = rows_aligned16(a.d, a.n, a.k) && rows_aligned16(a.q, a.n, a.k) &&
               rows_aligned16(a.g1, a.n, a.k) &&
               (!kMomentum || (rows_aligned16(a.p, a.n, a.k) && rows_aligned16(a.p_next, a.n, a.k)));
-  }
-
-  __device__ __forceinline__ void find(int64_t tile) {
-    segment = segment_of(table, tile, segment);
-    const int64_t inside = (tile - table.first_chunk[segment]) * kLength;
-    const int64_t left = table.size[segment] - inside;
-    place.g0 = table.data[0][segment] + inside;
-    place.theta = kRealised ? table.data[1][segment] + inside : nullptr;
-    place.begin = table.offset[segment] + inside;
-    place.length = left < kLength ? static_cast<int>(left) : kLength;
-    place.wide = aligned && left >= kLength && table.offset[segment] % kGroup<P> == 0 &&
-                 aligned16(place.g0) && aligned16(place.theta);
   }
 
   // This thread's elements of a tile start at e; its first row is first().
   __device__ __forceinline__ int e() const { return static_cast<int>(threadIdx.x) % kGroups * N; }
   __device__ __forceinline__ int first() const { return static_cast<int>(threadIdx.x) / kGroups; }
 
-  __device__ __forceinline__ void load_base() {
-    load_some(base, place.g0 + e(), place.length - e(), place.wide);
-    if constexpr (kRealised) {
-      load_some(here, place.theta + e(), place.length - e(), place.wide);
+  // Starts the copies: of q, g1 and p to where q, y and d are to be in the stack of rows.
+  __device__ __forceinline__ SegmentPlace fill(int64_t tile, int slot) {
+    segment = segment_of(table, tile, segment);
+    const SegmentPlace place = place_in<kLength>(table, segment, tile, aligned);
+    const int left = place.length - e();
+    const int64_t inside = place.inside + e();
+    Tile<T, kRows>& stack = memory.stack.tiles[slot];
+    if (first() == 0) {
+      start_copy<N>(memory.g0[slot] + e(), table.data[0][segment] + inside, left, place.aligned);
+      if constexpr (kRealised) {
+        start_copy<N>(memory.theta[slot] + e(), table.data[1][segment] + inside, left,
+                      place.aligned);
+      }
     }
-  }
-
-  __device__ __forceinline__ void load_rows(int j) {
-    LYAPCUDA_UNROLL
-    for (int f = 0; f < kFlight; ++f) {
-      const int row = j + f * kAtOnce, left = place.length - e();
-      if (row >= a.k) continue;
+    LYAPCUDA_ROLLED
+    for (int row = first(); row < a.k; row += kAtOnce) {
       const int64_t at = row * a.n + place.begin + e();
-      load_some(q[f], a.q + at, left, place.wide);
-      load_some(g1[f], a.g1 + at, left, place.wide);
-      if constexpr (kMomentum) load_some(p[f], a.p + at, left, place.wide);
+      start_copy<N>(stack.row(row) + e(), a.q + at, left, place.aligned);
+      start_copy<N>(stack.row(a.k + row) + e(), a.g1 + at, left, place.aligned);
+      if constexpr (kMomentum) {
+        start_copy<N>(stack.row(heavy() + row) + e(), a.p + at, left, place.aligned);
+      }
     }
+    return place;
   }
 
-  // Steps what was loaded, and leaves it in the stack of rows in shared memory. What lies behind a
-  // tile's length was loaded as zeros, which stay zeros.
-  __device__ __forceinline__ void step_rows(int j, Tile<T, kRows>& tile) {
+  // y, d and what else the stack is to have of a tile whose copies are there. What lies behind its
+  // length came as zeros, which stay zeros.
+  __device__ __forceinline__ void step(const SegmentPlace& place, int slot) {
     const T rate = static_cast<T>(a.sign * *a.beta);
-    LYAPCUDA_UNROLL
-    for (int f = 0; f < kFlight; ++f) {
-      const int row = j + f * kAtOnce, left = place.length - e();
-      if (row >= a.k) continue;
-      T moved[N], y[N], w[N], d[N];
+    const int left = place.length - e();
+    Tile<T, kRows>& stack = memory.stack.tiles[slot];
+    T g0[N], theta[N];
+    load_part(g0, memory.g0[slot] + e());
+    if constexpr (kRealised) load_part(theta, memory.theta[slot] + e());
+    LYAPCUDA_ROLLED
+    for (int row = first(); row < a.k; row += kAtOnce) {
+      T q[N], g1[N], moved[N], y[N], w[N], d[N];
+      get(q, stack.row(row) + e());
+      load_part(g1, reinterpret_cast<const P*>(stack.row(a.k + row) + e()));
+      if constexpr (kMomentum) get(w, stack.row(heavy() + row) + e());
       LYAPCUDA_UNROLL
       for (int i = 0; i < N; ++i) {
-        const T carried = q[f][i];
-        moved[i] = carried;
+        moved[i] = q[i];
         // What panel_recenter wrote, less θ.
-        if constexpr (kRealised) moved[i] = round_to<P>(here[i] + carried) - here[i];
-        y[i] = (g1[f][i] - base[i]) + product(moved[i], a.weight_decay);
-        w[i] = y[i];
-        if constexpr (kMomentum) w[i] = product(p[f][i], a.momentum) + y[i];
-        d[i] = carried + product(w[i], rate);
+        if constexpr (kRealised) moved[i] = round_to<P>(theta[i] + q[i]) - theta[i];
+        y[i] = (g1[i] - g0[i]) + product(moved[i], a.weight_decay);
+        if constexpr (kMomentum) {
+          w[i] = product(w[i], a.momentum) + y[i];
+        } else {
+          w[i] = y[i];
+        }
+        d[i] = q[i] + product(w[i], rate);
         // (A rate that is not finite would make a NaN of them.)
         if (kMomentum && i >= left) d[i] = T(0);
       }
       const int64_t at = row * a.n + place.begin + e();
-      store_some(a.d + at, d, left, place.wide);
-      if constexpr (kMomentum) store_some(a.p_next + at, w, left, place.wide);
-      put(tile.row(row) + e(), q[f]);
-      put(tile.row(a.k + row) + e(), y);
-      if constexpr (kRealised) put(tile.row(2 * a.k + row) + e(), moved);
-      if constexpr (kMomentum) put(tile.row((2 + kRealised) * a.k + row) + e(), d);
+      store_some(a.d + at, d, left, place.aligned);
+      if constexpr (kMomentum) store_some(a.p_next + at, w, left, place.aligned);
+      put(stack.row(a.k + row) + e(), y);
+      if constexpr (kRealised) put(stack.row(2 * a.k + row) + e(), moved);
+      if constexpr (kMomentum) put(stack.row(heavy() + row) + e(), d);
     }
   }
+
+ private:
+  // The first row of d in the stack.
+  __device__ __forceinline__ int heavy() const { return (2 + kRealised) * a.k; }
 };
 
 template <class T, class P, bool kRealised, bool kMomentum, int kRows>
-__global__ void __launch_bounds__(panel_threads(kRows), kRows <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(panel_threads(kRows),
+                                  kPanelBlocks<T, kRealised, kMomentum, kRows>)
     panel_ascent(const __grid_constant__ PanelAscentSegments<P> table,
                  const __grid_constant__ PanelAscentArguments<T, P> arguments) {
   using Step = PanelAscent<T, P, kRealised, kMomentum, kRows>;
   constexpr int kWarpCount = Step::kBlock / 32;
-  using Sums = GramSums<T, kRows, kWarpCount>;
-  LYAPCUDA_SHARED(typename Sums::Memory, memory);
-  Step step(table, arguments);
-  const int k = arguments.k, rows = (2 + kRealised + kMomentum) * k;
-  const int supers = kRows == kSuper ? 1 : supers_of(rows);
-  Sums sums(symmetric_share<kWarpCount>(threadIdx.x / 32, supers));
-  const int64_t tiles = table.first_chunk[table.count];
-  int64_t tile = blockIdx.x;
-  const auto start = [&](int64_t of) {
-    step.find(of);
-    step.load_base();
-    step.load_rows(step.first());
-  };
-  if (Step::kAhead && tile < tiles) start(tile);
-  for (; tile < tiles; tile += gridDim.x) {
-    if constexpr (Step::kAhead) {
-      step.step_rows(step.first(), memory.tile);
-    } else {
-      step.find(tile);
-      step.load_base();
-      LYAPCUDA_ROLLED
-      for (int j = step.first(); j < k; j += Step::kAtOnce * Step::kFlight) {
-        step.load_rows(j);
-        step.step_rows(j, memory.tile);
-      }
-    }
-    __syncthreads();
-    if (Step::kAhead && tile + gridDim.x < tiles) start(tile + gridDim.x);
-    sums.add(memory.tile, rows);
-    __syncthreads();
-  }
-  sums.finish(memory, arguments.partial, symmetric_pairs(rows),
+  LYAPCUDA_SHARED(typename Step::Memory, memory);
+  Step step(memory, table, arguments);
+  const int rows = (2 + kRealised + kMomentum) * arguments.k;
+  const int supers = kRows <= kSuper ? 1 : supers_of(rows);
+  typename Step::Sums sums(symmetric_share<kWarpCount>(threadIdx.x / 32, supers));
+  const auto fill = [&](int64_t tile, int slot) { return step.fill(tile, slot); };
+  for_each_tile<kSlots<kRows>>(table.first_chunk[table.count], fill,
+                               [&](const SegmentPlace& place, int slot) {
+                                 __syncthreads();
+                                 step.step(place, slot);
+                                 __syncthreads();
+                                 sums.add(memory.stack.tiles[slot], rows);
+                               });
+  __syncthreads();
+  sums.finish(memory.stack, arguments.partial, symmetric_pairs(rows),
               symmetric_slices<kWarpCount>(supers));
 }
 

@@ -72,13 +72,13 @@ __device__ __forceinline__ Share rectangular_share(int warp, int rows, int colum
 template <class T, int kRows, int kWarpCount>
 struct GramSums {
   static constexpr int kHalf = kPairSums / 2;  // what a warp hands over at a time
-  static constexpr int kRegions = kRows / kSuper == 1   ? 1
+  static constexpr int kRegions = kRows <= kSuper       ? 1
                                   : kRows / kSuper == 2 ? 3
                                                         : 8;  // pairs that several warps share
 
-  // Shared memory: the tile, and once all are done what warps hand over.
+  // Shared memory: the tiles, and once all are done what warps hand over.
   union Memory {
-    Tile<T, kRows> tile;
+    Tile<T, kRows> tiles[kSlots<kRows>];
     double handed[kRegions * kHalf];
   };
 
@@ -109,11 +109,17 @@ struct GramSums {
   __device__ __forceinline__ void add(const Tile<T, kRows>& tile, int rows) {
     const Share share = Share::of(packed);
     if (share.slices == 0) return;
-    if constexpr (kRows == kSuper) {
+    if constexpr (kRows <= kSuper) {
       // A single triangle, of no more blocks of 8 than there are rows.
-      if (rows > 24) return add_blocks<true, 4>(tile, share);
-      if (rows > 16) return add_blocks<true, 3>(tile, share);
-      if (rows > 8) return add_blocks<true, 2>(tile, share);
+      if constexpr (kRows > 24) {
+        if (rows > 24) return add_blocks<true, 4>(tile, share);
+      }
+      if constexpr (kRows > 16) {
+        if (rows > 16) return add_blocks<true, 3>(tile, share);
+      }
+      if constexpr (kRows > 8) {
+        if (rows > 8) return add_blocks<true, 2>(tile, share);
+      }
       add_blocks<true, 1>(tile, share);
     } else if (share.row == share.column) {
       add_blocks<true, 4>(tile, share);
@@ -124,7 +130,7 @@ struct GramSums {
 
   // Adds the slices of every pair, the first one's sums first, and writes them as a row of `pairs`
   // times kPairSums: entry (8·i + l / 4, 8·j + 2·(l % 4) + c) of a pair at ((i·4 + j)·2 + c)·32 +
-  // l. After a barrier, once a kernel.
+  // l; those of rows that the tile has not stay. After a barrier, once a kernel.
   __device__ __forceinline__ void finish(Memory& memory, double* partial, int pairs,
                                          int most_slices) {
     const Share share = Share::of(packed);
@@ -132,18 +138,18 @@ struct GramSums {
     double* const region = memory.handed + share.pair % kRegions * kHalf + lane;
     for (int slice = 1; slice < most_slices; ++slice) {
       LYAPCUDA_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < (kBlocks + 1) / 2; ++half) {
         if (share.slices != 0 && share.slice == slice) {
           LYAPCUDA_UNROLL
-          for (int v = 0; v < 16; ++v) {
-            region[v * 32] = sums[half * 2 + v / 8][v / 2 % 4][v % 2];
+          for (int v = half * 16; v < half * 16 + 16; ++v) {
+            if (is_there(v)) region[v % 16 * 32] = sum(v);
           }
         }
         __syncthreads();
         if (share.slice == 0 && slice < share.slices) {
           LYAPCUDA_UNROLL
-          for (int v = 0; v < 16; ++v) {
-            sums[half * 2 + v / 8][v / 2 % 4][v % 2] += region[v * 32];
+          for (int v = half * 16; v < half * 16 + 16; ++v) {
+            if (is_there(v)) sum(v) += region[v % 16 * 32];
           }
         }
         __syncthreads();
@@ -152,7 +158,20 @@ struct GramSums {
     if (share.slices == 0 || share.slice != 0) return;
     double* const out = partial + (int64_t{blockIdx.x} * pairs + share.pair) * kPairSums + lane;
     LYAPCUDA_UNROLL
-    for (int v = 0; v < 32; ++v) out[v * 32] = sums[v / 8][v / 2 % 4][v % 2];
+    for (int v = 0; v < 32; ++v) {
+      if (is_there(v)) out[v * 32] = sum(v);
+    }
+  }
+
+ private:
+  static constexpr int kBlocks = kRows < kSuper ? kRows / 8 : kSuper / 8;  // of 8 rows
+
+  // The values of this lane, by their place in a row of sums; of a single triangle alone what is in
+  // it.
+  __device__ __forceinline__ double& sum(int v) { return sums[v / 8][v / 2 % 4][v % 2]; }
+  static __device__ __forceinline__ constexpr bool is_there(int v) {
+    const int i = v / 8, j = v / 2 % 4;
+    return i < kBlocks && j < kBlocks && (kRows > kSuper || i <= j);
   }
 };
 

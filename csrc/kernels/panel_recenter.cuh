@@ -2,15 +2,15 @@
 // copies at θ + q_j, rounded to storage; the arithmetic is that of cpu/panel_recenter.inc, to the
 // bit.
 //
-//   panel_recenter<T, P>   any grid of kThreads, a launch per table of for_each_table with chunks
-//                          of kTransformLength<T, kMaxRecenter> (list: θ)
+//   panel_recenter<T, P, kRows>   any grid of kThreads, a launch per table of for_each_table with
+//   chunks
+//                                 of kTransformLength<T, kRows> (list: θ); kRows: the first of 8,
+//                                 16, 32 that k fits in
 #pragma once
 
 #include "panel_transform.cuh"
 
 namespace lyapcuda::kernels {
-
-constexpr int kMaxRecenter = 32;  // separations
 
 template <class T, class P>
 struct PanelRecenterArguments {
@@ -26,62 +26,61 @@ struct PanelRecenterArguments {
 template <class P>
 using PanelRecenterSegments = Segments<const P, 1>;  // θ
 
-template <class T, class P>
+template <class T, class P, int kRows>
+struct PanelRecenterMemory {
+  typename Transform<T, kRows>::Memory transform;
+  alignas(16) P theta[kSlots<kRows>][kTransformLength<T, kRows>];
+};
+
+template <class T, class P, int kRows>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(P) ? 4 : 3)
     panel_recenter(const __grid_constant__ PanelRecenterSegments<P> table,
                    const __grid_constant__ PanelRecenterArguments<T, P> a) {
-  using Work = Transform<T, kMaxRecenter>;
-  constexpr int kLength = kTransformLength<T, kMaxRecenter>, kStep = Work::kStep;
-  LYAPCUDA_SHARED(typename Work::Memory, memory);
+  using Work = Transform<T, kRows>;
+  using Memory = PanelRecenterMemory<T, P, kRows>;
+  constexpr int kLength = kTransformLength<T, kRows>, kStep = Work::kStep;
+  LYAPCUDA_SHARED(Memory, memory);
   const bool pending = *a.pending != 0.0;
   const T* const from = pending ? a.d : a.q;
-  Work work(memory, a.transform, a.k, a.k);
+  Work work(memory.transform, a.transform, a.k, a.k);
   if (pending) work.stage_matrix(0);
   const bool aligned = rows_aligned16(a.q, a.n, a.k) && rows_aligned16(a.d, a.n, a.k) &&
                        rows_aligned16(a.copies, a.n, a.k);
-  const int64_t tiles = table.first_chunk[table.count];
   int segment = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  const auto fill = [&](int64_t tile, int slot) {
     segment = segment_of(table, tile, segment);
-    const int64_t inside = (tile - table.first_chunk[segment]) * kLength;
-    const int64_t left = table.size[segment] - inside;
-    const int64_t begin = table.offset[segment] + inside;
-    const int length = left < kLength ? static_cast<int>(left) : kLength;
-    const P* const theta = table.data[0][segment] + inside;
-    const bool wide =
-        aligned && length == kLength && table.offset[segment] % kGroup<P> == 0 && aligned16(theta);
-    stage<kThreads>(memory.tile, 0, from, a.n, a.k, begin, length, wide);
-    const auto write = [&](int j, int e, const T(&values)[kStep]) {
-      const int64_t at = j * a.n + begin + e;
-      if (wide) {
-        T moved[kStep];
-        load_part(moved, theta + e);
-        LYAPCUDA_UNROLL
-        for (int i = 0; i < kStep; ++i) moved[i] += values[i];
-        if (pending) store(a.q + at, values);
-        store_part(a.copies + at, moved);
-      } else {
-        LYAPCUDA_UNROLL
-        for (int i = 0; i < kStep; ++i) {
-          if (e + i >= length) continue;
-          if (pending) a.q[at + i] = values[i];
-          narrow(widen(theta[e + i]) + values[i], a.copies[at + i]);
-        }
-      }
-    };
-    if (pending) {
-      work.apply(write);
-    } else {
-      __syncthreads();
-      for (int item = threadIdx.x; item < a.k * Work::kGroups; item += kThreads) {
-        const int j = item / Work::kGroups, e = item % Work::kGroups * kStep;
-        T values[kStep];
-        get(values, memory.tile.row(j) + e);
-        write(j, e, values);
-      }
+    const SegmentPlace place = place_in<kLength>(table, segment, tile, aligned);
+    const P* const theta = table.data[0][segment] + place.inside;
+    stage<kThreads>(memory.transform.tiles[slot], 0, from, a.n, a.k, place);
+    for (int e = threadIdx.x * kGroup<P>; e < kLength; e += kThreads * kGroup<P>) {
+      start_copy<kGroup<P>>(memory.theta[slot] + e, theta + e, place.length - e, place.aligned);
     }
-    __syncthreads();
-  }
+    return place;
+  };
+  for_each_tile<kSlots<kRows>>(
+      table.first_chunk[table.count], fill, [&](const SegmentPlace& place, int slot) {
+        const auto write = [&](int j, int e, const T(&values)[kStep]) {
+          const int64_t at = j * a.n + place.begin + e;
+          T moved[kStep];
+          load_part(moved, memory.theta[slot] + e);
+          LYAPCUDA_UNROLL
+          for (int i = 0; i < kStep; ++i) moved[i] += values[i];
+          if (pending) store_some(a.q + at, values, place.length - e, place.aligned);
+          store_some(a.copies + at, moved, place.length - e, place.aligned);
+        };
+        const auto& tile = memory.transform.tiles[slot];
+        if (pending) {
+          work.apply(tile, write);
+          return;
+        }
+        __syncthreads();
+        for (int item = threadIdx.x; item < a.k * Work::kGroups; item += kThreads) {
+          const int j = item / Work::kGroups, e = item % Work::kGroups * kStep;
+          T values[kStep];
+          get(values, tile.row(j) + e);
+          write(j, e, values);
+        }
+      });
 }
 
 }  // namespace lyapcuda::kernels

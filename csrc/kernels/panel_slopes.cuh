@@ -1,10 +1,13 @@
 // The products of a direction with the rows of a panel; the momentum's buffer takes the gradient in
 // on the way. A tile of the rows is in shared memory, with u as one more.
 //
-//   panel_slopes<T, P, kMomentum>   any grid of kThreads, a launch per table of for_each_table with
-//                                   chunks of kSlopesLength<T>; partial: [blocks, k]
-//   project_finish                  (project_finish.cuh) partial, all launches' rows, to the k sums
-//   (rows = k − 1)
+//   panel_slopes<T, P, kMomentum, kRows>   any grid of kThreads, a launch per table of
+//   for_each_table with
+//                                          chunks of kSlopesLength<T, kRows>; partial: [blocks, k]
+//                                          kRows: the first of 16, 33 that has room for k + 1
+//   project_finish                         (project_finish.cuh) partial, all launches' rows, to the
+//   k
+//                                          sums (rows = k − 1)
 #pragma once
 
 #include "direction.cuh"
@@ -12,10 +15,8 @@
 
 namespace lyapcuda::kernels {
 
-constexpr int kSlopesRows = 33;  // those of the panel, and u
-
-template <class T>
-constexpr int kSlopesLength = Tile<T, kSlopesRows>::kLength;
+template <class T, int kRows>
+constexpr int kSlopesLength = Tile<T, kRows>::kLength;
 
 template <class T>
 struct PanelSlopesArguments {
@@ -28,13 +29,14 @@ struct PanelSlopesArguments {
   double* partial;
 };
 
-template <class T, class P, Momentum kMomentum>
+template <class T, class P, Momentum kMomentum, int kRows>
 __global__ void __launch_bounds__(kThreads, 4)
     panel_slopes(const __grid_constant__ DirectionSegments<P> table,
                  const __grid_constant__ PanelSlopesArguments<T> a) {
-  constexpr int kLength = kSlopesLength<T>, kMine = (kSlopesRows - 1 + kWarps - 1) / kWarps;
-  using Memory = Tile<T, kSlopesRows>;
-  LYAPCUDA_SHARED(Memory, memory);
+  constexpr int kLength = kSlopesLength<T, kRows>, kMine = (kRows - 1 + kWarps - 1) / kWarps;
+  static_assert(kLength <= kThreads);
+  using Memory = Tile<T, kRows>;  // rows of the panel; u in the last
+  LYAPCUDA_SHARED(Memory[kSlots<kRows>], tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Newton newton{a.state, a.k, 1.0, 1.0};
   const int rows = newton.has_vectors() ? a.k : 0;
@@ -43,44 +45,49 @@ __global__ void __launch_bounds__(kThreads, 4)
                                           static_cast<T>(a.momentum)};
   const bool aligned = rows_aligned16(a.panel, a.n, a.k);
   double sums[kMine] = {};
-  const int64_t tiles = go ? table.first_chunk[table.count] : 0;
+  const int e = threadIdx.x;  // this thread's element of a tile
+  struct Place : SegmentPlace {
+    P theta, gradient;  // on their way as well
+    T held;
+  };
   int segment = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  const auto fill = [&](int64_t tile, int slot) {
     segment = segment_of(table, tile, segment);
-    const int64_t begin = (tile - table.first_chunk[segment]) * kLength;
-    const int64_t at = table.offset[segment] + begin, left = table.size[segment] - begin;
-    const int length = left < kLength ? static_cast<int>(left) : kLength;
-    const int e = threadIdx.x;
-    if (e < kLength) {
-      T u = 0;
-      if (e < length) {
-        T held = 0;
-        if constexpr (kMomentum != Momentum::kNone) held = a.buffer[at + e];
-        u = direction.template of<true>(widen(table.data[0][segment][begin + e]),
-                                        widen(table.data[1][segment][begin + e]), held);
-        if constexpr (kMomentum != Momentum::kNone) a.buffer[at + e] = held;
-      }
-      memory.row(kSlopesRows - 1)[e] = u;
+    Place place{place_in<kLength>(table, segment, tile, aligned), P{}, P{}, T(0)};
+    if (e < place.length) {
+      place.theta = table.data[0][segment][place.inside + e];
+      place.gradient = table.data[1][segment][place.inside + e];
+      if constexpr (kMomentum != Momentum::kNone) place.held = a.buffer[place.begin + e];
     }
-    const bool wide = aligned && length == kLength && at % kGroup<T> == 0;
-    stage<kThreads>(memory, 0, a.panel, a.n, rows, at, length, wide);
-    __syncthreads();
-    constexpr int kStrips = kLength / 32;
-    T u[kStrips];
-    LYAPCUDA_UNROLL
-    for (int s = 0; s < kStrips; ++s) u[s] = memory.row(kSlopesRows - 1)[s * 32 + lane];
-    LYAPCUDA_UNROLL
-    for (int m = 0; m < kMine; ++m) {
-      const int row = warp + m * kWarps;
-      if (row < rows) {
-        LYAPCUDA_UNROLL
-        for (int s = 0; s < kStrips; ++s) {
-          accumulate(sums[m], memory.row(row)[s * 32 + lane], u[s]);
+    stage<kThreads>(tiles[slot], 0, a.panel, a.n, rows, place);
+    return place;
+  };
+  for_each_tile<kSlots<kRows>>(
+      go ? table.first_chunk[table.count] : 0, fill, [&](const Place& place, int slot) {
+        Tile<T, kRows>& tile = tiles[slot];
+        if (e < kLength) {
+          T u = 0, held = place.held;
+          if (e < place.length) {
+            u = direction.template of<true>(widen(place.theta), widen(place.gradient), held);
+            if constexpr (kMomentum != Momentum::kNone) a.buffer[place.begin + e] = held;
+          }
+          tile.row(kRows - 1)[e] = u;
         }
-      }
-    }
-    __syncthreads();
-  }
+        __syncthreads();
+        constexpr int kStrips = kLength / 32;
+        T u[kStrips];
+        LYAPCUDA_UNROLL
+        for (int s = 0; s < kStrips; ++s) u[s] = tile.row(kRows - 1)[s * 32 + lane];
+        LYAPCUDA_UNROLL
+        for (int m = 0; m < kMine; ++m) {
+          const int row = warp + m * kWarps;
+          if (row < rows) {
+            LYAPCUDA_UNROLL
+            for (int s = 0; s < kStrips; ++s)
+              accumulate(sums[m], tile.row(row)[s * 32 + lane], u[s]);
+          }
+        }
+      });
   LYAPCUDA_UNROLL
   for (int m = 0; m < kMine; ++m) {
     LYAPCUDA_UNROLL

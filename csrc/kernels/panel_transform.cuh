@@ -6,8 +6,8 @@
 
 namespace lyapcuda::kernels {
 
-// kRows: 32 or 128, the most rows of the panel and columns of the matrix. Where the matrix is too
-// large for shared memory it goes there a few columns at a time.
+// kRows: 8, 16, 32 or 128, the most rows of the panel and columns of the matrix. Where the matrix
+// is too large for shared memory it goes there a few columns at a time.
 template <class T, int kRows>
 struct Transform {
   static constexpr int kColumns = 4;  // that a thread works out at once, for kGroup<T> elements
@@ -16,7 +16,7 @@ struct Transform {
   static constexpr int kGroups = Tile<T, kRows>::kLength / kStep;
 
   struct Memory {
-    Tile<T, kRows> tile;
+    Tile<T, kRows> tiles[kSlots<kRows>];
     alignas(16) T matrix[kStaged];
   };
 
@@ -43,16 +43,17 @@ struct Transform {
 
   // write(j, e, values): column j, elements e to e + kStep of the tile.
   template <class Write>
-  __device__ __forceinline__ void columns_from(int first, const Write& write) {
+  __device__ __forceinline__ void columns_from(const Tile<T, kRows>& tile, int first,
+                                               const Write& write) {
     const int blocks = (columns - first < across ? columns - first : across) + kColumns - 1;
     LYAPCUDA_ROLLED
     for (int item = threadIdx.x; item < blocks / kColumns * kGroups; item += kThreads) {
       const int e = item % kGroups * kStep, at = item / kGroups * kColumns;
       T out[kColumns][kStep];
       const T* const coefficients = memory.matrix + at;
-      row<true>(out, 0, e, coefficients);
+      row<true>(out, tile.row(0) + e, coefficients);
       LYAPCUDA_UNROLL_BY(2)
-      for (int i = 1; i < rows; ++i) row<false>(out, i, e, coefficients + i * across);
+      for (int i = 1; i < rows; ++i) row<false>(out, tile.row(i) + e, coefficients + i * across);
       LYAPCUDA_UNROLL
       for (int c = 0; c < kColumns; ++c) {
         if (first + at + c < columns) write(first + at + c, e, out[c]);
@@ -60,29 +61,29 @@ struct Transform {
     }
   }
 
-  // All columns from a staged tile, whose memory is free again after a barrier. Where
-  // staged_whole(), stage_matrix(0) has come before, once.
+  // All columns from a tile whose copies every thread has waited for. Where staged_whole(),
+  // stage_matrix(0) has come before, once.
   template <class Write>
-  __device__ __forceinline__ void apply(const Write& write) {
+  __device__ __forceinline__ void apply(const Tile<T, kRows>& tile, const Write& write) {
     if (staged_whole()) {
       __syncthreads();
-      columns_from(0, write);
+      columns_from(tile, 0, write);
       return;
     }
     for (int first = 0; first < columns; first += across) {
       __syncthreads();
       stage_matrix(first);
       __syncthreads();
-      columns_from(first, write);
+      columns_from(tile, first, write);
     }
   }
 
  private:
   template <bool kFirst>
-  __device__ __forceinline__ void row(T (&out)[kColumns][kStep], int i, int e,
+  __device__ __forceinline__ void row(T (&out)[kColumns][kStep], const T* from,
                                       const T* coefficients) {
     T x[kStep], m[kColumns];
-    get(x, memory.tile.row(i) + e);
+    get(x, from);
     get(m, coefficients);
     LYAPCUDA_UNROLL
     for (int c = 0; c < kColumns; ++c) {

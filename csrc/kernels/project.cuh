@@ -3,8 +3,8 @@
 // cpu/project.inc, to the bit.
 //
 //   project<T, kRows>   any grid of kThreads, up to ceil(n / kProjectLength<T, kRows>) of use;
-//   kRows:
-//                       32 up to 31 rows of v, else 129; partial: [blocks, rows + 1]
+//                       kRows: the first of 16, 32, 129 that has room for one more row than v's
+//                       partial: [blocks, rows + 1]
 //   project_finish      (project_finish.cuh) partial to the rows + 1 sums
 #pragma once
 
@@ -27,12 +27,14 @@ constexpr int kProjectLength = Tile<T, kRows>::kLength;
 
 template <class T, int kRows>
 struct ProjectMemory {
-  Tile<T, kRows> tile;  // v, then the new w
+  Tile<T, kRows> tiles[kSlots<kRows>];  // v, then the new w
   T coefficients[kRows];
 };
 
+__host__ __device__ constexpr int project_blocks(int rows) { return rows <= 32 ? 5 : 3; }
+
 template <class T, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows <= 32 ? 5 : 3)
+__global__ void __launch_bounds__(kThreads, project_blocks(kRows))
     project(const __grid_constant__ ProjectArguments<T> a) {
   constexpr int kLength = kProjectLength<T, kRows>, kMine = (kRows + kWarps - 1) / kWarps;
   using Memory = ProjectMemory<T, kRows>;
@@ -42,42 +44,46 @@ __global__ void __launch_bounds__(kThreads, kRows <= 32 ? 5 : 3)
     memory.coefficients[i] = static_cast<T>(a.coefficients[i]);
   }
   const bool aligned = rows_aligned16(a.v, a.n, a.rows);
-  const int64_t tiles = (a.n + kLength - 1) / kLength;
+  const int e = threadIdx.x;  // this thread's element of a tile
+  static_assert(kLength <= kThreads);
+  struct Place : TilePlace {
+    T w;  // on its way as well
+  };
+  const auto fill = [&](int64_t tile, int slot) {
+    Place place{place_of<kLength>(tile, a.n, aligned), T(0)};
+    if (e < place.length) place.w = a.w[place.begin + e];
+    stage<kThreads>(memory.tiles[slot], 0, a.v, a.n, a.rows, place);
+    return place;
+  };
   double sums[kMine] = {};
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t begin = tile * kLength, left = a.n - begin;
-    const int length = left < kLength ? static_cast<int>(left) : kLength;
-    const int e = threadIdx.x;
-    T w = 0;
-    if (e < length) w = a.w[begin + e];
-    stage<kThreads>(memory.tile, 0, a.v, a.n, a.rows, begin, length, aligned && length == kLength);
-    __syncthreads();
-    if (e < kLength) {
-      const T* const column = memory.tile.data + e;
-      LYAPCUDA_UNROLL_BY(4)
-      for (int i = 0; i < a.rows; ++i) {
-        w -= product(memory.coefficients[i], column[i * memory.tile.kStride]);
-      }
-      if (e < length) a.w[begin + e] = w;
-      memory.tile.row(a.rows)[e] = w;
-    }
-    __syncthreads();
-    constexpr int kStrips = (kLength + 31) / 32;
-    T new_w[kStrips];
-    LYAPCUDA_UNROLL
-    for (int s = 0; s < kStrips; ++s) new_w[s] = memory.tile.row(a.rows)[s * 32 + lane];
-    LYAPCUDA_UNROLL
-    for (int m = 0; m < kMine; ++m) {
-      const int row = warp + m * kWarps;
-      if (row <= a.rows) {
-        LYAPCUDA_UNROLL
-        for (int s = 0; s < kStrips; ++s) {
-          accumulate(sums[m], memory.tile.row(row)[s * 32 + lane], new_w[s]);
-        }
-      }
-    }
-    __syncthreads();
-  }
+  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill,
+                               [&](const Place& place, int slot) {
+                                 Tile<T, kRows>& tile = memory.tiles[slot];
+                                 __syncthreads();
+                                 if (e < kLength) {
+                                   T w = place.w;
+                                   LYAPCUDA_UNROLL_BY(4)
+                                   for (int i = 0; i < a.rows; ++i)
+                                     w -= product(memory.coefficients[i], tile.row(i)[e]);
+                                   if (e < place.length) a.w[place.begin + e] = w;
+                                   tile.row(a.rows)[e] = w;
+                                 }
+                                 __syncthreads();
+                                 constexpr int kStrips = (kLength + 31) / 32;
+                                 T new_w[kStrips];
+                                 LYAPCUDA_UNROLL
+                                 for (int s = 0; s < kStrips; ++s)
+                                   new_w[s] = tile.row(a.rows)[s * 32 + lane];
+                                 LYAPCUDA_UNROLL
+                                 for (int m = 0; m < kMine; ++m) {
+                                   const int row = warp + m * kWarps;
+                                   if (row <= a.rows) {
+                                     LYAPCUDA_UNROLL
+                                     for (int s = 0; s < kStrips; ++s)
+                                       accumulate(sums[m], tile.row(row)[s * 32 + lane], new_w[s]);
+                                   }
+                                 }
+                               });
   LYAPCUDA_UNROLL
   for (int m = 0; m < kMine; ++m) {
     LYAPCUDA_UNROLL

@@ -25,6 +25,12 @@ constexpr size_t kStack = 64 << 10;
 
 enum class Waits { kNot, kCollective, kBarrier, kEnded };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
+
 struct Fiber {
   ucontext_t context;  // where it starts; under ASan, where it is as well
   jmp_buf left;        // where it was left, if it was
@@ -34,6 +40,8 @@ struct Fiber {
   unsigned thread = 0;
   int barriers = 0;  // so far
   Waits waits = Waits::kNot;
+  std::vector<Copy> copies;  // that have not landed
+  size_t groups = 0;         // of copies, so far
 };
 
 struct Warp {
@@ -66,6 +74,7 @@ Fiber launcher;
 std::unique_ptr<unsigned char[]> stacks;
 size_t stack_count = 0;
 size_t current = 0;
+bool copies_land_at_once = false;
 int missing = -1;  // the barrier that this launch is to do without
 // Set by the fiber that gives up. Fibers then never unwind, so theirs is nothing to free.
 const char* fault = nullptr;
@@ -152,6 +161,8 @@ void yield() {
 void fiber_main() {
   arrived_from(nullptr);
   body(body_context);
+  if (!fibers[current].copies.empty())
+    fail(fibers[current], "a copy that its thread never waits for");
   fibers[current].waits = Waits::kEnded;
   yield();
   __builtin_unreachable();
@@ -169,6 +180,8 @@ void prepare(size_t position, unsigned thread) {
   fiber.barriers = 0;
   fiber.waits = Waits::kNot;
   fiber.was_left = false;
+  fiber.copies.clear();
+  fiber.groups = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = stack;
   fiber.context.uc_stack.ss_size = kStack;
@@ -223,6 +236,31 @@ const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const u
   return values;
 }
 
+void copy_later(void* to, const void* from, size_t bytes) {
+  Fiber& self = fibers[current];
+  const bool known = bytes == 4 || bytes == 8 || bytes == 16;
+  const uintptr_t places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (!known || places % bytes != 0)
+    fail(self, "an asynchronous copy that isn't of 4, 8 or 16 aligned bytes");
+  if (copies_land_at_once) std::memcpy(to, from, bytes);
+  self.copies.push_back({to, from, copies_land_at_once ? 0 : bytes, self.groups});
+}
+
+void commit_copies() { ++fibers[current].groups; }
+
+void wait_for_copies(size_t prior) {
+  Fiber& self = fibers[current];
+  size_t left = 0;
+  for (const Copy& copy : self.copies) {
+    if (copy.group + prior < self.groups) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      self.copies[left++] = copy;
+    }
+  }
+  self.copies.resize(left);
+}
+
 void* shared(const void* site, size_t bytes, size_t alignment) {
   size_t total = bytes;
   for (const Shared& known : pieces) {
@@ -247,6 +285,7 @@ void run(unsigned grid, unsigned block, Order order, Thread thread, void* contex
   body_context = context;
   gridDim.x = grid;
   blockDim.x = block;
+  copies_land_at_once = order == Order::kReverse;
   missing = missing_barrier.launch == 0 ? missing_barrier.barrier : -1;
   if (missing_barrier.launch >= 0) --missing_barrier.launch;
   launcher.stack = nullptr;

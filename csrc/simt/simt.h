@@ -16,6 +16,8 @@ using Same = T;
 
 #ifdef __CUDACC__
 
+#include <cuda_pipeline_primitives.h>
+
 // __shared__ with one difference: the emulator fills it with NaN at the start of a block.
 #define LYAPCUDA_SHARED(type, name) __shared__ simt::Same<type> name
 #define LYAPCUDA_UNROLL _Pragma("unroll")
@@ -62,7 +64,9 @@ struct __attribute__((may_alias, aligned(16))) double2 {
 
 namespace simt {
 
-enum class Order { kForward, kReverse };
+// Of the warps of a block; and when asynchronous copies land, which is as late as they may, but
+// under kReverse as early: on a GPU anywhere between.
+enum class Order { kForward, kReverse, kReverseLate };
 
 // Of the static kind, what a block may have.
 constexpr size_t kMostShared = 48 << 10;
@@ -86,6 +90,10 @@ void barrier();
 // lane's number in `lane`.
 const Lanes* exchange(unsigned mask, Collective call, unsigned argument, const uint64_t* words,
                       unsigned count, unsigned& lane);
+// An asynchronous copy of the calling thread, which is to wait for it before it ends.
+void copy_later(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t prior);
 // The calling block's own memory for a LYAPCUDA_SHARED, filled with NaN when its first thread gets
 // there.
 void* shared(const void* site, size_t bytes, size_t alignment);
@@ -129,6 +137,12 @@ void launch(unsigned grid, unsigned block, Order order, void (*kernel)(P...), A&
       ::simt::shared(&name##_site, sizeof(simt::Same<type>), alignof(simt::Same<type>)))
 
 inline void __syncthreads() { simt::barrier(); }
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  simt::copy_later(to, from, bytes);
+}
+inline void __pipeline_commit() { simt::commit_copies(); }
+inline void __pipeline_wait_prior(size_t prior) { simt::wait_for_copies(prior); }
 
 template <class V>
 void __stwb(V* to, V value) {

@@ -21,13 +21,10 @@ ARCHS = ("80", "90")
 THREADS = 256  # kThreads
 REGISTERS_PER_SM = 65536  # on both architectures
 SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
-#: The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on sm_90
-#: 13 of one triangle up to 32 rows, 6 + 8 of larger stacks.
-PRODUCTS = 13
 #: Those of setup.py's NVCC_FLAGS that decide on the device code.
 BUILT_WITH = ["-std=c++17", "-O3", "-fmad=false"]
-#: Of enum GramSide: rows of the tile, threads and blocks.
-SIDES = {"0": (32, 256, 3), "1": (128, 512, 1), "2": (64, 256, 2), "3": (256, 512, 1)}
+#: Of gram, by the rows of its tile: threads and blocks.
+GRAM = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (256, 2), 128: (512, 1), 256: (512, 1)}
 #: Bytes of an element.
 SIZE = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
@@ -49,39 +46,56 @@ class Design:
         return min(REGISTERS_PER_SM // (self.blocks * self.threads) // 8 * 8, 255)
 
 
-def tile(buffer: str, rows: int) -> int:
-    """Bytes of a tile of csrc/kernels/panel.cuh."""
-    row = 512 if rows <= 64 else 256 if rows <= 129 else 128
-    return rows * (row + 4 * SIZE[buffer])
+def tile_bytes(rows: int) -> int:
+    """Of a row of a tile."""
+    return next((2048 >> i for i, most in enumerate((8, 16, 64, 129)) if rows <= most), 128)
+
+
+def tiles(buffer: str, rows: int) -> int:
+    """Bytes of a block's tiles of csrc/kernels/panel.cuh."""
+    return rows * (tile_bytes(rows) + 4 * SIZE[buffer]) * (2 if rows <= 33 else 1)
+
+
+def products(rows: int) -> int:
+    """The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on sm_90
+    13 of one triangle up to 32 rows, 6 + 8 of larger stacks."""
+    return {8: 1, 16: 3}.get(rows, 13)
 
 
 def design_of_panels(name: str, arguments: list[str]) -> Design | None:
-    """Those that stage tiles in shared memory."""
+    """Those that stage tiles in shared memory; what is copied there counts as a load."""
     buffer = arguments[0] if arguments else ""
+    rows = int(arguments[-1]) if arguments and arguments[-1].isdigit() else 0
+    shared = tiles(buffer, rows) if rows else 0
     if name == "gram":
-        rows, threads, blocks = SIDES[arguments[1]]
-        loads = 4 if arguments[1] in "01" else 8
-        return Design(blocks, tile(buffer, rows), loads, 0, threads, PRODUCTS)
+        threads, blocks = GRAM[rows]
+        loads = 1 if arguments[1] == "true" else 2
+        return Design(blocks, shared, loads, 0, threads, products(rows))
     if name == "panel_ascent":
-        _, storage, realised, momentum, rows = arguments
+        _, storage, realised, momentum, _ = arguments
         loads = 1 + (momentum == "true")  # q, p
         if storage == buffer:
             loads += 2 + (realised == "true")  # g1, g0, θ; 8 bytes of 16-bit storage
-        large = int(rows) > 64
-        shared = tile(buffer, int(rows))
+        large = rows > 64
         stores = 1 + (momentum == "true")
-        return Design(1 if large else 2, shared, loads, stores, 512 if large else 256, PRODUCTS)
+        plain = buffer == "float" and realised == momentum == "false"
+        blocks = (3 if rows <= 16 else 1 if large else 2) + (rows <= 32 and plain)
+        shared += max(1, 2 * (rows <= 32)) * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # g0
+        if realised == "true":
+            shared += max(1, 2 * (rows <= 32)) * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]
+        else:
+            shared += max(1, 2 * (rows <= 32)) * 16
+        return Design(blocks, shared, loads, stores, 512 if large else 256, products(rows))
+    # Of combine and panel_recenter.
+    matrix = rows * rows * SIZE[buffer] if rows <= 32 else 12288
     if name == "combine":
-        rows = int(arguments[1])
-        matrix = 32 * 32 * SIZE[buffer] if rows == 32 else 12288
-        return Design(4, tile(buffer, rows) + matrix, 4, 4)
+        return Design(4, shared + matrix, 1, 4)
     if name == "panel_recenter":
         same = arguments[1] == buffer  # else copies and θ go by 8 bytes
-        shared = tile(buffer, 32) + 32 * 32 * SIZE[buffer]
-        return Design(4 if same else 3, shared, 8 if same else 4, 8 if same else 4)
+        theta = 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[arguments[1]]
+        return Design(4 if same else 3, shared + matrix + theta, 2, 8 if same else 4)
     if name == "project":
-        rows = int(arguments[1])
-        return Design(5 if rows == 32 else 3, tile(buffer, rows) + (rows + 1) // 2 * 2 * 8, 4)
+        return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 1)
     return None
 
 
@@ -99,13 +113,13 @@ def design(name: str, arguments: list[str]) -> Design:
         blocks = 3 if flat == 2 and realised == momentum == "true" else 4
         return Design(blocks, THREADS // 32 * sums * 8, loads, flat + extra)
     if name in ("descend", "panel_slopes", "panel_descend"):
-        buffer, storage, momentum = arguments
+        buffer, storage, momentum = arguments[:3]
         flat = SIZE[buffer] // SIZE[storage]
         extra = flat if momentum != "0" else 0  # the momentum's buffer
         if name == "descend":
             return Design(5, 0, 2 + extra, 1 + extra)
         if name == "panel_slopes":
-            return Design(4, tile(buffer, 33), 4)
+            return Design(4, tiles(buffer, int(arguments[3])), 1)
         # θ, g, the buffer, a row of the panel.
         return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
     if name == "recenter":
@@ -142,7 +156,7 @@ def demangled(symbol: str) -> tuple[str, list[str]]:
     arguments = []
     if rest.startswith("I"):
         pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E"
-        pattern += r"|L(?:i|NS0_\d+GramSideE|NS_\d+MomentumE)(\d+)E|(E)"
+        pattern += r"|L(?:i|NS_\d+MomentumE)(\d+)E|(E)"
         for part in re.finditer(pattern, rest[1:]):
             if part[5]:
                 break
@@ -234,6 +248,7 @@ def check(report: str, ptx: dict[str, str]) -> int:
             title = f"{name}<{', '.join(arguments)}>" if arguments else name
             use = used[symbol, arch]
             wide = {"loads": count_wide(text, "ld"), "stores": count_wide(text, "st")}
+            wide["loads"] += len(re.findall(r"cp\.async\.cg\.shared\.global.*, 16", text))
             wide["products"] = text.count("mma.sync")
             try:
                 planned = design(name, arguments)

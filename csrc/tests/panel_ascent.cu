@@ -9,6 +9,7 @@ namespace lyapcuda::kernels {
       const __grid_constant__ PanelAscentSegments<P>,                       \
       const __grid_constant__ PanelAscentArguments<T, P>);
 #define LYAPCUDA_ASCENT(T, P, kRealised, kMomentum) \
+  LYAPCUDA_ROWS(T, P, kRealised, kMomentum, 16)     \
   LYAPCUDA_ROWS(T, P, kRealised, kMomentum, 32)     \
   LYAPCUDA_ROWS(T, P, kRealised, kMomentum, 64)
 // 32 separations are more than 64 rows only with more than two rows each.

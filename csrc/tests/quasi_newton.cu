@@ -5,12 +5,15 @@
 
 namespace lyapcuda::kernels {
 
+#define LYAPCUDA_SLOPES(T, P, kMomentum, kRows)                  \
+  template __global__ void panel_slopes<T, P, kMomentum, kRows>( \
+      const __grid_constant__ DirectionSegments<P>,              \
+      const __grid_constant__ PanelSlopesArguments<T>);
 #define LYAPCUDA_STEP(T, P, kMomentum)                                                            \
   template __global__ void descend<T, P, kMomentum>(const __grid_constant__ DirectionSegments<P>, \
                                                     const __grid_constant__ DescendArguments<T>); \
-  template __global__ void panel_slopes<T, P, kMomentum>(                                         \
-      const __grid_constant__ DirectionSegments<P>,                                               \
-      const __grid_constant__ PanelSlopesArguments<T>);                                           \
+  LYAPCUDA_SLOPES(T, P, kMomentum, 16)                                                            \
+  LYAPCUDA_SLOPES(T, P, kMomentum, 33)                                                            \
   template __global__ void panel_descend<T, P, kMomentum>(                                        \
       const __grid_constant__ DirectionSegments<P>,                                               \
       const __grid_constant__ PanelDescendArguments<T>);

@@ -6,7 +6,6 @@
 namespace lyapcuda::test {
 namespace {
 
-using kernels::GramSide;
 using kernels::kThreads;
 using simt::Order;
 
@@ -30,13 +29,13 @@ struct GramCase {
     }
   }
 
-  template <GramSide kSide>
-  std::vector<double> run_side(unsigned grid, Order order, const double* gate, int64_t n) {
+  template <bool kSymmetric, int kRows>
+  std::vector<double> run_rows(unsigned grid, Order order, const double* gate, int64_t n) {
     const int pairs =
         symmetric ? kernels::symmetric_pairs(a.k) : kernels::rectangular_pairs(a.k, b.k);
     std::vector<double> partial(grid * kernels::gram_row(pairs), std::nan(""));
     std::vector<double> out(a.k * b.k, std::nan(""));
-    simt::launch(grid, kernels::kGramThreads<kSide>, order, kernels::gram<T, kSide>,
+    simt::launch(grid, kernels::gram_threads(kRows), order, kernels::gram<T, kSymmetric, kRows>,
                  kernels::GramArguments<T>{a.data(), symmetric ? nullptr : b.data(), n, a.k, b.k,
                                            gate, partial.data()});
     simt::launch(kernels::gram_finish_blocks(pairs), kThreads, order, kernels::gram_finish,
@@ -46,16 +45,16 @@ struct GramCase {
   }
   std::vector<double> run(unsigned grid, Order order, const double* gate = nullptr,
                           int64_t lie = 0) {
-    switch (kernels::gram_side(symmetric, a.k, b.k)) {
-      case GramSide::kSmallSymmetric:
-        return run_side<GramSide::kSmallSymmetric>(grid, order, gate, a.n + lie);
-      case GramSide::kLargeSymmetric:
-        return run_side<GramSide::kLargeSymmetric>(grid, order, gate, a.n + lie);
-      case GramSide::kSmall:
-        return run_side<GramSide::kSmall>(grid, order, gate, a.n + lie);
-      default:
-        return run_side<GramSide::kLarge>(grid, order, gate, a.n + lie);
+    std::vector<double> out;
+    if (symmetric) {
+      kernels::with_rows<8, 16, 32, 128>(
+          a.k, [&](auto most) { out = run_rows<true, most()>(grid, order, gate, a.n + lie); });
+    } else {
+      kernels::with_rows<64, 256>(2 * std::max(a.k, b.k), [&](auto most) {
+        out = run_rows<false, most()>(grid, order, gate, a.n + lie);
+      });
     }
+    return out;
   }
   bool right(const std::vector<double>& out) const {
     for (int i = 0; i < a.k; ++i) {
@@ -164,8 +163,10 @@ struct ProjectCase {
     return right;
   }
   bool right(unsigned grid, Order order, int64_t lie, std::vector<double>& sums) {
-    return v.k <= 31 ? right_with<32>(grid, order, lie, sums)
-                     : right_with<129>(grid, order, lie, sums);
+    bool right = false;
+    kernels::with_rows<16, 32, 129>(
+        v.k + 1, [&](auto most) { right = right_with<most()>(grid, order, lie, sums); });
+    return right;
   }
   void check(const std::vector<unsigned>& grids) {
     for (const unsigned grid : grids) {

@@ -83,12 +83,12 @@ void panels_have_64_bits() {
       {&of_g0}, &kRow, nullptr, 1,
       [&](kernels::PanelRecenterSegments<float> table) {
         last_two(table);
-        simt::launch(1, kernels::kThreads, Order::kReverse, kernels::panel_recenter<float, float>,
-                     table,
+        simt::launch(1, kernels::kThreads, Order::kReverse,
+                     kernels::panel_recenter<float, float, 32>, table,
                      kernels::PanelRecenterArguments<float, float>{q.data(), g1.data(), d.data(),
                                                                    kRow, 2, transform, &pending});
       },
-      kernels::kTransformLength<float, kernels::kMaxRecenter>);
+      kernels::kTransformLength<float, 32>);
   right = true;
   for (int j = 0; j < 2; ++j) {
     for (int64_t i = kRow - kTouched; i < kRow; ++i) {

@@ -97,13 +97,16 @@ struct PanelAscentCase {
     return out;
   }
   std::vector<double> run(unsigned grid, Order order, T* d, T* p_next, int64_t lie = 0) {
-    if constexpr (kMostRows > 64) {
-      if (kStack * k > 64) return run_rows<128>(grid, order, d, p_next, lie);
+    std::vector<double> out;
+    const auto with = [&](auto most) { out = run_rows<most()>(grid, order, d, p_next, lie); };
+    if constexpr (kMostRows == 32) {
+      kernels::with_rows<16, 32>(kStack * k, with);
+    } else if constexpr (kMostRows == 64) {
+      kernels::with_rows<16, 32, 64>(kStack * k, with);
+    } else {
+      kernels::with_rows<16, 32, 64, 128>(kStack * k, with);
     }
-    if constexpr (kMostRows > 32) {
-      if (kStack * k > 32) return run_rows<64>(grid, order, d, p_next, lie);
-    }
-    return run_rows<32>(grid, order, d, p_next, lie);
+    return out;
   }
 
   bool sums_right(const std::vector<double>& gram) const {

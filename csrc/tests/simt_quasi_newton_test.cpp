@@ -83,11 +83,13 @@ struct Case {
     std::memcpy(expected.data(), held.data(), layout.total * sizeof(T));
     std::vector<double> rows, out(k, std::nan(""));
     rows.reserve(4096 * k);
-    launch(grid, order, before, kernels::kSlopesLength<T>, lie,
-           kernels::panel_slopes<T, P, kMomentum>,
-           kernels::PanelSlopesArguments<T>{panel.data(), layout.total, k, buffer.data(),
-                                            state.data(), factor, 0.05, 0.3, nullptr},
-           &rows);
+    kernels::with_rows<16, 33>(k + 1, [&](auto most) {
+      launch(grid, order, before, kernels::kSlopesLength<T, most()>, lie,
+             kernels::panel_slopes<T, P, kMomentum, most()>,
+             kernels::PanelSlopesArguments<T>{panel.data(), layout.total, k, buffer.data(),
+                                              state.data(), factor, 0.05, 0.3, nullptr},
+             &rows);
+    });
     simt::launch(kernels::project_finish_blocks(k - 1), kThreads, order, kernels::project_finish,
                  rows.data(), static_cast<int64_t>(rows.size() / k), k - 1, out.data());
     const Newton newton{state.data(), k, 1.0, 1.0};

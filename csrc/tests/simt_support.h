@@ -16,7 +16,8 @@
 
 namespace lyapcuda::test {
 
-constexpr simt::Order kOrders[] = {simt::Order::kForward, simt::Order::kReverse};
+constexpr simt::Order kOrders[] = {simt::Order::kForward, simt::Order::kReverse,
+                                   simt::Order::kReverseLate};
 
 // torch's own type for each of the kernels' storage types: an independent conversion.
 template <class P>

@@ -15,7 +15,7 @@ namespace lyapcuda::test {
 namespace {
 
 using simt::Order;
-constexpr Order kOrders[] = {Order::kForward, Order::kReverse};
+constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kReverseLate};
 constexpr int kThreads = kernels::kThreads;
 
 // --- the words ----------------------------------------------------------------------------------
@@ -50,6 +50,37 @@ __global__ void read_unwritten(double* out) {
   if (threadIdx.x == 0) {
     *out = never;
     never = 1.0;
+  }
+}
+
+// What its thread sees of a copy before it waits for it, and after; of two, waits for the first
+// first.
+__global__ void copy_asynchronously(const float4* from, float* before, float* after) {
+  LYAPCUDA_SHARED(float4[2][32], held);
+  const unsigned i = threadIdx.x;
+  for (unsigned group = 0; group < 2; ++group) {
+    __pipeline_memcpy_async(&held[group][i], &from[group * 32 + i], 16);
+    __pipeline_commit();
+  }
+  before[i] = held[0][i].x;
+  __pipeline_wait_prior(1);
+  after[i] = held[0][i].x;
+  before[32 + i] = held[1][i].x;
+  __pipeline_wait_prior(0);
+  after[32 + i] = held[1][i].x;
+}
+
+void copies_land_between() {
+  for (const Order order : kOrders) {
+    alignas(16) float from[64 * 4];
+    float before[64], after[64];
+    for (int i = 0; i < 64 * 4; ++i) from[i] = static_cast<float>(i);
+    simt::launch(1, 32, order, copy_asynchronously, reinterpret_cast<const float4*>(from), before,
+                 after);
+    for (int i = 0; i < 64; ++i) {
+      CHECK(after[i] == 4.0f * static_cast<float>(i));
+      CHECK(std::isnan(before[i]) == (order != Order::kReverse));
+    }
   }
 }
 
@@ -103,16 +134,28 @@ __global__ void two_shuffles() {
   }
 }
 
+__global__ void copy_not_waited_for(const float4* from) {
+  LYAPCUDA_SHARED(float4[32], held);
+  __pipeline_memcpy_async(&held[threadIdx.x], from, 16);
+  __pipeline_commit();
+  __pipeline_wait_prior(1);
+}
+__global__ void misaligned_copy(const float4* from) {
+  LYAPCUDA_SHARED(float4[32], held);
+  __pipeline_memcpy_async(&held[threadIdx.x], reinterpret_cast<const char*>(from) + 8, 16);
+  __pipeline_wait_prior(0);
+}
+
 __global__ void too_much_shared() {
   LYAPCUDA_SHARED(char[30000], some);
   LYAPCUDA_SHARED(char[20000], more);
   some[0] = more[0];
 }
 
-template <class Kernel>
-std::string fault_of(Kernel* kernel, unsigned block, Order order) {
+template <class Kernel, class... A>
+std::string fault_of(Kernel* kernel, unsigned block, Order order, A... arguments) {
   try {
-    simt::launch(2, block, order, kernel);
+    simt::launch(2, block, order, kernel, arguments...);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -130,6 +173,10 @@ void misuse_is_an_error() {
     CHECK(says(fault_of(shuffle_of_half, 64, order), "part of a warp"));
     CHECK(says(fault_of(two_shuffles, 64, order), "two different shuffles"));
     CHECK(says(fault_of(too_much_shared, 64, order), "48 KB"));
+    alignas(16) float4 from[2] = {};
+    const float4* const some = from;
+    CHECK(says(fault_of(copy_not_waited_for, 32, order, some), "never waits for"));
+    CHECK(says(fault_of(misaligned_copy, 32, order, some), "aligned"));
     CHECK(says(fault_of(shuffle_for_some, 33, order), "whole warps"));
     CHECK(says(fault_of(shuffle_for_some, 0, order), "no such launch"));
   }
@@ -317,6 +364,8 @@ void chunks_are_found() {
 
 void simt_emulator_tests() {
   words_mean_what_cuda_says();
+  copies_land_between();
+  copies_land_between();
   misuse_is_an_error();
   seeded_faults_are_seen();
   indices_have_64_bits();

@@ -41,11 +41,9 @@ struct CombineCase {
   void launch(unsigned grid, Order order, T* out, const T* from, int64_t n, const double* gate) {
     const kernels::CombineArguments<T> arguments{out,     from,          n,   panel.k,
                                                  columns, matrix.data(), gate};
-    if (panel.k <= 32 && columns <= 32) {
-      simt::launch(grid, kThreads, order, kernels::combine<T, 32>, arguments);
-    } else {
-      simt::launch(grid, kThreads, order, kernels::combine<T, 128>, arguments);
-    }
+    kernels::with_rows<8, 16, 32, 128>(std::max(panel.k, columns), [&](auto most) {
+      simt::launch(grid, kThreads, order, kernels::combine<T, most()>, arguments);
+    });
   }
   bool right(unsigned grid, Order order, int64_t out_shift = 0, int64_t lie = 0) {
     Panel<T> out(columns, panel.n, out_shift, 64);
@@ -104,8 +102,8 @@ void combine_cases() {
 }
 
 void faults_of_combine_are_seen() {
-  CombineCase<float> small(5, 5, 400, 0), large(128, 128, 200, 0), single(1, 1, 257, 0);
-  for (const int barrier : {0, 1}) {
+  CombineCase<float> small(5, 5, 1200, 0), large(128, 128, 200, 0), single(1, 1, 257, 0);
+  for (const int barrier : {0, 1, 2}) {
     CHECK(sees_missing_barrier(barrier, [&](Order order) { return small.right(1, order); }));
   }
   // In turn before and after some columns of the matrix are staged.
@@ -140,14 +138,16 @@ struct RecenterCase {
     std::vector<int64_t> sizes = layout.sizes;
     sizes.back() += lie;
     const P* const* const lists[1] = {theta.const_list()};
-    kernels::for_each_table(
-        lists, sizes.data(), layout.offsets.data(), layout.count(),
-        [&](const auto& table) {
-          simt::launch(grid, kThreads, order, kernels::panel_recenter<T, P>, table,
-                       kernels::PanelRecenterArguments<T, P>{to, copies, from, layout.total, k,
-                                                             matrix.data(), &pending});
-        },
-        kernels::kTransformLength<T, kernels::kMaxRecenter>);
+    kernels::with_rows<8, 16, 32>(k, [&](auto most) {
+      kernels::for_each_table(
+          lists, sizes.data(), layout.offsets.data(), layout.count(),
+          [&](const auto& table) {
+            simt::launch(grid, kThreads, order, kernels::panel_recenter<T, P, most()>, table,
+                         kernels::PanelRecenterArguments<T, P>{to, copies, from, layout.total, k,
+                                                               matrix.data(), &pending});
+          },
+          kernels::kTransformLength<T, most()>);
+    });
   }
   bool elements_right(const Panel<T>& now, const Panel<P>& copies, bool pending) const {
     bool right = true;
