@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ __all__ = [
 #: Elements. 64 bytes of a 16-bit type, 128 of float32: vector loads of compiled models stay
 #: aligned.
 ALIGNMENT = 32
-_KIND = operator.attrgetter("shape", "dtype", "device")
+_KIND, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
 # Bytes: where torch's own tensors start.
 _LINE = 64
 
@@ -164,7 +165,21 @@ class FlatGroup:
         Dense ones of the right strides are read where they lie; others are copied, and None (no
         gradient) becomes zeros. Detached, where gradients are being recorded.
         """
-        return self.segments_at(range(len(tensors)), tensors)
+        held = locals_of(tensors)
+        if self._all_lie(held):
+            return list(held)
+        return self.segments_at(range(len(held)), held)
+
+    def _all_lie(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether `segments` has nothing to do, as it nearly always is: asked in a few passes, not
+        tensor by tensor."""
+        return (
+            all(self._contiguous)
+            and not torch.is_grad_enabled()
+            and NoneType not in set(map(type, tensors))
+            and set(map(_DTYPE, tensors)) == {self.dtype}
+            and list(map(Tensor.stride, tensors)) == self.strides
+        )
 
     def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The same for tensors like some of the parameters, those at ``indices``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
-_BUFFERS = operator.attrgetter("_buffers")
+_BUFFERS, _PARAMETERS = operator.attrgetter("_buffers"), operator.attrgetter("_parameters")
+_VALUES = operator.methodcaller("values")
 #: Classes of tensors that are nothing but their memory.
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -67,14 +69,17 @@ class Loose(nn.Module):
 
 def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
     """The modules' other parameters that a backward() may give a gradient."""
-    tracked, others = set(map(id, parameters)), {}
+    tracked = {*map(id, parameters), id(None)}
+    found = list(chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules))))
     # Where nothing stands before it the dictionary itself: parameters() walks it in Python.
     walked = {t for t in set(map(type, modules)) if t.parameters is not nn.Module.parameters}
-    for module in modules:
-        own = module._parameters.values()
-        for p in module.parameters(recurse=False) if type(module) in walked else own:
-            if id(p) not in tracked and p is not None:
-                others[id(p)] = p
+    if walked:
+        for module in modules:
+            if type(module) in walked:
+                found.extend(module.parameters(recurse=False))
+    if tracked.issuperset(map(id, found)):
+        return []
+    others = {id(p): p for p in found if id(p) not in tracked}
     return [p for p in others.values() if p.requires_grad]
 
 

@@ -75,6 +75,36 @@ STEPS = {
 }
 
 
+#: More tiles than an H200 has room for at once, the next of which is on its way meanwhile.
+LONG = [700003, 33]
+
+
+@pytest.mark.parametrize(("buffer", "storage"), [(F32, F32), (F32, BF16), (F64, F64)])
+@pytest.mark.parametrize("k", [3, 14, 32])
+def test_blocks_that_take_many_tiles_leave_what_the_cpu_does(k, buffer, storage):
+    here = make_panel_case(k, LONG, buffer, storage, gap=16, beta=0.01)
+    panel_ops.panel_field(here.state, k, "pending").fill_(1.0)
+    panel_ops.panel_field(here.state, k, "transform").copy_(torch.randn(k, k, dtype=F64))
+    there, coefficients = on("cuda", here), torch.randn(k, dtype=F64)
+
+    def called(case):
+        step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+        panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, *step[4:])
+        yield panel_ops.panel_ascent_(*step)
+        heavy = {"theta": case.theta, "momentum": 0.5, "p": case.p, "p_next": case.p_next}
+        yield panel_ops.panel_ascent_(*step, **heavy)
+        yield panel_ops.gram(case.d, case.d)
+        yield panel_ops.gram(case.d, case.q)
+        transform = panel_ops.panel_field(case.state, k, "transform")
+        panel_ops.combine_(case.d, case.d, transform.contiguous())
+        yield panel_ops.project_(case.p[0], case.q, coefficients.to(case.state.device))
+
+    for actual, expected in zip(called(there), called(here), strict=True):
+        largest = float(expected.abs().max())
+        assert float((actual.cpu() - expected).abs().max()) <= 1e-12 * largest
+    assert_same_case(there, here)
+
+
 @pytest.mark.parametrize(("buffer", "storage"), [(F32, F32), (F32, BF16), (F64, F64)])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_graph_replayed_is_the_steps_taken_one_by_one(name, buffer, storage):

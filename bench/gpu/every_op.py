@@ -24,6 +24,8 @@ from lyapcuda import ops, panel_ops  # noqa: E402
 from ops_support import DTYPES, Case, ascent_options, make_case, state_with  # noqa: E402
 from simt_library import SEGMENTS  # noqa: E402
 
+#: Blocks take several tiles of these, the next one on its way meanwhile.
+LONG = [700003, 33]
 #: Calls, and of what.
 Counted = Iterator[tuple[int, str]]
 
@@ -81,8 +83,11 @@ def one_separation(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
 
 def panels(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Counted:
     losses = torch.ones(2, dtype=torch.float64, device=device)
-    sizes = [1, 0, 33, 1030, (3, 5), *(k % 13 for k in range(SEGMENTS + 2))]
-    for (buffer, storage), k, shift in itertools.product(dtypes, (3, 14, 32, 1, 8), shifts):
+    some = [1, 0, 33, 1030, (3, 5), *(k % 13 for k in range(SEGMENTS + 2))]
+    cases = [(some, *case) for case in itertools.product(dtypes, (3, 14, 32, 1, 8), shifts)]
+    if device == "cuda":
+        cases[:0] = [(LONG, *case, 0) for case in itertools.product(dtypes[:2], (5, 14))]
+    for sizes, (buffer, storage), k, shift in cases:
         count, case = 0, on(device, make_case(sizes, buffer, storage, gap=16), shift)
         n = case.q.numel()
 
@@ -121,7 +126,7 @@ def panels(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Counted:
         field("reseed").fill_(float(k))
         lengths = [tensor.numel() for tensor in case.theta]
         ops.reseed_(q, case.offsets, lengths, state, elements=sum(lengths), p=p)
-        yield count + 1, f"{buffer} beside {storage}, k = {k}, shift {shift}"
+        yield count + 1, f"{buffer} beside {storage}, k = {k}, shift {shift}, {len(sizes)} tensors"
 
 
 def krylov_vectors(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Counted:
@@ -136,6 +141,12 @@ def krylov_vectors(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
         panel_ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
         panel_ops.project_(w, a[:0], matrix[:0, 0].contiguous())
         yield 5, f"{dtype}, {rows} and {columns} rows"
+    for rows in (7, 14, 40) if device == "cuda" else ():
+        a, w = torch.randn(rows, LONG[0] + 1, device=device), torch.randn(LONG[0] + 1, device=device)
+        panel_ops.gram(a, a)
+        panel_ops.combine_(a, a, torch.randn(rows, rows, dtype=torch.float64, device=device))
+        panel_ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
+        yield 3, f"{rows} long rows"
 
 
 PARTS = {"one separation": one_separation, "panels": panels, "Krylov vectors": krylov_vectors}

@@ -80,8 +80,8 @@ struct PanelAscent {
   }
 
   // This thread's elements of a tile start at e; its first row is first().
-  __device__ __forceinline__ int e() const { return static_cast<int>(threadIdx.x) % kGroups * N; }
-  __device__ __forceinline__ int first() const { return static_cast<int>(threadIdx.x) / kGroups; }
+  __device__ __forceinline__ int e() const { return static_cast<int>(threadIdx.x % kGroups) * N; }
+  __device__ __forceinline__ int first() const { return static_cast<int>(threadIdx.x / kGroups); }
 
   // Starts the copies: of q, g1 and p to where q, y and d are to be in the stack of rows.
   __device__ __forceinline__ SegmentPlace fill(int64_t tile, int slot) {

@@ -86,14 +86,14 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         else:
             shared += max(1, 2 * (rows <= 32)) * 16
         return Design(blocks, shared, loads, stores, 512 if large else 256, products(rows))
-    # Of combine and panel_recenter.
-    matrix = rows * rows * SIZE[buffer] if rows <= 32 else 12288
+    if name in ("combine", "panel_recenter"):
+        shared += rows * rows * SIZE[buffer] if rows <= 32 else 12288  # the matrix
     if name == "combine":
-        return Design(4, shared + matrix, 1, 4)
+        return Design(4, shared, 1, 4)
     if name == "panel_recenter":
         same = arguments[1] == buffer  # else copies and θ go by 8 bytes
         theta = 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[arguments[1]]
-        return Design(4 if same else 3, shared + matrix + theta, 2, 8 if same else 4)
+        return Design(4 if same else 3, shared + theta, 2, 8 if same else 4)
     if name == "project":
         return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 1)
     return None
