@@ -13,7 +13,7 @@ from pathlib import Path
 from gpu.processes import Job
 
 #: Seconds of each stage in all; the third takes what is left.
-SECONDS = {"A": 220.0, "B": 220.0, "C": 100.0}
+SECONDS = {"A": 220.0, "B": 220.0, "C": 150.0}
 #: Groups of ops that stage A holds against the CPU backend, a process a group.
 OP_GROUPS = {
     "one separation": ("ascent_", "recenter_", "stream_copy_"),
@@ -96,7 +96,7 @@ def stage_b(rehearse: bool) -> Iterator[Step]:
 def stage_c(rehearse: bool, counters: Path, right: bool) -> Iterator[Step]:
     """Do their threads race, and what do the kernels wait for? Counters only of right kernels."""
     yield Step(
-        [*sanitizer("racecheck", 60, rehearse), *sanitizer("synccheck", 60, rehearse)],
+        [*sanitizer("racecheck", 100, rehearse), *sanitizer("synccheck", 100, rehearse)],
         at_once=2 * len(PARTS),
     )
     yield Step([profile(counters, rehearse, None if right else "stage A failed")])
