@@ -230,6 +230,16 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
          static_cast<const char*>(b.const_data_ptr()) < end(a);
 }
 
+// What is written while another tensor is still read, some elements at a time, lies apart from it
+// or is the same elements.
+inline void check_over(const Tensor& written, const char* name, const Tensor& read,
+                       const char* read_name) {
+  const bool same = written.const_data_ptr() == read.const_data_ptr() &&
+                    written.scalar_type() == read.scalar_type();
+  STD_TORCH_CHECK(same || !overlap(written, read), name, ": shares memory with ", read_name,
+                  ", but is not the same elements (it starts elsewhere, or has another dtype)");
+}
+
 // A gate on the device: where it is 0 there is nothing to do.
 inline void check_gate(const std::optional<Tensor>& gate, const Device& device) {
   if (gate) check_vector(*gate, "gate", 1, device);

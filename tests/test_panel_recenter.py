@@ -183,6 +183,14 @@ WRONG = {
     "q in d": ({"q": WHOLE[:3], "d": WHOLE[2:5]}, "q: shares memory with d"),
     "q is copies": ({"q": WHOLE[:3], "copies": WHOLE[:3]}, "q: shares memory with copies"),
     "copies in d": ({"copies": WHOLE[:3], "d": WHOLE[1:4]}, "copies: shares memory with d"),
+    "copies of another dtype in d": (
+        {
+            "copies": WHOLE[:3].view(-1).view(BF16)[: 3 * 40].view(3, 40),
+            "d": WHOLE[:3],
+            "theta": [torch.ones(n, dtype=BF16) for n in (10, 12)],
+        },
+        "copies: shares memory with d, but is not the same elements",
+    ),
 }
 
 

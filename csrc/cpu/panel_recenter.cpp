@@ -52,8 +52,7 @@ void panel_recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> thet
   check_vector(state, "state", panel_size(q.size(0)));
   STD_TORCH_CHECK(!overlap(q, d), "q: shares memory with d");
   STD_TORCH_CHECK(!overlap(q, copies), "q: shares memory with copies");
-  STD_TORCH_CHECK(!overlap(copies, d) || copies.const_data_ptr() == d.const_data_ptr(),
-                  "copies: shares memory with d, but doesn't start where it does");
+  check_over(copies, "copies", d, "d");
   if (theta.empty()) return;
   const double* const values = static_cast<const double*>(state.const_data_ptr());
   with_buffer_and_storage(q.scalar_type(), theta[0].scalar_type(),

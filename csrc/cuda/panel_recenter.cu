@@ -34,8 +34,7 @@ void panel_recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> thet
   check_vector(state, "state", panel_size(q.size(0)), device);
   STD_TORCH_CHECK(!overlap(q, d), "q: shares memory with d");
   STD_TORCH_CHECK(!overlap(q, copies), "q: shares memory with copies");
-  STD_TORCH_CHECK(!overlap(copies, d) || copies.const_data_ptr() == d.const_data_ptr(),
-                  "copies: shares memory with d, but doesn't start where it does");
+  check_over(copies, "copies", d, "d");
   if (theta.empty()) return;
 
   const Launcher launcher(device);

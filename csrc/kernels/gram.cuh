@@ -1,13 +1,13 @@
 // a·bᵀ of two panels of up to 128 rows each, in double.
 //
-//   gram<T, kSymmetric, kRows>  any grid of gram_threads(kRows); b is not read where a = b
-//   (kSymmetric)
+//   gram<T, kSymmetric, kRows>  any grid of gram_threads(kRows)
 //                               partial: gram_row(pairs) doubles a block
 //   gram_finish                 (gram_finish.cuh) pairs and shape of the same
 //
-// kRows, of the tile: the first of 8, 16, 32 and 128 that a has no more rows than; where a ≠ b 64
-// up to 32 rows in each panel, else 256. Pairs: symmetric_pairs(rows) or rectangular_pairs(rows,
-// columns). Where the gate is closed nothing is read, and gram_finish writes zeros.
+// kSymmetric: a = b, and b is not read. kRows, of the tile: the first of 8, 16, 32 and 128 that a
+// has no more rows than; where a ≠ b 64 up to 32 rows in each panel, else 256. Pairs:
+// symmetric_pairs(rows) or rectangular_pairs(rows, columns). Where the gate is closed nothing is
+// read, and gram_finish writes zeros.
 #pragma once
 
 #include "gram_finish.cuh"

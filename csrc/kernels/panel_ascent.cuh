@@ -3,12 +3,13 @@
 // arithmetic of elements is that of cpu/panel_ascent.inc, to the bit.
 //
 //   panel_ascent<T, P, kRealised, kMomentum, kRows>
-//                       rows = (2 + kRealised + kMomentum)·k; kRows: the first of 16, 32, 64, 128
-//                       that they fit in grid: any, of panel_threads(kRows); a launch per table of
-//                       for_each_table with chunks of kPanelLength<T, kRows> (lists: g0, θ)
+//                       grid: any, of panel_threads(kRows); a launch per table of for_each_table
+//                       with chunks of kPanelLength<T, kRows> (lists: g0, θ)
 //                       partial: gram_row(symmetric_pairs(rows)) doubles a block, of all launches
 //   gram_finish         (gram_finish.cuh) with shape {rows, rows, true}
 //   panel_ascent_check<T>  1 block of 32: a Gram matrix whose d may not fit T is made unusable
+//
+// rows = (2 + kRealised + kMomentum)·k; kRows: the first of 16, 32, 64, 128 that they fit in.
 //
 // Meant to be bound by memory. At k = 14 an element is 172 bytes in all rows, 11 clocks of the 15
 // bytes that a multiprocessor of an H200 gets; the products of its 28 rows are 5 clocks of the
@@ -44,18 +45,20 @@ using PanelAscentSegments = Segments<const P, 2>;  // g0, θ (θ only where real
 __host__ __device__ constexpr int panel_threads(int rows) { return rows <= 64 ? 256 : 512; }
 // Blocks that a multiprocessor is to hold, as registers allow.
 template <class T, bool kRealised, bool kMomentum, int kRows>
-constexpr int kPanelBlocks = (kRows <= 16   ? 3
-                              : kRows <= 64 ? 2
-                                            : 1) +
-                             (kRows <= 32 && !kRealised && !kMomentum && sizeof(T) == 4);
+constexpr int kPanelBlocks = [] {
+  const bool plain = !kRealised && !kMomentum && sizeof(T) == sizeof(float);
+  if (kRows <= 16) return plain ? 4 : 3;
+  if (kRows <= 32) return plain ? 3 : 2;
+  return kRows <= 64 ? 2 : 1;
+}();
 template <class T, int kRows>
 constexpr int kPanelLength = Tile<T, kRows>::kLength;
 
 template <class T, class P, bool kRealised, bool kMomentum, int kRows>
 struct PanelAscent {
   static constexpr int kBlock = panel_threads(kRows), kLength = kPanelLength<T, kRows>;
-  static constexpr int N = kGroup<T>,
-                       kGroups = kLength / N;       // elements of a thread; groups of a row
+  static constexpr int N = kGroup<T>;               // elements of a thread
+  static constexpr int kGroups = kLength / N;       // of a row
   static constexpr int kAtOnce = kBlock / kGroups;  // rows that the block's threads cover
 
   using Sums = GramSums<T, kRows, kBlock / 32>;

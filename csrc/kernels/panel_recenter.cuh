@@ -3,9 +3,9 @@
 // bit.
 //
 //   panel_recenter<T, P, kRows>   any grid of kThreads, a launch per table of for_each_table with
-//   chunks
-//                                 of kTransformLength<T, kRows> (list: θ); kRows: the first of 8,
-//                                 16, 32 that k fits in
+//                                 chunks of kTransformLength<T, kRows> (list: θ)
+//
+// kRows: the first of 8, 16, 32 that k fits in.
 #pragma once
 
 #include "panel_transform.cuh"

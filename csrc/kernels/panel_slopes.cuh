@@ -1,13 +1,13 @@
 // The products of a direction with the rows of a panel; the momentum's buffer takes the gradient in
 // on the way. A tile of the rows is in shared memory, with u as one more.
 //
-//   panel_slopes<T, P, kMomentum, kRows>   any grid of kThreads, a launch per table of
-//   for_each_table with
-//                                          chunks of kSlopesLength<T, kRows>; partial: [blocks, k]
-//                                          kRows: the first of 16, 33 that has room for k + 1
-//   project_finish                         (project_finish.cuh) partial, all launches' rows, to the
-//   k
-//                                          sums (rows = k − 1)
+//   panel_slopes<T, P, kMomentum, kRows>
+//                     any grid of kThreads, a launch per table of for_each_table with chunks of
+//                     kSlopesLength<T, kRows>; partial: [blocks, k]
+//   project_finish    (project_finish.cuh) partial, all launches' rows, to the k sums
+//                     (rows = k − 1)
+//
+// kRows: the first of 16, 33 that has room for k + 1.
 #pragma once
 
 #include "direction.cuh"

@@ -3,9 +3,10 @@
 // only keeps the spellings that differ.
 //
 // One dimension, full warps. It sees wrong results, overruns (with ASan or guard bytes), barriers
-// that not all threads reach and shuffles that not all lanes reach; a race shows up in one of the
-// two orders of warps, so run both. UBSan sees misaligned accesses. It is blind to the memory model
-// within a warp and between blocks, and to speed.
+// that not all threads reach, shuffles that not all lanes reach, and asynchronous copies that
+// nobody waits for; a race shows up in one of the orders of warps, so run all. UBSan sees
+// misaligned accesses. It is blind to the memory model within a warp and between blocks, and to
+// speed.
 #pragma once
 
 namespace simt {
