@@ -51,14 +51,19 @@ def tile_bytes(rows: int) -> int:
     return next((2048 >> i for i, most in enumerate((8, 16, 64, 129)) if rows <= most), 128)
 
 
+def slots(rows: int) -> int:
+    """Tiles of a block."""
+    return 2 if rows <= 33 else 1
+
+
 def tiles(buffer: str, rows: int) -> int:
     """Bytes of a block's tiles of csrc/kernels/panel.cuh."""
-    return rows * (tile_bytes(rows) + 4 * SIZE[buffer]) * (2 if rows <= 33 else 1)
+    return slots(rows) * rows * (tile_bytes(rows) + 4 * SIZE[buffer])
 
 
 def products(rows: int) -> int:
-    """The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on sm_90
-    13 of one triangle up to 32 rows, 6 + 8 of larger stacks."""
+    """The fewest instructions of a sum in csrc/kernels/panel_gram.cuh, all its sizes together: on
+    sm_90 13 of one triangle up to 32 rows, 6 + 8 of larger stacks."""
     return {8: 1, 16: 3}.get(rows, 13)
 
 
@@ -80,11 +85,8 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         stores = 1 + (momentum == "true")
         plain = buffer == "float" and realised == momentum == "false"
         blocks = (3 if rows <= 16 else 1 if large else 2) + (rows <= 32 and plain)
-        shared += max(1, 2 * (rows <= 32)) * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # g0
-        if realised == "true":
-            shared += max(1, 2 * (rows <= 32)) * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]
-        else:
-            shared += max(1, 2 * (rows <= 32)) * 16
+        row = tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # of g0; of θ, where it is read
+        shared += slots(rows) * (row + (row if realised == "true" else 16))
         return Design(blocks, shared, loads, stores, 512 if large else 256, products(rows))
     if name in ("combine", "panel_recenter"):
         shared += rows * rows * SIZE[buffer] if rows <= 32 else 12288  # the matrix
