@@ -13,7 +13,7 @@ from pathlib import Path
 from gpu.processes import Job
 
 #: Seconds of each stage in all; the third takes what is left.
-SECONDS = {"A": 220.0, "B": 220.0, "C": 150.0}
+SECONDS = {"A": 190.0, "B": 210.0, "C": 140.0}
 #: Groups of ops that stage A holds against the CPU backend, a process a group.
 OP_GROUPS = {
     "one separation": ("ascent_", "recenter_", "stream_copy_"),
