@@ -34,12 +34,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     stage<kThreads>(memory.tiles[slot], 0, a.panel, a.n, a.rows, place);
     return place;
   };
-  for_each_tile<kSlots<kRows>>(
-      (a.n + kLength - 1) / kLength, fill, [&](const TilePlace& place, int slot) {
-        work.apply(memory.tiles[slot], [&](int j, int e, const T(&values)[Work::kStep]) {
-          store_some(a.out + j * a.n + place.begin + e, values, place.length - e, place.aligned);
-        });
-      });
+  const auto transform = [&](const TilePlace& place, int slot) {
+    work.apply(memory.tiles[slot], [&](int j, int e, const T(&values)[Work::kStep]) {
+      store_some(a.out + j * a.n + place.begin + e, values, place.length - e, place.aligned);
+    });
+  };
+  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill, transform);
 }
 
 }  // namespace lyapcuda::kernels

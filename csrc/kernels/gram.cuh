@@ -17,7 +17,7 @@ namespace lyapcuda::kernels {
 // Threads of a block, and blocks that a multiprocessor is to hold.
 __host__ __device__ constexpr int gram_threads(int rows) { return rows <= 64 ? 256 : 512; }
 __host__ __device__ constexpr int gram_blocks(int rows) {
-  return rows <= 16 ? 4 : rows <= 32 ? 4 : rows <= 64 ? 2 : 1;
+  return rows <= 32 ? 4 : rows <= 64 ? 2 : 1;
 }
 
 template <class T>
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(gram_threads(kRows), gram_blocks(kRows))
     }
     return place;
   };
-  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill,
-                               [&](const TilePlace&, int slot) {
-                                 __syncthreads();
-                                 sums.add(memory.tiles[slot], a.rows);
-                               });
+  const auto work = [&](const TilePlace&, int slot) {
+    __syncthreads();
+    sums.add(memory.tiles[slot], a.rows);
+  };
+  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill, work);
   __syncthreads();
   if constexpr (kSymmetric) {
     sums.finish(memory, a.partial, symmetric_pairs(a.rows), symmetric_slices<kWarpCount>(supers));

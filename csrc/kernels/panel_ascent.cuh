@@ -169,13 +169,13 @@ __global__ void __launch_bounds__(panel_threads(kRows),
   const int supers = kRows <= kSuper ? 1 : supers_of(rows);
   typename Step::Sums sums(symmetric_share<kWarpCount>(threadIdx.x / 32, supers));
   const auto fill = [&](int64_t tile, int slot) { return step.fill(tile, slot); };
-  for_each_tile<kSlots<kRows>>(table.first_chunk[table.count], fill,
-                               [&](const SegmentPlace& place, int slot) {
-                                 __syncthreads();
-                                 step.step(place, slot);
-                                 __syncthreads();
-                                 sums.add(memory.stack.tiles[slot], rows);
-                               });
+  const auto work = [&](const SegmentPlace& place, int slot) {
+    __syncthreads();
+    step.step(place, slot);
+    __syncthreads();
+    sums.add(memory.stack.tiles[slot], rows);
+  };
+  for_each_tile<kSlots<kRows>>(table.first_chunk[table.count], fill, work);
   __syncthreads();
   sums.finish(memory.stack, arguments.partial, symmetric_pairs(rows),
               symmetric_slices<kWarpCount>(supers));

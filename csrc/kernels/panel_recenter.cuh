@@ -57,30 +57,30 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(P) ? 4 : 3)
     }
     return place;
   };
-  for_each_tile<kSlots<kRows>>(
-      table.first_chunk[table.count], fill, [&](const SegmentPlace& place, int slot) {
-        const auto write = [&](int j, int e, const T(&values)[kStep]) {
-          const int64_t at = j * a.n + place.begin + e;
-          T moved[kStep];
-          load_part(moved, memory.theta[slot] + e);
-          LYAPCUDA_UNROLL
-          for (int i = 0; i < kStep; ++i) moved[i] += values[i];
-          if (pending) store_some(a.q + at, values, place.length - e, place.aligned);
-          store_some(a.copies + at, moved, place.length - e, place.aligned);
-        };
-        const auto& tile = memory.transform.tiles[slot];
-        if (pending) {
-          work.apply(tile, write);
-          return;
-        }
-        __syncthreads();
-        for (int item = threadIdx.x; item < a.k * Work::kGroups; item += kThreads) {
-          const int j = item / Work::kGroups, e = item % Work::kGroups * kStep;
-          T values[kStep];
-          get(values, tile.row(j) + e);
-          write(j, e, values);
-        }
-      });
+  const auto recenter = [&](const SegmentPlace& place, int slot) {
+    const auto write = [&](int j, int e, const T(&values)[kStep]) {
+      const int64_t at = j * a.n + place.begin + e;
+      T moved[kStep];
+      load_part(moved, memory.theta[slot] + e);
+      LYAPCUDA_UNROLL
+      for (int i = 0; i < kStep; ++i) moved[i] += values[i];
+      if (pending) store_some(a.q + at, values, place.length - e, place.aligned);
+      store_some(a.copies + at, moved, place.length - e, place.aligned);
+    };
+    const auto& tile = memory.transform.tiles[slot];
+    if (pending) {
+      work.apply(tile, write);
+      return;
+    }
+    __syncthreads();
+    for (int item = threadIdx.x; item < a.k * Work::kGroups; item += kThreads) {
+      const int j = item / Work::kGroups, e = item % Work::kGroups * kStep;
+      T values[kStep];
+      get(values, tile.row(j) + e);
+      write(j, e, values);
+    }
+  };
+  for_each_tile<kSlots<kRows>>(table.first_chunk[table.count], fill, recenter);
 }
 
 }  // namespace lyapcuda::kernels

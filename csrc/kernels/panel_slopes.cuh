@@ -12,6 +12,7 @@
 
 #include "direction.cuh"
 #include "project_finish.cuh"
+#include "row_sums.cuh"
 
 namespace lyapcuda::kernels {
 
@@ -33,18 +34,16 @@ template <class T, class P, Momentum kMomentum, int kRows>
 __global__ void __launch_bounds__(kThreads, 4)
     panel_slopes(const __grid_constant__ DirectionSegments<P> table,
                  const __grid_constant__ PanelSlopesArguments<T> a) {
-  constexpr int kLength = kSlopesLength<T, kRows>, kMine = (kRows - 1 + kWarps - 1) / kWarps;
+  constexpr int kLength = kSlopesLength<T, kRows>;
   static_assert(kLength <= kThreads);
   using Memory = Tile<T, kRows>;  // rows of the panel; u in the last
   LYAPCUDA_SHARED(Memory[kSlots<kRows>], tiles);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Newton newton{a.state, a.k, 1.0, 1.0};
   const int rows = newton.has_vectors() ? a.k : 0;
   const bool go = newton.go(factor_of(a.factor)) && (rows != 0 || kMomentum != Momentum::kNone);
   const Direction<T, kMomentum> direction{static_cast<T>(a.weight_decay),
                                           static_cast<T>(a.momentum)};
   const bool aligned = rows_aligned16(a.panel, a.n, a.k);
-  double sums[kMine] = {};
   const int e = threadIdx.x;  // this thread's element of a tile
   struct Place : SegmentPlace {
     P theta, gradient;  // on their way as well
@@ -62,41 +61,22 @@ __global__ void __launch_bounds__(kThreads, 4)
     stage<kThreads>(tiles[slot], 0, a.panel, a.n, rows, place);
     return place;
   };
-  for_each_tile<kSlots<kRows>>(
-      go ? table.first_chunk[table.count] : 0, fill, [&](const Place& place, int slot) {
-        Tile<T, kRows>& tile = tiles[slot];
-        if (e < kLength) {
-          T u = 0, held = place.held;
-          if (e < place.length) {
-            u = direction.template of<true>(widen(place.theta), widen(place.gradient), held);
-            if constexpr (kMomentum != Momentum::kNone) a.buffer[place.begin + e] = held;
-          }
-          tile.row(kRows - 1)[e] = u;
-        }
-        __syncthreads();
-        constexpr int kStrips = kLength / 32;
-        T u[kStrips];
-        LYAPCUDA_UNROLL
-        for (int s = 0; s < kStrips; ++s) u[s] = tile.row(kRows - 1)[s * 32 + lane];
-        LYAPCUDA_UNROLL
-        for (int m = 0; m < kMine; ++m) {
-          const int row = warp + m * kWarps;
-          if (row < rows) {
-            LYAPCUDA_UNROLL
-            for (int s = 0; s < kStrips; ++s)
-              accumulate(sums[m], tile.row(row)[s * 32 + lane], u[s]);
-          }
-        }
-      });
-  LYAPCUDA_UNROLL
-  for (int m = 0; m < kMine; ++m) {
-    LYAPCUDA_UNROLL
-    for (unsigned delta = 16; delta > 0; delta /= 2) {
-      sums[m] += __shfl_down_sync(0xffffffffu, sums[m], delta);
+  RowSums<T, kRows> sums;
+  const auto work = [&](const Place& place, int slot) {
+    Tile<T, kRows>& tile = tiles[slot];
+    if (e < kLength) {
+      T u = 0, held = place.held;
+      if (e < place.length) {
+        u = direction.template of<true>(widen(place.theta), widen(place.gradient), held);
+        if constexpr (kMomentum != Momentum::kNone) a.buffer[place.begin + e] = held;
+      }
+      tile.row(kRows - 1)[e] = u;
     }
-    const int row = warp + m * kWarps;
-    if (lane == 0 && row < a.k) a.partial[int64_t{blockIdx.x} * a.k + row] = sums[m];
-  }
+    __syncthreads();
+    sums.add(tile, rows, kRows - 1);
+  };
+  for_each_tile<kSlots<kRows>>(go ? table.first_chunk[table.count] : 0, fill, work);
+  sums.finish(a.partial, a.k);
 }
 
 }  // namespace lyapcuda::kernels

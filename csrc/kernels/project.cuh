@@ -9,6 +9,7 @@
 #pragma once
 
 #include "project_finish.cuh"
+#include "row_sums.cuh"
 
 namespace lyapcuda::kernels {
 
@@ -36,10 +37,9 @@ __host__ __device__ constexpr int project_blocks(int rows) { return rows <= 32 ?
 template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads, project_blocks(kRows))
     project(const __grid_constant__ ProjectArguments<T> a) {
-  constexpr int kLength = kProjectLength<T, kRows>, kMine = (kRows + kWarps - 1) / kWarps;
+  constexpr int kLength = kProjectLength<T, kRows>;
   using Memory = ProjectMemory<T, kRows>;
   LYAPCUDA_SHARED(Memory, memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < a.rows; i += kThreads) {
     memory.coefficients[i] = static_cast<T>(a.coefficients[i]);
   }
@@ -55,46 +55,22 @@ __global__ void __launch_bounds__(kThreads, project_blocks(kRows))
     stage<kThreads>(memory.tiles[slot], 0, a.v, a.n, a.rows, place);
     return place;
   };
-  double sums[kMine] = {};
-  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill,
-                               [&](const Place& place, int slot) {
-                                 Tile<T, kRows>& tile = memory.tiles[slot];
-                                 __syncthreads();
-                                 if (e < kLength) {
-                                   T w = place.w;
-                                   LYAPCUDA_UNROLL_BY(4)
-                                   for (int i = 0; i < a.rows; ++i)
-                                     w -= product(memory.coefficients[i], tile.row(i)[e]);
-                                   if (e < place.length) a.w[place.begin + e] = w;
-                                   tile.row(a.rows)[e] = w;
-                                 }
-                                 __syncthreads();
-                                 constexpr int kStrips = (kLength + 31) / 32;
-                                 T new_w[kStrips];
-                                 LYAPCUDA_UNROLL
-                                 for (int s = 0; s < kStrips; ++s)
-                                   new_w[s] = tile.row(a.rows)[s * 32 + lane];
-                                 LYAPCUDA_UNROLL
-                                 for (int m = 0; m < kMine; ++m) {
-                                   const int row = warp + m * kWarps;
-                                   if (row <= a.rows) {
-                                     LYAPCUDA_UNROLL
-                                     for (int s = 0; s < kStrips; ++s)
-                                       accumulate(sums[m], tile.row(row)[s * 32 + lane], new_w[s]);
-                                   }
-                                 }
-                               });
-  LYAPCUDA_UNROLL
-  for (int m = 0; m < kMine; ++m) {
-    LYAPCUDA_UNROLL
-    for (unsigned delta = 16; delta > 0; delta /= 2) {
-      sums[m] += __shfl_down_sync(0xffffffffu, sums[m], delta);
+  RowSums<T, kRows> sums;
+  const auto work = [&](const Place& place, int slot) {
+    Tile<T, kRows>& tile = memory.tiles[slot];
+    __syncthreads();
+    if (e < kLength) {
+      T w = place.w;
+      LYAPCUDA_UNROLL_BY(4)
+      for (int i = 0; i < a.rows; ++i) w -= product(memory.coefficients[i], tile.row(i)[e]);
+      if (e < place.length) a.w[place.begin + e] = w;
+      tile.row(a.rows)[e] = w;
     }
-    const int row = warp + m * kWarps;
-    if (lane == 0 && row <= a.rows) {
-      a.partial[int64_t{blockIdx.x} * (a.rows + 1) + row] = sums[m];
-    }
-  }
+    __syncthreads();
+    sums.add(tile, a.rows + 1, a.rows);
+  };
+  for_each_tile<kSlots<kRows>>((a.n + kLength - 1) / kLength, fill, work);
+  sums.finish(a.partial, a.rows + 1);
 }
 
 }  // namespace lyapcuda::kernels

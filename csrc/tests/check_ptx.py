@@ -68,13 +68,14 @@ def products(rows: int) -> int:
 
 
 def design_of_panels(name: str, arguments: list[str]) -> Design | None:
-    """Those that stage tiles in shared memory; what is copied there counts as a load."""
+    """Those that stage tiles in shared memory. What is copied there counts as a load, twice: for a
+    block's first tile, and for the next one."""
     buffer = arguments[0] if arguments else ""
     rows = int(arguments[-1]) if arguments and arguments[-1].isdigit() else 0
     shared = tiles(buffer, rows) if rows else 0
     if name == "gram":
         threads, blocks = GRAM[rows]
-        loads = 1 if arguments[1] == "true" else 2
+        loads = 2 if arguments[1] == "true" else 4
         return Design(blocks, shared, loads, 0, threads, products(rows))
     if name == "panel_ascent":
         _, storage, realised, momentum, _ = arguments
@@ -87,17 +88,17 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         blocks = (3 if rows <= 16 else 1 if large else 2) + (rows <= 32 and plain)
         row = tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # of g0; of θ, where it is read
         shared += slots(rows) * (row + (row if realised == "true" else 16))
-        return Design(blocks, shared, loads, stores, 512 if large else 256, products(rows))
+        return Design(blocks, shared, 2 * loads, stores, 512 if large else 256, products(rows))
     if name in ("combine", "panel_recenter"):
         shared += rows * rows * SIZE[buffer] if rows <= 32 else 12288  # the matrix
     if name == "combine":
-        return Design(4, shared, 1, 4)
+        return Design(4, shared, 2, 8)
     if name == "panel_recenter":
         same = arguments[1] == buffer  # else copies and θ go by 8 bytes
         theta = 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[arguments[1]]
-        return Design(4 if same else 3, shared + theta, 2, 8 if same else 4)
+        return Design(4 if same else 3, shared + theta, 4, 8 if same else 4)
     if name == "project":
-        return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 1)
+        return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 2)
     return None
 
 
@@ -121,7 +122,7 @@ def design(name: str, arguments: list[str]) -> Design:
         if name == "descend":
             return Design(5, 0, 2 + extra, 1 + extra)
         if name == "panel_slopes":
-            return Design(4, tiles(buffer, int(arguments[3])), 1)
+            return Design(4, tiles(buffer, int(arguments[3])), 2)
         # θ, g, the buffer, a row of the panel.
         return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
     if name == "recenter":

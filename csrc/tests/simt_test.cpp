@@ -365,7 +365,6 @@ void chunks_are_found() {
 void simt_emulator_tests() {
   words_mean_what_cuda_says();
   copies_land_between();
-  copies_land_between();
   misuse_is_an_error();
   seeded_faults_are_seen();
   indices_have_64_bits();
