@@ -117,7 +117,8 @@ def panel_ascent_(
     displacement that `panel_recenter_` realised.
 
     Args:
-        d: (k, n), written over the segments. May be ``q``, or lie where ``g1`` does.
+        d: (k, n), written over the segments. May be ``q``, or lie where ``g1`` does
+            and have its dtype.
         q: (k, n), the separations.
         g0: the gradients at θ, at ``offsets``.
         g1: (k, n) in the dtype of ``g0``: row j is the flat gradient at θ + q_j.
@@ -215,8 +216,8 @@ def panel_recenter_(
     """``q_j = Σ_i d_i·transform[i][j]`` where that is pending, and ``copies_j = theta + q_j``.
 
     ``q`` and ``d`` are (k, n), ``copies`` (k, n) in the parameters' dtype; only the segments are
-    written. ``copies`` may lie where ``d`` does; ``q`` shares memory with neither. The state is not
-    changed: clear ``pending`` once all groups are done.
+    written. ``copies`` may lie where ``d`` does, with its dtype; ``q`` shares memory with neither.
+    The state is not changed: clear ``pending`` once all groups are done.
     """
     _written(q, copies)
     _call("panel_recenter_")(q, copies, d, theta, offsets, state)

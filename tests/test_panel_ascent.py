@@ -250,7 +250,17 @@ def new(rows=3, length=40, dtype=F32):
     return torch.zeros(rows, length, dtype=dtype)
 
 
+WHOLE = new(7)
+HALVES = WHOLE.view(-1).view(BF16)[: 3 * 40].view(3, 40)
 WRONG = {
+    "d in q": ({"q": WHOLE[:3], "d": WHOLE[1:4]}, "d: shares memory with q"),
+    "d in g1": ({"g1": WHOLE[:3], "d": WHOLE[1:4]}, "d: shares memory with g1"),
+    "d in p": ({"p": WHOLE[:3], "d": WHOLE[1:4], "p_next": new()}, "d: shares memory with p"),
+    "p_next in p": ({"p": WHOLE[:3], "p_next": WHOLE[1:4]}, "p_next: shares memory with p"),
+    "d over g1 of another dtype": (
+        {"g1": HALVES, "d": WHOLE[:3], "g0": [torch.ones(n, dtype=BF16) for n in (10, 12)]},
+        "d: shares memory with g1, but is not the same elements",
+    ),
     "q dtype": ({"q": new(dtype=F16)}, "q: expected float32 or float64"),
     "q dim": ({"q": torch.zeros(40)}, "q: expected a contiguous 2-D"),
     "q strided": ({"q": new(40, 3).T}, "q: expected a contiguous 2-D"),

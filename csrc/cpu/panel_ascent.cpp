@@ -82,7 +82,11 @@ Tensor panel_ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1,
   if (p) {
     check_same_panel(*p, "p", q, "q");
     check_same_panel(*p_next, "p_next", q, "q");
+    check_over(*p_next, "p_next", *p, "p");
+    check_over(d, "d", *p, "p");
   }
+  check_over(d, "d", q, "q");
+  check_over(d, "d", g1, "g1");
 
   const double* values = static_cast<const double*>(state.const_data_ptr());
   const PanelAscentScalars scalars{

@@ -95,7 +95,11 @@ Tensor panel_ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1,
   if (p) {
     check_same_panel(*p, "p", q, "q", device);
     check_same_panel(*p_next, "p_next", q, "q", device);
+    check_over(*p_next, "p_next", *p, "p");
+    check_over(d, "d", *p, "p");
   }
+  check_over(d, "d", q, "q");
+  check_over(d, "d", g1, "g1");
 
   const Launcher launcher(device);
   const int64_t stacked = (2 + theta.has_value() + p.has_value()) * q.size(0);
