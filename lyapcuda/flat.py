@@ -166,13 +166,10 @@ class FlatGroup:
         gradient) becomes zeros. Detached, where gradients are being recorded.
         """
         held = locals_of(tensors)
-        if self._all_lie(held):
-            return list(held)
-        return self.segments_at(range(len(held)), held)
+        return list(held) if self._all_lie(held) else self._laid(range(len(held)), held)
 
     def _all_lie(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `segments` has nothing to do, as it nearly always is: asked in a few passes, not
-        tensor by tensor."""
+        """Whether the tensors are segments as they lie: most are, so it is asked of all at once."""
         return (
             all(self._contiguous)
             and not torch.is_grad_enabled()
@@ -183,9 +180,13 @@ class FlatGroup:
 
     def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The same for tensors like some of the parameters, those at ``indices``."""
+        return self._laid(indices, locals_of(tensors))
+
+    def _laid(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Each of this rank's tensors as a segment."""
         recording, found = torch.is_grad_enabled(), []
         dtype, strides, contiguous = self.dtype, self.strides, self._contiguous
-        for i, tensor in zip(indices, locals_of(tensors), strict=True):
+        for i, tensor in zip(indices, tensors, strict=True):
             if tensor is None or tensor.dtype is not dtype or tensor.stride() != strides[i]:
                 tensor, lies = self._matching(i, tensor)
             else:

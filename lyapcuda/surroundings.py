@@ -73,12 +73,8 @@ def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> lis
     found = list(chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules))))
     # Where nothing stands before it the dictionary itself: parameters() walks it in Python.
     walked = {t for t in set(map(type, modules)) if t.parameters is not nn.Module.parameters}
-    if walked:
-        for module in modules:
-            if type(module) in walked:
-                found.extend(module.parameters(recurse=False))
-    if tracked.issuperset(map(id, found)):
-        return []
+    for module in filter(lambda m: type(m) in walked, modules if walked else ()):
+        found.extend(module.parameters(recurse=False))
     others = {id(p): p for p in found if id(p) not in tracked}
     return [p for p in others.values() if p.requires_grad]
 
