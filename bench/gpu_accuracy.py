@@ -2,10 +2,10 @@
 
     python bench/gpu_accuracy.py [--device cuda] [--out FILE]
 
-Three small nets after five steps of SGD, cross-entropy on random data, θ frozen. Held against 200
+Three small nets after five steps of SGD, cross-entropy on random data, θ frozen. Compared with 200
 power iterations on products of double backward in float64 at the same θ (its model runs without
-autocast). `h` is a tracker's after 40 measurements with k = 1 and after 25 with k = 5, relative to
-that; then eigsh's. Last five training steps over two micro-batches with clipping: the loss.
+autocast): `h` of a tracker after 40 measurements with k = 1 and after 25 with k = 5, and eigsh's
+value. Last come five training steps over two micro-batches with clipping; their loss is shown.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ def krylov_vectors(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
         panel_ops.project_(w, a[:0], matrix[:0, 0].contiguous())
         yield 5, f"{dtype}, {rows} and {columns} rows"
     for rows in (7, 14, 40) if device == "cuda" else ():
-        a, w = (torch.randn(*shape, LONG[0] + 1, device=device) for shape in ((rows,), ()))
+        a = torch.randn(rows, LONG[0] + 1, device=device)
+        w = torch.randn_like(a[0])
         panel_ops.gram(a, a)
         panel_ops.combine_(a, a, torch.randn(rows, rows, dtype=torch.float64, device=device))
         panel_ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
