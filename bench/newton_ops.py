@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from ops import COPY_BYTES, cpu_name
 
 
@@ -35,7 +35,7 @@ def forms(n: int, k: int, compile: bool) -> dict[str, Callable[[], object]]:
     theta, g = (torch.randn(n, generator=generator) for _ in range(2))
     d = torch.randn(k, n, generator=generator) / n**0.5
     h = torch.linspace(20.0, 5.0, k, dtype=torch.float64)
-    state = panel_ops.new_panel_state(
+    state = ops.new_panel_state(
         "cpu", k, perturbation=1.0, accepted=1.0, pending=1.0, residual=0.1, h_ema=h,
         transform=torch.eye(k, dtype=torch.float64),
     )  # fmt: skip
@@ -45,7 +45,7 @@ def forms(n: int, k: int, compile: bool) -> dict[str, Callable[[], object]]:
 
     def ours() -> None:
         call = ([theta], [g], [0], d, state)
-        panel_ops.panel_descend_(*call, panel_ops.panel_slopes_(*call), gain=1e-9)
+        ops.panel_descend_(*call, ops.panel_slopes_(*call), gain=1e-9)
 
     def tuned() -> None:
         torch.mv(d, g, out=slopes)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import lyapcuda
-from lyapcuda.flat import FlatLayout
-from lyapcuda.perturbation import default_perturbation
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.params.flat import FlatLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nets import NAMES, case  # noqa: E402

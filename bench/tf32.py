@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda import tf32
-from lyapcuda.flat import FlatLayout
+from lyapcuda.objective import tf32
+from lyapcuda.params.flat import FlatLayout
 from ops import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

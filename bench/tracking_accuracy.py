@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
+from lyapcuda.dynamics.perturbation import default_perturbation
 from lyapcuda.experiment.data import BatchLoader, load
 from lyapcuda.experiment.models import build
 from lyapcuda.files import LineFile
-from lyapcuda.flat import FlatLayout
 from lyapcuda.log import csv_line
-from lyapcuda.perturbation import default_perturbation
+from lyapcuda.params.flat import FlatLayout
 from tracking_cost import RESULTS, TENTH, report
 
 

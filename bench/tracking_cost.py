@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import lyapcuda
 from lyapcuda import ops
 from lyapcuda.experiment.models import build
-from lyapcuda.random_states import RandomStates
+from lyapcuda.objective.random_states import RandomStates
 from ops import cpu_name
 
 RESULTS = Path(__file__).parent / "results"

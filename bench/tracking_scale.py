@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import lyapcuda
-from lyapcuda.flat import FlatLayout
-from lyapcuda.perturbation import default_perturbation
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.params.flat import FlatLayout
 from ops import cpu_name
 from peers_problems import Problem, attention, load, prepare
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import lyapcuda
-from lyapcuda.basis import Basis
-from lyapcuda.perturbation import separation_size
-from lyapcuda.truncation import measure
+from lyapcuda.dynamics.perturbation import separation_size
+from lyapcuda.solvers.basis import Basis
+from lyapcuda.solvers.difference_error import measure
 from ops import cpu_name
 from peers_problems import Problem, attention, load, prepare
 

@@ -1,16 +1,17 @@
 """Curvature of a neural network's loss while it trains, from first-order gradients alone."""
 
 import lyapcuda.extension  # noqa: F401, I001  (first: it says why the others couldn't be imported)
-from lyapcuda import lyapunov, ops
-from lyapcuda.eigen_result import ConvergenceWarning, EigenResult
-from lyapcuda.eigsh import eigsh
-from lyapcuda.finite_scale import FiniteScale, finite_scale
+from lyapcuda import ops
+from lyapcuda.dynamics import lyapunov
+from lyapcuda.solvers.result import ConvergenceWarning, EigenResult
+from lyapcuda.solvers.eigsh import eigsh
+from lyapcuda.solvers.finite_scale import FiniteScale, finite_scale
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
-from lyapcuda.operator import HessianOperator
+from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.optim import LyapunovSGD
-from lyapcuda.spectrum import SpectralDensity, TraceResult, spectral_density, trace
-from lyapcuda.subbatch import split_batch
+from lyapcuda.solvers.spectrum import SpectralDensity, TraceResult, spectral_density, trace
+from lyapcuda.objective.micro_batches import split_batch
 from lyapcuda.tracker import CurvatureTracker
 
 __version__ = "0.1.0"

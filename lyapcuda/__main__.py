@@ -16,13 +16,13 @@ from typing import NoReturn
 
 import torch
 
-from lyapcuda.eigsh import METHODS, WHICH
 from lyapcuda.experiment import checkpoint
 from lyapcuda.experiment.config import ESTIMATES, LOSSES, SCHEDULE_NAMES, TrainConfig, require_same
 from lyapcuda.experiment.data import CLASSES, DIGITS
 from lyapcuda.experiment.models import MODELS
 from lyapcuda.experiment.paper import command as paper
 from lyapcuda.experiment.train import TrainResult, saved_config, train, usable_device
+from lyapcuda.solvers.eigsh import METHODS, WHICH
 
 EXIT_DIVERGED = EXIT_NOT_CONVERGED = 1
 EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
@@ -297,7 +297,7 @@ def _set_threads(threads: int | None) -> None:
 
 def _info(arguments: argparse.Namespace) -> int:
     from lyapcuda.extension import gpus_here
-    from lyapcuda.ops import build_info
+    from lyapcuda.ops.flat import build_info
 
     rows = {str(name): value for name, value in build_info().items()}
     rows |= {

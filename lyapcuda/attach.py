@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lyapcuda.evaluate import Closure, at_a_copy
+from lyapcuda.objective.evaluator import Closure, at_a_copy
 
 __all__ = ["measure_within"]
 

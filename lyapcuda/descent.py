@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lyapcuda import ops, panel_ops
-from lyapcuda.distributed import Ranks
-from lyapcuda.flat import FlatGroup
-from lyapcuda.shards import local, whole
+from lyapcuda import ops
+from lyapcuda.params.flat import FlatGroup
+from lyapcuda.params.ranks import Ranks
+from lyapcuda.params.shards import local, whole
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["BUFFER", "Descent"]
@@ -136,12 +136,10 @@ class Descent:
         for part in parts:
             here = state.to(part.group.device)
             call = (part.theta, part.gradients, part.offsets, panels[part.place], here)
-            slopes = slopes + panel_ops.panel_slopes_(*call, **part.options).to(state.device)
+            slopes = slopes + ops.panel_slopes_(*call, **part.options).to(state.device)
             calls.append(call)
         slopes = slopes if ranks is None else ranks.sum(slopes)
         return [
-            panel_ops.panel_descend_(
-                *call, slopes.to(part.group.device), **part.rate, **part.options
-            )
+            ops.panel_descend_(*call, slopes.to(part.group.device), **part.rate, **part.options)
             for part, call in zip(parts, calls, strict=True)
         ]

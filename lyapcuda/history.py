@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.benettin import Benettin
-from lyapcuda.lyapunov import Separation
-from lyapcuda.ops import STATE_FIELDS
-from lyapcuda.panel_ops import panel_fields
+from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.ops.flat import STATE_FIELDS
+from lyapcuda.ops.panel import panel_fields
+from lyapcuda.params.saved_state import check_shapes, require_entries
 from lyapcuda.readings import joined, schwarz
-from lyapcuda.saved import check_shapes, require_entries
 
 __all__ = ["CurvatureHistory", "Ring"]
 

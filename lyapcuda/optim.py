@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from lyapcuda.arguments import choice, positive, whole
-from lyapcuda.benettin import MAX_SEPARATIONS
 from lyapcuda.descent import Descent
-from lyapcuda.evaluate import Closure
-from lyapcuda.flat import FlatLayout
+from lyapcuda.dynamics.benettin import MAX_SEPARATIONS
+from lyapcuda.objective.evaluator import Closure
+from lyapcuda.objective.grad_scaler import Unscaled, found_inf
+from lyapcuda.objective.isolation import capturing
 from lyapcuda.optimizer_groups import check_group, gain_as_lr, gain_to_device
 from lyapcuda.optimizer_state import WholeStateOptimizer
-from lyapcuda.parameters import Parameters
-from lyapcuda.scaling import Unscaled, found_inf
-from lyapcuda.surroundings import capturing
+from lyapcuda.params.collect import Parameters
+from lyapcuda.params.flat import FlatLayout
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["LyapunovSGD"]
@@ -337,7 +337,7 @@ class LyapunovSGD(WholeStateOptimizer):
         state = self.tracker.state if state is None else state
         if self.tracker.k == 1:
             return state[ops.STATE_FIELDS.index("accepted")]
-        return panel_ops.panel_field(state, self.tracker.k, "accepted")
+        return ops.panel_field(state, self.tracker.k, "accepted")
 
     @torch.no_grad()
     def _descend(self, overflow: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lyapcuda.saved import require_entries
+from lyapcuda.params.saved_state import require_entries
 
 __all__ = ["WholeStateOptimizer"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lyapcuda.benettin import Benettin
-from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import Separation
+from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.params.flat import FlatLayout
 
 if TYPE_CHECKING:
     from lyapcuda.history import CurvatureHistory, Ring

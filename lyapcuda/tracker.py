@@ -14,21 +14,21 @@ from torch.utils.hooks import RemovableHandle
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.attach import measure_within
-from lyapcuda.benettin import Benettin, advance, excuse
-from lyapcuda.distributed import RankError, Ranks, is_wrapper
-from lyapcuda.ends import ENDS, ends_of, new_separation
-from lyapcuda.evaluate import Closure, gradients
-from lyapcuda.flat import FlatLayout
+from lyapcuda.dynamics.benettin import Benettin, advance, excuse
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.dynamics.separations import ENDS, ends_of, new_separation
 from lyapcuda.history import Ring
-from lyapcuda.interrupts import allowed, deferred
-from lyapcuda.lyapunov import Separation
-from lyapcuda.parameters import Parameters
-from lyapcuda.precision import is_smooth, loss_epsilon
-from lyapcuda.shards import compute_epsilon
-from lyapcuda.subbatch import Measured, accumulated, beside, shares
-from lyapcuda.surroundings import Loose, Surroundings, modules_of
+from lyapcuda.objective.evaluator import Closure, gradients
+from lyapcuda.objective.interrupts import allowed, deferred
+from lyapcuda.objective.isolation import Loose, Surroundings, modules_of
+from lyapcuda.objective.loss_graph import is_smooth, loss_epsilon
+from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
+from lyapcuda.objective.turns import Turns
+from lyapcuda.params.collect import Parameters
+from lyapcuda.params.flat import FlatLayout
+from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
+from lyapcuda.params.shards import compute_epsilon
 from lyapcuda.tracker_state import TrackerState
-from lyapcuda.turns import Turns
 
 __all__ = ["CurvatureTracker"]
 
@@ -386,7 +386,7 @@ class CurvatureTracker(TrackerState):
     @property
     def state(self) -> Tensor:
         """The scalars as one device vector (a live view): with k = 1 the fields
-        `lyapcuda.ops.STATE_FIELDS`, else `lyapcuda.panel_ops.panel_fields`; for "BE" the upper
+        `lyapcuda.ops.STATE_FIELDS`, else `lyapcuda.ops.panel_fields`; for "BE" the upper
         end's.
         """
         return self._started()[0].state

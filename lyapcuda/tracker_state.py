@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lyapcuda.arguments import whole
-from lyapcuda.benettin import Benettin
-from lyapcuda.lyapunov import Separation
+from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.params.saved_state import require_entries
 from lyapcuda.readings import Readings
-from lyapcuda.saved import require_entries
 
 __all__ = ["TrackerState"]
 

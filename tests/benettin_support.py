@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lyapcuda import panel_ops
+from lyapcuda import ops
 from ops_support import F64
 
 N = 200
@@ -13,7 +13,7 @@ SIZE = 0.1  # Δq
 
 
 def scalar(state, k, name):
-    return float(panel_ops.panel_field(state, k, name))
+    return float(ops.panel_field(state, k, name))
 
 
 def orthonormal(k, seed=0, n=N):
@@ -39,7 +39,7 @@ class Step:
         self.m = self.c + 1e-4 * SIZE * normal() if realised else self.c
         self.y = self.m * self.h + noise * SIZE * normal()
         values = {"perturbation": SIZE, "beta": 0.17, **state}
-        self.state = panel_ops.new_panel_state("cpu", k, **values)
+        self.state = ops.new_panel_state("cpu", k, **values)
         self.rate = sign * float(values["beta"])
         w = self.y + momentum * SIZE * normal() if momentum else self.y
         self.d = self.c + self.rate * w
@@ -52,10 +52,10 @@ class Step:
         return {**known, **more}
 
     def run(self, losses=LOSSES, **options):
-        panel_ops.benettin_(self.state, self.gram, losses, self.k, **self.options(**options))
+        ops.benettin_(self.state, self.gram, losses, self.k, **self.options(**options))
         return self
 
     def __getitem__(self, name):
-        value = panel_ops.panel_field(self.state, self.k, name)
-        shape = panel_ops.panel_fields(self.k)[name][1]
+        value = ops.panel_field(self.state, self.k, name)
+        shape = ops.panel_fields(self.k)[name][1]
         return value.clone() if shape else float(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lyapcuda import tf32
+from lyapcuda.objective import tf32
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from ops_support import DTYPES, F32, F64, bits, guarded
 
 #: Rows of a panel of separations: around the tiles of 4 × 3 rows, and the most there may be.
@@ -142,7 +142,7 @@ def make_panel_case(
         g0=listed(0.3),
         theta=listed(1.0),
         offsets=offsets,
-        state=panel_ops.new_panel_state("cpu", k, **{**values, **state}),
+        state=ops.new_panel_state("cpu", k, **{**values, **state}),
     )
 
 
@@ -164,7 +164,7 @@ def ascent_bits(case: PanelCase, sign: int, realised: bool, heavy: bool, weight_
     def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=buffer)
 
-    rate = number(sign * float(panel_ops.panel_field(case.state, case.k, "beta")))
+    rate = number(sign * float(ops.panel_field(case.state, case.k, "beta")))
     carried = torch.where(used, case.q, number(0.0))
     moved = carried
     if realised:
@@ -201,21 +201,19 @@ def run_every_panel_op() -> list[str]:
         panels = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
         for realised, heavy in itertools.product((False, True), (False, True)):
             options = panel_ascent_options(case, realised=realised, heavy=heavy)
-            sums = panel_ops.panel_ascent_(*panels, **options)
+            sums = ops.panel_ascent_(*panels, **options)
             state = case.state.clone()
             known = {"momentum": 0.5 * heavy, "realised": realised}
-            panel_ops.benettin_(state, sums, losses, k, **known)
+            ops.benettin_(state, sums, losses, k, **known)
             note(sums, case.d, case.p_next, state)
         for pending in (0.0, 1.0):
-            panel_ops.panel_field(case.state, k, "pending").fill_(pending)
-            panel_ops.panel_recenter_(
-                case.q, case.copies, case.d, case.theta, case.offsets, case.state
-            )
+            ops.panel_field(case.state, k, "pending").fill_(pending)
+            ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
             note(case.q, case.copies)
         matrix = torch.randn(k, k, generator=torch.Generator().manual_seed(k), dtype=F64)
-        note(panel_ops.gram(case.q, case.d), panel_ops.gram(case.q, case.q))
-        panel_ops.combine_(case.d, case.q, matrix)
-        note(case.d, panel_ops.project_(case.p[0], case.q, matrix[0]), case.p)
+        note(ops.gram(case.q, case.d), ops.gram(case.q, case.q))
+        ops.combine_(case.d, case.q, matrix)
+        note(case.d, ops.project_(case.p[0], case.q, matrix[0]), case.p)
         step = torch.tensor([0.3], dtype=F64)
         views = [
             case.copies[0, o : o + t.numel()] for o, t in zip(case.offsets, case.theta, strict=True)
@@ -225,14 +223,14 @@ def run_every_panel_op() -> list[str]:
         ops.difference_(case.d[0], views, case.theta, case.offsets, step, **options)
         note(case.d)
         for name, value in {"accepted": 1.0, "pending": 1.0, "h_ema": 2.0, "residual": 0.5}.items():
-            panel_ops.panel_field(case.state, k, name).fill_(value)
+            ops.panel_field(case.state, k, name).fill_(value)
         for nesterov in (None, False, True):
             options = {"weight_decay": 0.1}
             if nesterov is not None:
                 options |= {"momentum": 0.9, "nesterov": nesterov, "buffer": case.p[0]}
             newton = (case.theta, case.g0, case.offsets, case.d, case.state)
-            slopes = panel_ops.panel_slopes_(*newton, **options)
-            note(panel_ops.panel_descend_(*newton, slopes, **options), slopes, *case.theta, case.p)
+            slopes = ops.panel_slopes_(*newton, **options)
+            note(ops.panel_descend_(*newton, slopes, **options), slopes, *case.theta, case.p)
     return written
 
 

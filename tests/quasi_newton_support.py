@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lyapcuda import panel_ops
+from lyapcuda import ops
 from ops_support import F32, F64
 from panel_support import make_panel_case
 
@@ -30,4 +30,4 @@ def step_options(case, kind, **options):
 
 
 def set_field(case, name, value):
-    panel_ops.panel_field(case.state, case.k, name).fill_(value)
+    ops.panel_field(case.state, case.k, name).fill_(value)

@@ -240,11 +240,11 @@ if HERE is None:
 
 @contextmanager
 def _library(namespace: Any) -> Iterator[None]:
-    before, ops._library = ops._library, namespace
+    before, ops.library.namespace = ops.library.namespace, namespace
     try:
         yield
     finally:
-        ops._library = before
+        ops.library.namespace = before
 
 
 def use(name: str) -> AbstractContextManager[None]:
@@ -259,7 +259,7 @@ def cpu() -> AbstractContextManager[None]:
 
 def pytest_configure(config: Any) -> None:
     for name in chosen("LYAPCUDA_TEST_LIBRARY") or ():
-        ops._library = library(name)
+        ops.library.namespace = library(name)
 
 
 if __name__ == "__main__":  # scripts/test.sh: compiling takes longer than a test may

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benettin_support import LOSSES, SIZE, N, Step, orthonormal, scalar
-from lyapcuda import ops, panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import F64, assert_same_bits, fields_of
 from panel_support import COUNTS
 
@@ -145,12 +146,12 @@ def check(step, losses=LOSSES, **options):
     options = step.options(**options)
     expected = panel_reference.benettin_(step.state, step.gram, losses, k, **options)
     gram, before = step.gram.clone(), losses.clone()
-    panel_ops.benettin_(step.state, step.gram, losses, k, **options)
+    ops.benettin_(step.state, step.gram, losses, k, **options)
     assert_same_bits(step.gram, gram)
     assert_same_bits(losses, before)
-    for name in panel_ops.panel_fields(k):
-        actual = panel_ops.panel_field(step.state, k, name)
-        wanted = panel_ops.panel_field(expected, k, name)
+    for name in ops.panel_fields(k):
+        actual = ops.panel_field(step.state, k, name)
+        wanted = ops.panel_field(expected, k, name)
         # A residual is the root of a difference of terms of the size of ‖H‖².
         loose = name in ("residual", "width")
         size = float(wanted.nan_to_num().abs().max())
@@ -206,11 +207,11 @@ def sums_of(step):
 def test_one_separation_is_exponents(sign, momentum, realised, estimate):
     options = {"sign": sign, "estimate": estimate, "momentum": momentum, "ema": 0.5}
     single = ops.new_state("cpu", perturbation=SIZE, scale=1.0, beta=0.17)
-    panel = panel_ops.new_panel_state("cpu", 1, perturbation=SIZE, beta=0.17)
+    panel = ops.new_panel_state("cpu", 1, perturbation=SIZE, beta=0.17)
     for seed in range(3):
         beta = scalar(panel, 1, "beta")
         step = Step(1, seed=seed, beta=beta, sign=sign, momentum=momentum, realised=realised)
-        panel_ops.benettin_(panel, step.gram, LOSSES, 1, realised=realised, **options)
+        ops.benettin_(panel, step.gram, LOSSES, 1, realised=realised, **options)
         ops.exponent_(single, sums_of(step), LOSSES, **options)
         known = fields_of(single)
         for name in ("rayleigh", "residual", "center", "width", "h", "h_ema", "beta", "bound"):
@@ -245,14 +246,14 @@ def check_refused(step, losses=LOSSES, lost=None, **options):
     assert (step["reseed"], step["reseeds"]) == asked
     for name in (*COUNTERS, "reseed", "reseeds"):
         value = scalar(before, step.k, name)
-        panel_ops.panel_field(step.state, step.k, name).fill_(value)
+        ops.panel_field(step.state, step.k, name).fill_(value)
     assert_same_bits(step.state, before)
 
 
 def started(k, **options):
     """A step whose state has every field filled."""
     step = Step(k, **options).run()
-    panel_ops.panel_field(step.state, k, "again").fill_(1.0)
+    ops.panel_field(step.state, k, "again").fill_(1.0)
     return step
 
 
@@ -309,7 +310,7 @@ def test_copies_that_met_keep_the_separations(control, rotate, momentum):
         stack = torch.cat([step.c, step.y, step.d])
         step.gram, step.momentum = stack @ stack.T, momentum
     for name in ("r", "transform", "exponent"):
-        panel_ops.panel_field(step.state, 4, name).copy_(before[name])
+        ops.panel_field(step.state, 4, name).copy_(before[name])
     step.run(control=control, rotate=rotate)
     assert (step["pending"], step["again"], step["accepted"], step["steps"]) == (0, 0, 1, 1)
     assert step["beta"] == (0.125 if control else 0.25)
@@ -330,7 +331,7 @@ def test_the_version_of_what_is_written_counts():
     before = step.state._version
     step.run()
     middle = step.state._version
-    panel_ops.benettin_refine_(step.state, step.gram[:2, :2].contiguous(), 2)
+    ops.benettin_refine_(step.state, step.gram[:2, :2].contiguous(), 2)
     assert before < middle < step.state._version
 
 
@@ -360,5 +361,5 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
     arguments = {"state": step.state, "gram": step.gram, "losses": LOSSES, "k": 3} | replaced
     before = arguments["state"].clone()
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.benettin_(**arguments)
+        ops.benettin_(**arguments)
     assert_same_bits(arguments["state"], before)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benettin_support import LOSSES, SIZE, N, Step, orthonormal, scalar
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import F64, assert_same_bits
 from panel_support import COUNTS
 
@@ -94,16 +95,16 @@ def test_two_sides_are_averaged_and_their_difference_widens_the_bar():
 def test_steps_converge_to_both_ends_of_a_spectrum():
     curvature = torch.linspace(-3, 7, N, dtype=F64) ** 3 / 10
     for sign in (1, -1):
-        state = panel_ops.new_panel_state("cpu", 4, perturbation=SIZE, beta=0.0)
+        state = ops.new_panel_state("cpu", 4, perturbation=SIZE, beta=0.0)
         q = orthonormal(4)
         for _ in range(400):
             beta = scalar(state, 4, "beta")
             step = Step(4, carried=q, curvature=curvature, sign=sign, beta=beta)
-            panel_ops.benettin_(state, step.gram, LOSSES, 4, sign=sign)
-            q = panel_ops.panel_field(state, 4, "transform").T @ step.d
+            ops.benettin_(state, step.gram, LOSSES, 4, sign=sign)
+            q = ops.panel_field(state, 4, "transform").T @ step.d
         wanted = curvature.sort(descending=sign > 0).values[:4]
-        found = panel_ops.panel_field(state, 4, "rayleigh")
-        bar = panel_ops.panel_field(state, 4, "width")
+        found = ops.panel_field(state, 4, "rayleigh")
+        bar = ops.panel_field(state, 4, "width")
         assert ((found - wanted).abs() <= bar + 1e-9).all() and (bar < 0.5).all()
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benettin_support import SIZE, N, Step, orthonormal
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import F64, assert_same_bits
 
 NAN, INF = math.nan, math.inf
@@ -27,7 +28,7 @@ def test_a_wide_spread_takes_a_second_pass(k, rotate):
     first = step["transform"].T @ step.d
     gram = first @ first.T
     expected = panel_reference.benettin_refine_(step.state, gram, k)
-    panel_ops.benettin_refine_(step.state, gram, k)
+    ops.benettin_refine_(step.state, gram, k)
     torch.testing.assert_close(step.state, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert (step["again"], step["pending"]) == (0, 1)
     q = step["transform"].T @ first
@@ -47,11 +48,11 @@ def test_a_wide_spread_takes_a_second_pass(k, rotate):
 def test_any_second_gram_matrix_gives_the_factor_that_was_left(k):
     # Far from the identity, so that every entry of both factors counts.
     step = Step(k, noise=0.3).run(rotate=False)
-    panel_ops.panel_field(step.state, k, "again").fill_(1.0)
+    ops.panel_field(step.state, k, "again").fill_(1.0)
     first, exponent = step["r"], step["exponent"]
     skew = torch.randn(k, k, dtype=F64, generator=torch.manual_seed(k)) / k + torch.eye(k)
     panel = skew @ orthonormal(k)
-    panel_ops.benettin_refine_(step.state, panel @ panel.T, k)
+    ops.benettin_refine_(step.state, panel @ panel.T, k)
     second = torch.linalg.cholesky(panel @ panel.T / SIZE**2).T
     torch.testing.assert_close(step["r"], second @ first, rtol=0, atol=1e-12)
     assert torch.equal(step["r"], step["r"].triu())
@@ -63,24 +64,24 @@ def test_any_second_gram_matrix_gives_the_factor_that_was_left(k):
 def test_no_second_pass_where_none_is_asked_for():
     step = Step(3).run()
     before = step.state.clone()
-    panel_ops.benettin_refine_(step.state, torch.full((3, 3), NAN, dtype=F64), 3)
+    ops.benettin_refine_(step.state, torch.full((3, 3), NAN, dtype=F64), 3)
     assert_same_bits(step.state, before)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, 0.0, -1.0])
 def test_a_second_pass_that_fails_keeps_the_separations(bad):
     step = Step(3).run()
-    panel_ops.panel_field(step.state, 3, "again").fill_(1.0)
+    ops.panel_field(step.state, 3, "again").fill_(1.0)
     before = step.state.clone()
     gram = SIZE**2 * torch.eye(3, dtype=F64)
     gram[1, 1] = bad
-    panel_ops.benettin_refine_(step.state, gram, 3)
+    ops.benettin_refine_(step.state, gram, 3)
     assert (step["again"], step["pending"]) == (0, 0)
     for name in ("again", "pending"):
-        panel_ops.panel_field(before, 3, name).fill_(0.0)
+        ops.panel_field(before, 3, name).fill_(0.0)
     if math.isfinite(bad):  # the second row is within the span of the first: another is asked for
-        panel_ops.panel_field(before, 3, "reseed").fill_(2.0)
-        panel_ops.panel_field(before, 3, "reseeds").fill_(1.0)
+        ops.panel_field(before, 3, "reseed").fill_(2.0)
+        ops.panel_field(before, 3, "reseeds").fill_(1.0)
     assert_same_bits(step.state, before)
 
 
@@ -97,8 +98,8 @@ WRONG = {
 def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
     replaced, message = WRONG[wrong]
     arguments = {"state": Step(3).state, "gram": torch.eye(3, dtype=F64), "k": 3} | replaced
-    panel_ops.panel_field(arguments["state"], 3, "again").fill_(1.0)
+    ops.panel_field(arguments["state"], 3, "again").fill_(1.0)
     before = arguments["state"].clone()
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.benettin_refine_(**arguments)
+        ops.benettin_refine_(**arguments)
     assert_same_bits(arguments["state"], before)

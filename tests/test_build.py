@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lyapcuda import _C, extension, ops, parameters
+from lyapcuda import _C, extension, ops
+from lyapcuda.params.collect import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -225,5 +226,5 @@ def test_build_info_says_what_runs():
 def test_build_info_and_parameters_name_the_backends_that_have_ops():
     table = torch._C._dispatch_dump("lyapcuda::ascent_")
     registered = {key for key in ("CPU", "CUDA") if re.search(rf"^{key}: ", table, re.MULTILINE)}
-    assert {name.upper() for name in parameters.BACKENDS} == registered
-    assert ops.build_info()["backend"] == ", ".join(parameters.BACKENDS)
+    assert {name.upper() for name in BACKENDS} == registered
+    assert ops.build_info()["backend"] == ", ".join(BACKENDS)

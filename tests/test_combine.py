@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import F16, F32, F64, GUARD, assert_same_bits, eps, surroundings, threads
 from panel_support import LARGE, ROWS, TAILS, combined_bits, guarded_panel, random_panel
 
@@ -21,7 +22,7 @@ def check(ki, ko, n, dtype, shift=0, seed=0):
     panel, matrix = random_panel(ki, n, dtype, shift, seed), random_matrix(ki, ko, seed)
     out = guarded_panel(ko, n, dtype, shift)
     before, around = panel.clone(), surroundings(out)
-    panel_ops.combine_(out, panel, matrix)
+    ops.combine_(out, panel, matrix)
     assert_same_bits(out, combined_bits(panel, matrix))
     assert_same_bits(panel, before)
     assert torch.equal(surroundings(out), around)
@@ -63,7 +64,7 @@ def test_in_place_with_no_more_rows_is_the_same_to_the_bit(dtype, n):
         panel, matrix = random_panel(ki, n, dtype, shift=1), random_matrix(ki, ko)
         expected, rest = combined_bits(panel, matrix), panel[ko:].clone()
         around = surroundings(panel)
-        panel_ops.combine_(panel[:ko], panel, matrix)
+        ops.combine_(panel[:ko], panel, matrix)
         assert_same_bits(panel[:ko].contiguous(), expected)
         assert_same_bits(panel[ko:].contiguous(), rest)
         assert torch.equal(surroundings(panel), around)
@@ -74,7 +75,7 @@ def test_in_place_over_many_blocks_and_threads():
         panel, matrix = random_panel(4, LARGE, F32), random_matrix(4, 4)
         expected = combined_bits(panel, matrix)
         with threads(count):
-            panel_ops.combine_(panel, panel, matrix)
+            ops.combine_(panel, panel, matrix)
         assert_same_bits(panel, expected)
 
 
@@ -82,7 +83,7 @@ def test_what_is_not_finite_stays_in_its_column():
     panel, matrix = random_panel(3, 100, F32), random_matrix(3, 2)
     panel[1, 17] = math.nan
     out = torch.empty(2, 100)
-    panel_ops.combine_(out, panel, matrix)
+    ops.combine_(out, panel, matrix)
     assert out[:, 17].isnan().all() and int(out.isnan().sum()) == 2
 
 
@@ -90,18 +91,18 @@ def test_a_closed_gate_leaves_everything():
     panel, matrix = random_panel(3, 100, F32), random_matrix(3, 3)
     out, before = guarded_panel(3, 100, F32), panel.clone()
     closed = torch.zeros(1, dtype=F64)
-    panel_ops.combine_(out, panel, matrix, gate=closed)
-    panel_ops.combine_(panel, panel, matrix, gate=closed)
+    ops.combine_(out, panel, matrix, gate=closed)
+    ops.combine_(panel, panel, matrix, gate=closed)
     assert (out == GUARD).all()
     assert_same_bits(panel, before)
-    panel_ops.combine_(out, panel, matrix, gate=torch.full((1,), math.nan, dtype=F64))
+    ops.combine_(out, panel, matrix, gate=torch.full((1,), math.nan, dtype=F64))
     assert_same_bits(out, combined_bits(panel, matrix))
 
 
 def test_the_version_of_what_is_written_counts():
     out, panel = torch.zeros(2, 8), torch.ones(2, 8)
     before = out._version, panel._version
-    panel_ops.combine_(out, panel, torch.eye(2, dtype=F64))
+    ops.combine_(out, panel, torch.eye(2, dtype=F64))
     assert out._version > before[0] and panel._version == before[1]
 
 
@@ -133,9 +134,9 @@ WRONG = {
 def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
     replaced, message = WRONG[wrong]
     arguments = {"out": torch.zeros(3, 40), "panel": torch.ones(3, 40), "matrix": EYE}
-    panel_ops.combine_(**{**arguments, "out": torch.zeros(3, 40)})
+    ops.combine_(**{**arguments, "out": torch.zeros(3, 40)})
     arguments |= replaced
     before = arguments["out"].clone()
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.combine_(**arguments)
+        ops.combine_(**arguments)
     assert_same_bits(arguments["out"], before)

@@ -8,7 +8,7 @@ import torch
 import lyapcuda
 import nets
 import simt_library
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from ops_support import BF16, F32, F64, assert_same_bits, make_case
 from panel_support import make_panel_case
 
@@ -55,15 +55,15 @@ def assert_same_case(a, b):
 
 def panel_step(case, losses):
     """As a tracker of k separations takes it; then a Krylov step, on the rows of the panel."""
-    panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+    ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
     step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-    gram = panel_ops.panel_ascent_(*step, theta=case.theta)
-    panel_ops.benettin_(case.state, gram, losses, case.k, realised=True)
-    again = panel_ops.panel_field(case.state, case.k, "again")
-    transform = panel_ops.panel_field(case.state, case.k, "transform")
-    panel_ops.combine_(case.d, case.d, transform, gate=again)
-    panel_ops.benettin_refine_(case.state, panel_ops.gram(case.d, case.d, gate=again), case.k)
-    panel_ops.project_(case.p[0], case.q, transform[0])
+    gram = ops.panel_ascent_(*step, theta=case.theta)
+    ops.benettin_(case.state, gram, losses, case.k, realised=True)
+    again = ops.panel_field(case.state, case.k, "again")
+    transform = ops.panel_field(case.state, case.k, "transform")
+    ops.combine_(case.d, case.d, transform, gate=again)
+    ops.benettin_refine_(case.state, ops.gram(case.d, case.d, gate=again), case.k)
+    ops.project_(case.p[0], case.q, transform[0])
     views = [case.copies[0, o : o + g.numel()] for o, g in zip(case.offsets, case.g0, strict=True)]
     ops.displace_(views, case.q[0], case.theta, case.offsets, losses[:1])
     ops.difference_(case.p_next[0], views, case.g0, case.offsets, losses[:1], keep=0.5)
@@ -83,21 +83,21 @@ LONG = [700003, 33]
 @pytest.mark.parametrize("k", [3, 14, 32])
 def test_blocks_that_take_many_tiles_leave_what_the_cpu_does(k, buffer, storage):
     here = make_panel_case(k, LONG, buffer, storage, gap=16, beta=0.01)
-    panel_ops.panel_field(here.state, k, "pending").fill_(1.0)
-    panel_ops.panel_field(here.state, k, "transform").copy_(torch.randn(k, k, dtype=F64))
+    ops.panel_field(here.state, k, "pending").fill_(1.0)
+    ops.panel_field(here.state, k, "transform").copy_(torch.randn(k, k, dtype=F64))
     there, coefficients = on("cuda", here), torch.randn(k, dtype=F64)
 
     def called(case):
         step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-        panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, *step[4:])
-        yield panel_ops.panel_ascent_(*step)
+        ops.panel_recenter_(case.q, case.copies, case.d, case.theta, *step[4:])
+        yield ops.panel_ascent_(*step)
         heavy = {"theta": case.theta, "momentum": 0.5, "p": case.p, "p_next": case.p_next}
-        yield panel_ops.panel_ascent_(*step, **heavy)
-        yield panel_ops.gram(case.d, case.d)
-        yield panel_ops.gram(case.d, case.q)
-        transform = panel_ops.panel_field(case.state, k, "transform")
-        panel_ops.combine_(case.d, case.d, transform.contiguous())
-        yield panel_ops.project_(case.p[0], case.q, coefficients.to(case.state.device))
+        yield ops.panel_ascent_(*step, **heavy)
+        yield ops.gram(case.d, case.d)
+        yield ops.gram(case.d, case.q)
+        transform = ops.panel_field(case.state, k, "transform")
+        ops.combine_(case.d, case.d, transform.contiguous())
+        yield ops.project_(case.p[0], case.q, coefficients.to(case.state.device))
 
     for actual, expected in zip(called(there), called(here), strict=True):
         largest = float(expected.abs().max())

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import simt_library
-from lyapcuda import panel_ops
+from lyapcuda import ops
 from ops_support import BF16, F16, F32, F64, assert_same_bits, surroundings
 from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
 
@@ -18,12 +18,10 @@ def library(request):
 
 def step(case, kind, max_lr=10.0):
     options = step_options(case, kind)
-    slopes = panel_ops.panel_slopes_(*step_arguments(case), **options)
+    slopes = ops.panel_slopes_(*step_arguments(case), **options)
     # What follows is exact given the slopes: both backends go on with the same ones.
     rounded = slopes.float().double()
-    return slopes, panel_ops.panel_descend_(
-        *step_arguments(case), rounded, max_lr=max_lr, **options
-    )
+    return slopes, ops.panel_descend_(*step_arguments(case), rounded, max_lr=max_lr, **options)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 9, 32])

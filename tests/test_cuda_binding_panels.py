@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import simt_library
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from ops_support import (
     DTYPES,
     F32,
@@ -88,7 +88,7 @@ def test_steps_are_the_cpus(buffer, storage, k):
         def run(case, realised=realised, heavy=heavy):
             options = panel_ascent_options(case, realised=realised, heavy=heavy)
             step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-            return panel_ops.panel_ascent_(*step, sign=-1, **options)
+            return ops.panel_ascent_(*step, sign=-1, **options)
 
         assert_same_sums(*both(case, run))
 
@@ -100,7 +100,7 @@ def test_any_number_of_segments_is_the_cpus(buffer, storage, sizes):
 
     def step(case):
         step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-        return panel_ops.panel_ascent_(*step, theta=case.theta)
+        return ops.panel_ascent_(*step, theta=case.theta)
 
     assert_same_sums(*both(case, step))
     for pending in (0.0, 1.0):
@@ -108,8 +108,8 @@ def test_any_number_of_segments_is_the_cpus(buffer, storage, sizes):
 
 
 def recentered(case, pending):
-    panel_ops.panel_field(case.state, case.k, "pending").fill_(pending)
-    panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+    ops.panel_field(case.state, case.k, "pending").fill_(pending)
+    ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
 
 
 @pytest.mark.parametrize("pending", [0.0, 1.0])
@@ -127,15 +127,15 @@ def test_products_are_the_cpus(ka, kb, dtype):
     for n, shift in ((0, 0), (1, 0), (1029, 1), (2056, 0)):
         a = random_panel(ka, n, dtype, shift, seed=1)
         b = random_panel(kb, n, dtype, shift, seed=2)
-        found = panel_ops.gram(a, b), panel_ops.gram(a, a), panel_ops.gram(b, b)
+        found = ops.gram(a, b), ops.gram(a, a), ops.gram(b, b)
         with simt_library.cpu():
-            expected = panel_ops.gram(a, b), panel_ops.gram(a, a), panel_ops.gram(b, b)
+            expected = ops.gram(a, b), ops.gram(a, a), ops.gram(b, b)
         size_a, size_b = (m.diagonal().sqrt() for m in expected[1:])
         assert ((found[0] - expected[0]).abs() <= 1e-14 * size_a[:, None] * size_b + 1e-300).all()
         assert_same_sums(found[1], expected[1])
         assert_same_sums(found[2], expected[2])
         # A copy is not known to be the same panel: other blocks may add up other pairs.
-        copied = panel_ops.gram(a, a.clone())
+        copied = ops.gram(a, a.clone())
         assert ((copied - found[1]).abs() <= 1e-14 * size_a[:, None] * size_a + 1e-300).all()
 
 
@@ -149,9 +149,9 @@ def test_combinations_are_the_cpus(ki, ko, dtype):
             panel = random_panel(ki, n, dtype, shift)
             out = random_panel(ko, n, dtype, shift, seed=1)
             expected = cloned(out)
-            panel_ops.combine_(out, panel, matrix, gate=gate)
+            ops.combine_(out, panel, matrix, gate=gate)
             with simt_library.cpu():
-                panel_ops.combine_(expected, panel, matrix, gate=gate)
+                ops.combine_(expected, panel, matrix, gate=gate)
             assert_same_bits(out, expected)
             assert_same_bits(surroundings(out), surroundings(expected))
 
@@ -165,9 +165,9 @@ def test_projections_are_the_cpus(m, dtype):
         v = random_panel(max(m, 1), n, dtype, shift)[:m]
         w = random_panel(1, n, dtype, shift, seed=1)[0]
         expected = cloned(w)
-        found = panel_ops.project_(w, v, coefficients)
+        found = ops.project_(w, v, coefficients)
         with simt_library.cpu():
-            sums = panel_ops.project_(expected, v, coefficients)
+            sums = ops.project_(expected, v, coefficients)
         assert_same_bits(w, expected)
         length = sums[-1].sqrt() * torch.cat([v.double().norm(dim=1), sums[-1:].sqrt()])
         assert ((found - sums).abs() <= 1e-14 * length + 1e-300).all()
@@ -195,21 +195,21 @@ def test_whole_runs_of_k_separations_are_the_cpus(k, options):
         p, p_next = torch.zeros(k, n, dtype=F64), torch.zeros(k, n, dtype=F64)
         copies = torch.empty(k, n, dtype=F64)
         start = 1.0 if options.get("estimate") == 2 else 0.0
-        state = panel_ops.new_panel_state("cpu", k, perturbation=size, beta=start)
-        field = {name: panel_ops.panel_field(state, k, name) for name in panel_ops.panel_fields(k)}
+        state = ops.new_panel_state("cpu", k, perturbation=size, beta=start)
+        field = {name: ops.panel_field(state, k, name) for name in ops.panel_fields(k)}
         values = []
         for _ in range(12):
-            panel_ops.panel_recenter_(q, copies, d, [theta], [0], state)
+            ops.panel_recenter_(q, copies, d, [theta], [0], state)
             if heavy:
-                panel_ops.combine_(p, p_next, field["transform"], gate=field["pending"])
+                ops.combine_(p, p_next, field["transform"], gate=field["pending"])
             field["pending"].fill_(0.0)
             g0, g1 = curvature * theta, curvature * copies
             moved = {"momentum": options["momentum"], "p": p, "p_next": p_next} if heavy else {}
-            gram = panel_ops.panel_ascent_(d, q, [g0], g1, [0], state, sign=sign, **moved)
-            panel_ops.benettin_(state, gram, LOSSES, k, ema=0.5, **options)
-            panel_ops.combine_(d, d, field["transform"], gate=field["again"])
-            second = panel_ops.gram(d, d, gate=field["again"])
-            panel_ops.benettin_refine_(state, second, k)
+            gram = ops.panel_ascent_(d, q, [g0], g1, [0], state, sign=sign, **moved)
+            ops.benettin_(state, gram, LOSSES, k, ema=0.5, **options)
+            ops.combine_(d, d, field["transform"], gate=field["again"])
+            second = ops.gram(d, d, gate=field["again"])
+            ops.benettin_refine_(state, second, k)
             names = ("rayleigh", "h", "center", "exponent", "beta")
             values.append(torch.cat([field[name].flatten() for name in names]))
         return torch.stack(values)
@@ -251,7 +251,7 @@ def test_a_large_panel_is_the_cpus():
 
     def step(case):
         step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-        return panel_ops.panel_ascent_(*step)
+        return ops.panel_ascent_(*step)
 
     assert_same_sums(*both(case, step), terms=case.q.shape[1])
     both(case, lambda case: recentered(case, 1.0))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import ops, reference
+from lyapcuda import ops
+from lyapcuda.ops import reference
 from ops_support import (
     BF16,
     DTYPES,

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import lyapcuda
-from lyapcuda.distributed import get_state_dict, set_state_dict
+from lyapcuda.params.ranks import get_state_dict, set_state_dict
 from ranks_support import equal_everywhere, on_ranks
 from test_distributed_values import build, loss_of, wrap
 

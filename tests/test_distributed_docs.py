@@ -34,13 +34,13 @@ def examples(rank: int, folder: str) -> None:
 def exchanges(rank: int) -> None:
     """(numbers a rank) of every exchange of a step, after the first."""
     sent: list[int] = []
-    gather = lyapcuda.distributed.Ranks._gather
+    gather = lyapcuda.params.ranks.Ranks._gather
 
     def counted(self, message, timeout=None):
         sent.append(message.numel())
         return gather(self, message, timeout)
 
-    lyapcuda.distributed.Ranks._gather = counted
+    lyapcuda.params.ranks.Ranks._gather = counted
     try:
         for how in ("ddp", "fsdp"):
             for options, numbers in (
@@ -55,7 +55,7 @@ def exchanges(rank: int) -> None:
                     tracker.step(lambda m=model, x=x, y=y: loss_of(m, x, y))
                 assert sent == [numbers], f"{how} {options}: {sent}"
     finally:
-        lyapcuda.distributed.Ranks._gather = gather
+        lyapcuda.params.ranks.Ranks._gather = gather
 
 
 def on_two(rank: int, folder: str) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lyapcuda
-from lyapcuda.distributed import RankError
+from lyapcuda.params.ranks import RankError
 from ranks_support import equal_everywhere, on_ranks, outcomes
 from test_distributed_values import BATCH, build, loss_of, wrap
 
@@ -143,7 +143,7 @@ def deferred(rank: int) -> None:
     def heed(self, status):
         self._late = (status.clone(), Event())
 
-    ranks = lyapcuda.distributed.Ranks
+    ranks = lyapcuda.params.ranks.Ranks
     ranks.reads_back, kept = staticmethod(lambda device: False), ranks.reads_back
     ranks._heed, heeded = heed, ranks._heed
     try:
@@ -154,7 +154,7 @@ def deferred(rank: int) -> None:
             def closure(model=model, x=x, y=y):
                 loss = loss_of(model, x, y)
                 loss.backward()
-                if wrong and rank == 1 and not lyapcuda.evaluate.at_a_copy():  # noqa: B023
+                if wrong and rank == 1 and not lyapcuda.objective.evaluator.at_a_copy():  # noqa: B023
                     raise ValueError("out of coffee")
                 return loss
 
@@ -188,7 +188,7 @@ def test_errors_that_all_ranks_hear_of():
 
 def lost(rank: int, how: str, manner: str) -> None:
     """Rank 1 leaves the others alone in their collectives."""
-    lyapcuda.distributed.GRACE = timedelta(seconds=2)
+    lyapcuda.params.ranks.GRACE = timedelta(seconds=2)
     model, x, y, tracker = setting(rank, how)
     tracker.step(lambda: loss_of(model, x, y))
     before = snapshot(model, tracker)

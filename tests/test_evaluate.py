@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
-from lyapcuda.evaluate import gradients
-from lyapcuda.surroundings import modules_of
+from lyapcuda.objective.evaluator import gradients
+from lyapcuda.objective.isolation import modules_of
 from nets import Attention, WrittenOutAttention
 from noisy import Noisy, snapshot
 

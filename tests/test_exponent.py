@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from lyapcuda import _C, ops, reference
+from lyapcuda import _C, ops
+from lyapcuda.ops import reference
 from ops_support import F32, F64, assert_same_bits, fields_of, state_with
 
 NAN, INF = math.nan, math.inf

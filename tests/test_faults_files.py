@@ -142,7 +142,7 @@ def spoil(field):
         if k == 1:
             state[lyapcuda.ops.STATE_FIELDS.index(field)] = float("nan")
         else:
-            lyapcuda.panel_ops.panel_field(state, k, field).fill_(float("nan"))
+            lyapcuda.ops.panel_field(state, k, field).fill_(float("nan"))
 
     return change
 

@@ -10,7 +10,7 @@ from torch import nn
 import lyapcuda
 import nets
 from faults_support import bits, bowl, curvatures, found, state_of, steps, surroundings
-from lyapcuda.evaluate import at_a_copy
+from lyapcuda.objective.evaluator import at_a_copy
 
 F32, F64 = torch.float32, torch.float64
 INF, NAN = math.inf, math.nan
@@ -253,7 +253,7 @@ def test_copies_that_meet_part_again(backend, k, beta):
     for row, place in zip(rows, (3, 0), strict=False):  # eigenvectors, of −4, 3
         row[place] = tracker.perturbation
     fields = saved["separations"][0]["state"]
-    names = lyapcuda.ops.STATE_FIELDS if k == 1 else list(lyapcuda.panel_ops.panel_fields(k))
+    names = lyapcuda.ops.STATE_FIELDS if k == 1 else list(lyapcuda.ops.panel_fields(k))
     fields[names.index("beta")] = 0.25
     tracker.load_state_dict(saved)
     tracker.step(closure)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does"),
@@ -86,7 +86,7 @@ def test_a_step_over_more_elements_than_an_int32_counts(windows):
 def test_a_gram_matrix_over_more_elements_than_an_int32_counts(windows):
     q = numbers(3)
     row = windows(q).view(1, N)
-    assert float(panel_ops.gram(row, row)) == total(q * q)
+    assert float(ops.gram(row, row)) == total(q * q)
 
 
 def test_another_separation_of_more_elements_than_an_int32_counts(windows):

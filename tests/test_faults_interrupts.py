@@ -11,8 +11,8 @@ from torch import nn
 
 import lyapcuda
 from faults_support import bits, state_of, steps, surroundings
-from lyapcuda.evaluate import pointing_to
-from lyapcuda.interrupts import allowed, deferred
+from lyapcuda.objective.evaluator import pointing_to
+from lyapcuda.objective.interrupts import allowed, deferred
 
 PACKAGE = str(Path(lyapcuda.__file__).parent)
 

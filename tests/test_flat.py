@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.flat import ALIGNMENT, FlatLayout
+from lyapcuda.params.flat import ALIGNMENT, FlatLayout
 
 
 def tied_model():

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import BF16, F32, F64, assert_same_bits, threads
 from panel_support import LARGE, ROWS, TAILS, close_sums, random_panel
 
@@ -20,7 +21,7 @@ def test_every_size_exactly(dtype, n):
         a = random_panel(ka, n, dtype, n % 3, seed=ka, exact=True)
         b = random_panel(kb, n, dtype, (n + 1) % 3, seed=1000 + kb, exact=True)
         before = a.clone(), b.clone()
-        assert torch.equal(panel_ops.gram(a, b), panel_reference.gram(a, b))
+        assert torch.equal(ops.gram(a, b), panel_reference.gram(a, b))
         for now, then in zip((a, b), before, strict=True):
             assert_same_bits(now, then)
 
@@ -30,16 +31,16 @@ def test_every_size_exactly(dtype, n):
 def test_a_panel_with_itself_is_symmetric_to_the_bit_and_the_same_as_with_a_copy(dtype, n):
     for k in ROWS if n < LARGE else (1, 5):
         a = random_panel(k, n, dtype, shift=1, seed=k)
-        result = panel_ops.gram(a, a)
+        result = ops.gram(a, a)
         assert_same_bits(result, result.T.contiguous())
-        assert_same_bits(result, panel_ops.gram(a, a.clone()))
+        assert_same_bits(result, ops.gram(a, a.clone()))
         close_sums(result, a, a)
 
 
 def test_the_first_rows_of_a_panel_are_another_panel():
     a = random_panel(5, 4097, F32)
-    assert_same_bits(panel_ops.gram(a[:3], a), panel_ops.gram(a[:3].clone(), a.clone()))
-    assert_same_bits(panel_ops.gram(a[1:4], a[:3]), panel_ops.gram(a[1:4].clone(), a[:3].clone()))
+    assert_same_bits(ops.gram(a[:3], a), ops.gram(a[:3].clone(), a.clone()))
+    assert_same_bits(ops.gram(a[1:4], a[:3]), ops.gram(a[1:4].clone(), a[:3].clone()))
 
 
 @given(
@@ -54,12 +55,12 @@ def test_the_first_rows_of_a_panel_are_another_panel():
 def test_anything_to_the_rounding_of_its_sums(ka, kb, n, shift, dtype, seed):
     a = random_panel(ka, n, dtype, shift, seed)
     b = random_panel(kb, n, dtype, 2 * shift, seed + 1)
-    close_sums(panel_ops.gram(a, b), a, b)
+    close_sums(ops.gram(a, b), a, b)
 
 
 def test_products_of_floats_are_not_rounded_to_float():
     a = torch.full((1, 1000), 1e30)
-    assert math.isclose(float(panel_ops.gram(a, a)), 1000 * float(a[0, 0]) ** 2, rel_tol=1e-13)
+    assert math.isclose(float(ops.gram(a, a)), 1000 * float(a[0, 0]) ** 2, rel_tol=1e-13)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -67,7 +68,7 @@ def test_products_of_floats_are_not_rounded_to_float():
 def test_what_is_not_finite_reaches_its_own_rows_and_columns_only(value, at):
     a = random_panel(6, 4101, F32)
     a[2, at] = value
-    finite = panel_ops.gram(a, a).isfinite()
+    finite = ops.gram(a, a).isfinite()
     expected = torch.ones(6, 6, dtype=torch.bool)
     expected[2], expected[:, 2] = False, False
     assert torch.equal(finite, expected)
@@ -76,13 +77,13 @@ def test_what_is_not_finite_reaches_its_own_rows_and_columns_only(value, at):
 def test_a_closed_gate_gives_zeros_and_reads_nothing():
     a = torch.full((3, 100), math.nan)
     closed, opened = torch.zeros(1, dtype=F64), torch.full((1,), 0.5, dtype=F64)
-    assert_same_bits(panel_ops.gram(a, a, gate=closed), torch.zeros(3, 3, dtype=F64))
-    assert panel_ops.gram(a, a, gate=opened).isnan().all()
+    assert_same_bits(ops.gram(a, a, gate=closed), torch.zeros(3, 3, dtype=F64))
+    assert ops.gram(a, a, gate=opened).isnan().all()
 
 
 def test_empty_rows_give_zeros():
     a = torch.empty(3, 0)
-    assert_same_bits(panel_ops.gram(a, a), torch.zeros(3, 3, dtype=F64))
+    assert_same_bits(ops.gram(a, a), torch.zeros(3, 3, dtype=F64))
 
 
 def test_a_run_gives_the_same_bits_on_any_number_of_threads():
@@ -90,7 +91,7 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
     results = []
     for count in (1, 2, 2):
         with threads(count):
-            results.append((panel_ops.gram(a, b), panel_ops.gram(a, a)))
+            results.append((ops.gram(a, b), ops.gram(a, a)))
     for result in results[1:]:
         for x, y in zip(result, results[0], strict=True):
             assert_same_bits(x, y)
@@ -114,6 +115,6 @@ WRONG = {
 def test_wrong_arguments_are_named(wrong):
     replaced, message = WRONG[wrong]
     arguments = {"a": torch.zeros(3, 40), "b": torch.zeros(2, 40)}
-    panel_ops.gram(**arguments)
+    ops.gram(**arguments)
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.gram(**arguments | replaced)
+        ops.gram(**arguments | replaced)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import lyapcuda
-from lyapcuda import ritz
-from lyapcuda.basis import Basis, Solution
-from lyapcuda.block import Block
-from lyapcuda.flat import FlatLayout
-from lyapcuda.hidden import Growth
-from lyapcuda.subspace import merged
+from lyapcuda.params.flat import FlatLayout
+from lyapcuda.solvers import ritz
+from lyapcuda.solvers.basis import Basis, Solution
+from lyapcuda.solvers.block import Block
+from lyapcuda.solvers.missed import Growth
+from lyapcuda.solvers.subspace_iteration import merged
 from nets import case
 from test_truth import quadratic
 from truths import is_off

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lyapcuda import CurvatureTracker
-from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import curvature_of_growth, growth_of_curvature
-from lyapcuda.perturbation import default_perturbation
+from lyapcuda.dynamics.lyapunov import curvature_of_growth
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.params.flat import FlatLayout
+from truths import growth_of_curvature
 
 rates = st.floats(1e-3, 10.0)
 curvatures = st.floats(1e-3, 1e3)

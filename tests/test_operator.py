@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.evaluate import at_a_copy
+from lyapcuda.objective.evaluator import at_a_copy
 from nets import NAMES, Attention, WrittenOutAttention, case
 from noisy import Noisy, snapshot
 from test_evaluate import Square

@@ -9,7 +9,7 @@ import torch
 
 import ops_support
 import panel_support
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 from ops_support import DTYPES, F64, assert_same_bits, make_case, run_every_op, threads
 from panel_support import make_panel_case, run_every_panel_op
 from quasi_newton_support import KINDS, newton_case, step_arguments, step_options
@@ -103,7 +103,7 @@ NAMES = list(calls())
 
 def function_of(name):
     name = name.split()[0]
-    return getattr(ops, name, None) or getattr(panel_ops, name)
+    return getattr(ops, name)
 
 
 def tensors_of(args, kwargs):
@@ -121,7 +121,7 @@ def test_every_op_is_here():
         if n.startswith("lyapcuda::")
     }
     assert registered == {name.split()[0] for name in NAMES}
-    assert registered <= {*ops.__all__, *panel_ops.__all__}
+    assert registered <= set(ops.__all__)
 
 
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
@@ -167,13 +167,13 @@ def test_a_whole_panel_step_compiles():
     k = 3
 
     def step(case):
-        sums = panel_ops.panel_ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-        panel_ops.benettin_(case.state, sums, LOSSES, k)
-        again = panel_ops.panel_field(case.state, k, "again")
-        transform = panel_ops.panel_field(case.state, k, "transform")
-        panel_ops.combine_(case.d, case.d, transform, gate=again)
-        panel_ops.benettin_refine_(case.state, panel_ops.gram(case.d, case.d, gate=again), k)
-        panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+        sums = ops.panel_ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+        ops.benettin_(case.state, sums, LOSSES, k)
+        again = ops.panel_field(case.state, k, "again")
+        transform = ops.panel_field(case.state, k, "transform")
+        ops.combine_(case.d, case.d, transform, gate=again)
+        ops.benettin_refine_(case.state, ops.gram(case.d, case.d, gate=again), k)
+        ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
 
     eager, traced = make_panel_case(k, [5, 33]), make_panel_case(k, [5, 33])
     torch._dynamo.reset()
@@ -191,7 +191,7 @@ def test_ops_and_fakes_can_be_those_of_another_library(monkeypatch):
     a = torch.zeros(2, 5)
     torch.library.opcheck(torch.ops.lyapcuda_tests.gram.default, (a, a), {})
     monkeypatch.setattr(ops, "_library", torch.ops.lyapcuda_tests)
-    assert (panel_ops.gram(a, a) == 7).all()
+    assert (ops.gram(a, a) == 7).all()
 
 
 def python(*arguments, **environment):

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from hypothesis_support import Drawn, Untouched, drawn, same
-from lyapcuda import ops, panel_ops, panel_reference, reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference, reference
 from ops_support import F64, ascent_options, assert_same_bits, make_case
 from panel_support import panel_ascent_options
 from quasi_newton_support import KINDS, newton_case
@@ -154,7 +155,7 @@ def panel_ascent_(d: Drawn) -> None:
     exact_d, exact_p, exact_gram = panel_reference.panel_ascent_(*rest, **known)
     untouched, used = Untouched(case), case.used()
     outside = case.d[:, ~used].clone()
-    same(panel_ops.panel_ascent_(case.d, *rest, **options), exact_gram)
+    same(ops.panel_ascent_(case.d, *rest, **options), exact_gram)
     same(case.d, exact_d)
     assert_same_bits(case.d[:, ~used], outside)
     if heavy:
@@ -167,7 +168,7 @@ def panel_recenter_(d: Drawn) -> None:
     rest = (case.d, case.theta, case.offsets, case.state)
     exact_q, exact_copies = panel_reference.panel_recenter_(case.q, *rest)
     untouched = Untouched(case)
-    panel_ops.panel_recenter_(case.q, case.copies, *rest)
+    ops.panel_recenter_(case.q, case.copies, *rest)
     same(case.q, exact_q)
     same(case.copies, exact_copies)
     untouched.check(case.q, case.copies)
@@ -180,13 +181,13 @@ def benettin_(d: Drawn) -> None:
 
 def benettin_refine_(d: Drawn) -> None:
     generator = torch.Generator().manual_seed(d.seed)
-    state = panel_ops.new_panel_state("cpu", d.k, perturbation=0.5, again=float(not d.flags[0]))
+    state = ops.new_panel_state("cpu", d.k, perturbation=0.5, again=float(not d.flags[0]))
     for name in ("r", "transform"):
-        field = panel_ops.panel_field(state, d.k, name)
+        field = ops.panel_field(state, d.k, name)
         field.copy_(
             torch.randn(d.k, d.k, generator=generator, dtype=F64).triu() + 2 * torch.eye(d.k)
         )
-    panel_ops.panel_field(state, d.k, "exponent").fill_(0.5)
+    ops.panel_field(state, d.k, "exponent").fill_(0.5)
     # Nearly orthonormal rows of norm Δq, as the first pass leaves them; or a pair of equal ones.
     rows = (
         torch.eye(d.k, dtype=F64)
@@ -198,7 +199,7 @@ def benettin_refine_(d: Drawn) -> None:
     if d.variant == 9:
         gram[0, 0] = float("nan")
     exact = panel_reference.benettin_refine_(state, gram, d.k)
-    panel_ops.benettin_refine_(state, gram, d.k)
+    ops.benettin_refine_(state, gram, d.k)
     torch.testing.assert_close(state, exact, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
@@ -237,9 +238,7 @@ def gram(d: Drawn) -> None:
     case = d.panels()
     untouched = Untouched(case)
     rows = case.q[: d.k // 2 + 1]
-    same(
-        panel_ops.gram(rows, case.d, gate=gate(d)), panel_reference.gram(rows, case.d, gate=gate(d))
-    )
+    same(ops.gram(rows, case.d, gate=gate(d)), panel_reference.gram(rows, case.d, gate=gate(d)))
     untouched.check()
 
 
@@ -250,7 +249,7 @@ def combine_(d: Drawn) -> None:
     out, matrix = case.d[:columns], matrix.double() / 2
     exact = panel_reference.combine_(out, case.q, matrix, gate=gate(d))
     rest = case.d[columns:].clone()
-    panel_ops.combine_(out, case.q, matrix, gate=gate(d))
+    ops.combine_(out, case.q, matrix, gate=gate(d))
     same(out, exact)
     assert_same_bits(case.d[columns:], rest)
 
@@ -261,7 +260,7 @@ def project_(d: Drawn) -> None:
     w = case.d[0]
     exact_w, exact = panel_reference.project_(w, case.q, c)
     rest = case.d[1:].clone()
-    same(panel_ops.project_(w, case.q, c), exact)
+    same(ops.project_(w, case.q, c), exact)
     same(w, exact_w)
     assert_same_bits(case.d[1:], rest)
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import ops, panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import (
     BF16,
     DTYPES,
@@ -36,7 +37,7 @@ SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
 
 
 def step(case, sign=1, d=None, g1=None, **options):
-    return panel_ops.panel_ascent_(
+    return ops.panel_ascent_(
         case.d if d is None else d,
         case.q,
         case.g0,
@@ -127,13 +128,13 @@ def test_the_oracle_agrees(buffer, storage, realised, heavy):
 @pytest.mark.parametrize(("buffer", "storage"), DTYPES)
 def test_one_row_is_ascent(buffer, storage, realised):
     single = make_case([31, 4097], buffer, storage, scale=1.0, beta=0.213)
-    state = panel_ops.new_panel_state("cpu", 1, beta=0.213)
+    state = ops.new_panel_state("cpu", 1, beta=0.213)
     g1 = torch.zeros(single.q.shape, dtype=storage)
     for offset, g in zip(single.offsets, single.g1, strict=True):
         g1[offset : offset + g.numel()] = g
     theta = single.theta if realised else None
     d = torch.full_like(single.q, GUARD)[None]
-    gram = panel_ops.panel_ascent_(
+    gram = ops.panel_ascent_(
         d, single.q[None], single.g0, g1[None], single.offsets, state, theta=theta
     )
     sums = ops.ascent_(
@@ -167,7 +168,7 @@ def test_d_may_be_g1_or_q(dtype, realised, heavy):
 def test_the_realised_displacement_is_what_panel_recenter_left():
     for buffer, storage in DTYPES:
         case = make_panel_case(3, [4097, 33], buffer, storage)
-        panel_ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
+        ops.panel_recenter_(case.q, case.copies, case.d, case.theta, case.offsets, case.state)
         gram = step(case, theta=case.theta)
         used = case.used()
         moved = case.copies.to(buffer)[:, used] - case.flat(case.theta)[used]
@@ -279,7 +280,7 @@ WRONG = {
     "g1 strided": ({"g1": new(40, 3).T}, "g1: expected a contiguous 2-D"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
     "offset inside": ({"offsets": [0, 9]}, r"offsets\[1\]: 9 lies inside"),
-    "state size": ({"state": panel_ops.new_panel_state("cpu", 2)}, "state: expected 50 elements"),
+    "state size": ({"state": ops.new_panel_state("cpu", 2)}, "state: expected 50 elements"),
     "state dtype": ({"state": torch.zeros(50)}, "state: expected a contiguous float64"),
     "sign": ({"sign": 0}, "sign: expected 1"),
     "theta count": ({"theta": [torch.zeros(10)]}, "theta: 1 tensors"),
@@ -304,13 +305,13 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
         "g0": [torch.ones(10), torch.ones(12)],
         "g1": torch.ones(3, 40),
         "offsets": [0, 20],
-        "state": panel_ops.new_panel_state("cpu", 3, beta=1.0),
+        "state": ops.new_panel_state("cpu", 3, beta=1.0),
     }
-    panel_ops.panel_ascent_(**{**arguments, "d": torch.zeros(3, 40)})
+    ops.panel_ascent_(**{**arguments, "d": torch.zeros(3, 40)})
     arguments |= replaced
     written = [t for t in (arguments["d"], arguments.get("p_next")) if t is not None]
     before = [t.clone() for t in written]
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.panel_ascent_(**arguments)
+        ops.panel_ascent_(**arguments)
     for now, then in zip(written, before, strict=True):
         assert_same_bits(now, then)

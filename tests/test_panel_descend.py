@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import BF16, F16, F32, F64, TAILS, assert_same_bits, surroundings, threads
 from panel_support import COUNTS
 from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
@@ -17,7 +18,7 @@ STORAGE = [F32, F64, BF16, F16]
 def rates_and_weights(case, slopes, gain, max_lr):
     """As csrc/newton.h has them; the weights by the oracle's float64."""
     field = {
-        name: panel_ops.panel_field(case.state, case.k, name)
+        name: ops.panel_field(case.state, case.k, name)
         for name in ("h_ema", "residual", "transform", "perturbation")
     }
     rest = field["h_ema"].abs()[-1] + field["residual"][-1]
@@ -62,7 +63,7 @@ def check(case, kind, gain=0.7, max_lr=10.0, **more):
     before = [t.clone() for t in untouched]
     around = [surroundings(t) for t in case.theta]
     sizes = [t.double().abs() for t in case.theta]
-    used = panel_ops.panel_descend_(
+    used = ops.panel_descend_(
         *step_arguments(case), slopes, gain=gain, max_lr=max_lr, **options, **more
     )
     torch.testing.assert_close(used, expected_rates, rtol=1e-15, atol=0)
@@ -104,13 +105,13 @@ def test_to_the_bit_where_the_weights_are_exact(storage):
     # Along the coordinates of the panel, powers of two throughout.
     for kind in KINDS:
         case = newton_case(2, [513, 33], storage, h_ema=torch.tensor([8.0, 2.0]), residual=2.0)
-        panel_ops.panel_field(case.state, 2, "transform").copy_(torch.eye(2))
+        ops.panel_field(case.state, 2, "transform").copy_(torch.eye(2))
         slopes = torch.tensor([0.5, -3.0], dtype=F64)
         options = step_options(case, kind)
         rates, weights = rates_and_weights(case, slopes, 1.0, 10.0)
         assert rates.tolist() == [0.125, 0.25, 0.25] and weights.tolist() == [-0.25, 0.0]
         expected = stepped_bits(case, weights, rates[-1], options)
-        panel_ops.panel_descend_(*step_arguments(case), slopes, **options)
+        ops.panel_descend_(*step_arguments(case), slopes, **options)
         for actual, wanted in zip(case.theta, expected, strict=True):
             assert_same_bits(actual, wanted)
 
@@ -125,14 +126,14 @@ def test_it_is_the_newton_step_of_a_quadratic():
     theta = torch.randn(n, generator=generator, dtype=F64)
     panel = (0.1 * basis[:, :k]).T.contiguous()
     mixing = torch.randn(k, k, generator=generator, dtype=F64)
-    state = panel_ops.new_panel_state(
+    state = ops.new_panel_state(
         "cpu", k, perturbation=0.1, accepted=1.0, pending=1.0, residual=0.0,
         h_ema=h[:k], transform=torch.linalg.inv(mixing),
     )  # fmt: skip
     step = ([theta], [hessian @ theta], [0], (mixing.T @ panel).contiguous(), state)
-    slopes = panel_ops.panel_slopes_(*step)
+    slopes = ops.panel_slopes_(*step)
     expected = theta - basis @ torch.diag(1 / h.clamp(min=2.0)) @ basis.T @ hessian @ theta
-    rates = panel_ops.panel_descend_(*step, slopes)
+    rates = ops.panel_descend_(*step, slopes)
     torch.testing.assert_close(rates, 1 / torch.tensor([9.0, 5.0, 2.0, 2.0], dtype=F64))
     torch.testing.assert_close(theta, expected, rtol=1e-12, atol=1e-12)
     assert (basis[:, :k].T @ theta).abs().max() < 1e-12  # the leading directions are solved
@@ -159,7 +160,7 @@ def test_rates(values, max_lr, rates):
     before = case.theta[0].clone()
     slopes = torch.ones(2, dtype=F64)
     for gain in (1.0, 0.5):
-        used = panel_ops.panel_descend_(*step_arguments(case), slopes, gain=gain, max_lr=max_lr)
+        used = ops.panel_descend_(*step_arguments(case), slopes, gain=gain, max_lr=max_lr)
         assert used.tolist() == pytest.approx([gain * rate for rate in rates], rel=1e-15)
     assert torch.equal(case.theta[0], before) == (rates[0] == 0.0)
 
@@ -168,7 +169,7 @@ def test_without_vectors_the_panel_is_not_read():
     case = newton_case(3, [100, 7])
     set_field(case, "pending", 0.0)
     case.d.fill_(math.nan)
-    panel_ops.panel_descend_(*step_arguments(case), torch.zeros(3, dtype=F64))
+    ops.panel_descend_(*step_arguments(case), torch.zeros(3, dtype=F64))
     assert all(bool(torch.isfinite(t).all()) for t in case.theta)
 
 
@@ -178,7 +179,7 @@ def test_theta_stays_where_something_is_not_finite(what):
     before = [t.clone() for t in case.theta]
     slopes, factor = torch.ones(3, dtype=F64), torch.ones(1, dtype=F64)
     (slopes if what == "slopes" else factor)[0] = math.nan
-    rates = panel_ops.panel_descend_(*step_arguments(case), slopes, factor=factor)
+    rates = ops.panel_descend_(*step_arguments(case), slopes, factor=factor)
     assert not rates.any()
     for now, then in zip(case.theta, before, strict=True):
         assert_same_bits(now, then)
@@ -189,8 +190,8 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
     for count in (1, 2):
         case = newton_case(5, [70001, 16385], BF16)
         with threads(count):
-            slopes = panel_ops.panel_slopes_(*step_arguments(case))
-            panel_ops.panel_descend_(*step_arguments(case), slopes)
+            slopes = ops.panel_slopes_(*step_arguments(case))
+            ops.panel_descend_(*step_arguments(case), slopes)
         results.append(case.theta)
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
@@ -215,9 +216,9 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
         "gradient": [torch.ones(10), torch.ones(12)],
         "offsets": [2, 14],
         "panel": torch.ones(3, 30),
-        "state": panel_ops.new_panel_state("cpu", 3, h_ema=2.0, accepted=1.0, pending=1.0),
+        "state": ops.new_panel_state("cpu", 3, h_ema=2.0, accepted=1.0, pending=1.0),
         "slopes": torch.ones(3, dtype=F64),
     }
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.panel_descend_(**{**arguments, **replaced})
+        ops.panel_descend_(**{**arguments, **replaced})
     assert all(bool((t == 1).all()) for t in arguments["theta"])

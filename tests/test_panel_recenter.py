@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import (
     BF16,
     DTYPES,
@@ -26,15 +27,15 @@ from panel_support import COUNTS, LARGE, TAILS, combined_bits, make_panel_case
 
 def run(case, copies=None):
     copies = case.copies if copies is None else copies
-    panel_ops.panel_recenter_(case.q, copies, case.d, case.theta, case.offsets, case.state)
+    ops.panel_recenter_(case.q, copies, case.d, case.theta, case.offsets, case.state)
 
 
 def expected_bits(case):
     used = case.used()
     q = case.q
-    if float(panel_ops.panel_field(case.state, case.k, "pending")):
+    if float(ops.panel_field(case.state, case.k, "pending")):
         d = torch.where(used, case.d, torch.zeros((), dtype=case.d.dtype))
-        q = combined_bits(d, panel_ops.panel_field(case.state, case.k, "transform"))
+        q = combined_bits(d, ops.panel_field(case.state, case.k, "transform"))
     return q[:, used], (case.flat(case.theta) + q)[:, used].to(case.copies.dtype)
 
 
@@ -53,7 +54,7 @@ def check(case):
         assert_same_bits(actual[:, used], expected)
         assert (actual[:, ~used] == GUARD).all()
     # k products and sums in T, half an epsilon each, and one rounding to the storage's type.
-    transform = panel_ops.panel_field(case.state, case.k, "transform")
+    transform = ops.panel_field(case.state, case.k, "transform")
     size = case.q.double().abs() + transform.abs().T @ case.d.double().abs()
     unit = (case.k + 2) * eps(case.q.dtype)
     assert ((case.q.double() - oracle_q).abs() <= unit * size)[:, used].all()
@@ -120,11 +121,11 @@ def test_the_transform_of_benettin_makes_an_orthonormal_panel():
     curvature = torch.rand(4097, generator=generator, dtype=F64) * 4 - 1
     case.g0[0].zero_()
     case.g1.copy_(case.q * curvature)
-    sums = panel_ops.panel_ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
-    panel_ops.benettin_(case.state, sums, torch.zeros(2, dtype=F64), 5)
+    sums = ops.panel_ascent_(case.d, case.q, case.g0, case.g1, case.offsets, case.state)
+    ops.benettin_(case.state, sums, torch.zeros(2, dtype=F64), 5)
     run(case)
     expected = 0.25 * torch.eye(5, dtype=F64)  # Δq = 0.5
-    torch.testing.assert_close(panel_ops.gram(case.q, case.q), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(ops.gram(case.q, case.q), expected, rtol=0, atol=1e-13)
 
 
 def test_a_transform_that_is_not_finite_does_not_reach_q_unless_pending():
@@ -178,7 +179,7 @@ WRONG = {
     "theta count": ({"theta": [torch.zeros(10)]}, "theta: 1 tensors, but offsets has 2"),
     "theta dtype": ({"theta": [torch.zeros(10, dtype=F64)] * 2}, r"theta\[0\]: dtype"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
-    "state size": ({"state": panel_ops.new_panel_state("cpu", 4)}, "state: expected 50 elements"),
+    "state size": ({"state": ops.new_panel_state("cpu", 4)}, "state: expected 50 elements"),
     "q is d": ({"q": WHOLE[:3], "d": WHOLE[:3]}, "q: shares memory with d"),
     "q in d": ({"q": WHOLE[:3], "d": WHOLE[2:5]}, "q: shares memory with d"),
     "q is copies": ({"q": WHOLE[:3], "copies": WHOLE[:3]}, "q: shares memory with copies"),
@@ -203,13 +204,13 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
         "d": torch.ones(3, 40),
         "theta": [torch.ones(10), torch.ones(12)],
         "offsets": [0, 20],
-        "state": panel_ops.new_panel_state("cpu", 3, pending=1.0),
+        "state": ops.new_panel_state("cpu", 3, pending=1.0),
     }
-    panel_ops.panel_recenter_(**{**arguments, "q": new(), "copies": new()})
+    ops.panel_recenter_(**{**arguments, "q": new(), "copies": new()})
     arguments |= replaced
     written = [arguments["q"], arguments["copies"]]
     before = [t.clone() for t in written]
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.panel_recenter_(**arguments)
+        ops.panel_recenter_(**arguments)
     for now, then in zip(written, before, strict=True):
         assert_same_bits(now, then)

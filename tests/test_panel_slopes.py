@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from lyapcuda import ops, panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import BF16, F16, F32, F64, TAILS, assert_same_bits, surroundings, threads
 from panel_support import COUNTS
 from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
@@ -20,7 +21,7 @@ def check(case, kind, exact=False, **options):
     untouched = [*case.theta, *case.g0, case.d, case.q, case.state]
     before = [t.clone() for t in untouched]
     around, held = surroundings(case.p), case.p.clone()
-    slopes = panel_ops.panel_slopes_(*step_arguments(case), **options)
+    slopes = ops.panel_slopes_(*step_arguments(case), **options)
     assert slopes.shape == (case.k,) and slopes.dtype == F64
     for now, then in zip(untouched, before, strict=True):
         assert_same_bits(now, then)
@@ -65,7 +66,7 @@ def test_without_a_step_there_are_no_slopes_and_the_buffer_stays(values, factor)
     case.g0[0].fill_(math.nan)
     before = case.p.clone()
     options = step_options(case, KINDS[1], factor=torch.tensor([factor], dtype=F64))
-    assert not panel_ops.panel_slopes_(*step_arguments(case), **options).any()
+    assert not ops.panel_slopes_(*step_arguments(case), **options).any()
     assert_same_bits(case.p, before)
 
 
@@ -73,8 +74,8 @@ def test_where_the_copies_met_only_the_buffer_moves():
     case, other = newton_case(3, [100, 7]), newton_case(3, [100, 7])
     set_field(case, "pending", 0.0)
     case.d.fill_(math.nan)  # not read
-    assert not panel_ops.panel_slopes_(*step_arguments(case), **step_options(case, KINDS[1])).any()
-    panel_ops.panel_slopes_(*step_arguments(other), **step_options(other, KINDS[1]))
+    assert not ops.panel_slopes_(*step_arguments(case), **step_options(case, KINDS[1])).any()
+    ops.panel_slopes_(*step_arguments(other), **step_options(other, KINDS[1]))
     assert_same_bits(case.p, other.p)
 
 
@@ -83,9 +84,7 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
     for count in (1, 2, 2):
         case = newton_case(5, [70001, 16385], BF16)
         with threads(count):
-            results.append(
-                panel_ops.panel_slopes_(*step_arguments(case), **step_options(case, KINDS[2]))
-            )
+            results.append(ops.panel_slopes_(*step_arguments(case), **step_options(case, KINDS[2])))
             results.append(case.p)
     for first in (0, 1):
         for result in results[first + 2 :: 2]:
@@ -113,7 +112,7 @@ def good_arguments():
         "gradient": [torch.ones(10), torch.ones(12)],
         "offsets": [2, 14],
         "panel": torch.ones(3, 30),
-        "state": panel_ops.new_panel_state("cpu", 3, h_ema=2.0, accepted=1.0, pending=1.0),
+        "state": ops.new_panel_state("cpu", 3, h_ema=2.0, accepted=1.0, pending=1.0),
     }
 
 
@@ -121,4 +120,4 @@ def good_arguments():
 def test_wrong_arguments_are_named(wrong):
     replaced, message = WRONG[wrong]
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.panel_slopes_(**{**good_arguments(), **replaced})
+        ops.panel_slopes_(**{**good_arguments(), **replaced})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lyapcuda import panel_ops
+from lyapcuda import ops
 from ops_support import F64
 from panel_support import COUNTS
 
@@ -13,15 +13,15 @@ from panel_support import COUNTS
 @pytest.mark.parametrize("k", COUNTS)
 def test_the_fields_of_a_state_follow_each_other(k):
     end = 0
-    for offset, shape in panel_ops.panel_fields(k).values():
+    for offset, shape in ops.panel_fields(k).values():
         assert offset == end and shape in ((), (k,), (k, k))
         end += math.prod(shape)
-    state = panel_ops.new_panel_state("cpu", k, beta=2.0, h=torch.arange(k, dtype=F64))
+    state = ops.new_panel_state("cpu", k, beta=2.0, h=torch.arange(k, dtype=F64))
     assert state.shape == (end,) and state.dtype == F64
     zero = {"bound", "guard", "pending", "again", "accepted", "steps", "skipped", "transform"}
     zero |= {"reseed", "reseeds"}
-    for name in panel_ops.panel_fields(k):
-        value = panel_ops.panel_field(state, k, name)
+    for name in ops.panel_fields(k):
+        value = ops.panel_field(state, k, name)
         if name == "beta":
             assert (value == 2).all()
         elif name == "h":
@@ -33,9 +33,9 @@ def test_the_fields_of_a_state_follow_each_other(k):
 @pytest.mark.parametrize("k", [0, 33, -1])
 def test_a_count_out_of_range_has_no_state(k):
     with pytest.raises(ValueError, match=f"k={k}: expected 1 to 32"):
-        panel_ops.new_panel_state("cpu", k)
+        ops.new_panel_state("cpu", k)
 
 
 def test_a_field_that_there_is_not_is_named():
     with pytest.raises(ValueError, match="unknown panel state fields: .'lamda'"):
-        panel_ops.new_panel_state("cpu", 3, lamda=1.0)
+        ops.new_panel_state("cpu", 3, lamda=1.0)

@@ -218,7 +218,7 @@ def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
 
 
 def test_memory_is_given_back_in_whole_pages():
-    from lyapcuda.pages import release
+    from lyapcuda.solvers.pages import release
 
     rows = torch.ones(3, 5000)
     release(rows[1])

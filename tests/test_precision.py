@@ -12,9 +12,9 @@ from torch import nn
 
 import lyapcuda
 import precision_cases as cases
-from lyapcuda.flat import FlatLayout
-from lyapcuda.perturbation import default_perturbation
-from lyapcuda.precision import loss_epsilon
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.objective.loss_graph import loss_epsilon
+from lyapcuda.params.flat import FlatLayout
 
 BF16 = torch.bfloat16
 

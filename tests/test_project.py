@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapcuda import panel_ops, panel_reference
+from lyapcuda import ops
+from lyapcuda.ops import panel_reference
 from ops_support import BF16, F32, F64, assert_same_bits, eps, surroundings, threads
 from panel_support import LARGE, ROWS, TAILS, close_sums, random_panel
 
@@ -31,7 +32,7 @@ def check(m, n, dtype, shift=0, seed=0):
     expected, before, around = projected_bits(w, v, c), v.clone(), surroundings(w)
     oracle, _ = panel_reference.project_(w, v, c)
     size = w.double().abs() + c.abs() @ v.double().abs()
-    products = panel_ops.project_(w, v, c)
+    products = ops.project_(w, v, c)
     assert products.shape == (m + 1,) and products.dtype == F64
     assert_same_bits(w, expected)
     assert_same_bits(v, before)
@@ -53,7 +54,7 @@ def test_whole_numbers_give_the_oracle_exactly(dtype, n):
     for m in (0, 1, 5, 32):
         w, v, c = inputs(m, n, dtype, exact=True)
         expected_w, expected = panel_reference.project_(w, v, c)
-        products = panel_ops.project_(w, v, c)
+        products = ops.project_(w, v, c)
         assert torch.equal(w.double(), expected_w)
         assert_same_bits(products, expected)
 
@@ -74,9 +75,9 @@ def test_two_passes_leave_nothing_of_an_orthonormal_panel():
     # What Lanczos uses it for: the second pass takes out what rounding left of the first.
     v = torch.linalg.qr(random_panel(5000, 20, F64))[0].T.contiguous()
     w = random_panel(1, 5000, F64, seed=1)[0]
-    products = panel_ops.project_(w, v, v @ w)
+    products = ops.project_(w, v, v @ w)
     assert (products[:-1].abs() < 1e-12).all()
-    products = panel_ops.project_(w, v, products[:-1].clone())
+    products = ops.project_(w, v, products[:-1].clone())
     assert (products[:-1].abs() < 1e-14).all()
     assert math.isclose(float(products[-1]), float(w @ w), rel_tol=1e-13)
 
@@ -86,7 +87,7 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
     for count in (1, 2, 2):
         w, v, c = inputs(3, LARGE, F32)
         with threads(count):
-            results.append((panel_ops.project_(w, v, c), w))
+            results.append((ops.project_(w, v, c), w))
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert_same_bits(a, b)
@@ -96,13 +97,13 @@ def test_a_run_gives_the_same_bits_on_any_number_of_threads():
 def test_what_is_not_finite_shows_in_the_products(value):
     w, v, c = inputs(3, 600, F32)
     w[599] = value
-    assert not panel_ops.project_(w, v, c).isfinite().any()
+    assert not ops.project_(w, v, c).isfinite().any()
 
 
 def test_the_version_of_what_is_written_counts():
     w, v, c = inputs(2, 8, F32)
     before = w._version, v._version
-    panel_ops.project_(w, v, c)
+    ops.project_(w, v, c)
     assert w._version > before[0] and v._version == before[1]
 
 
@@ -129,9 +130,9 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
         "v": torch.ones(3, 40),
         "coefficients": torch.ones(3, dtype=F64),
     }
-    panel_ops.project_(**{**arguments, "w": torch.ones(40)})
+    ops.project_(**{**arguments, "w": torch.ones(40)})
     arguments |= replaced
     before = arguments["w"].clone()
     with pytest.raises(RuntimeError, match=message):
-        panel_ops.project_(**arguments)
+        ops.project_(**arguments)
     assert_same_bits(arguments["w"], before)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import simt_library
-from lyapcuda import ops, panel_ops, reference
-from lyapcuda.flat import FlatLayout
+from lyapcuda import ops
+from lyapcuda.ops import reference
+from lyapcuda.params.flat import FlatLayout
 from ops_support import F32, F64, assert_same_bits, make_case, state_with, threads
 from panel_support import make_panel_case
 
@@ -48,7 +49,7 @@ def test_a_row_of_a_panel_to_the_bit(dtype, k):
     for row in {0, k // 2, k - 1}:
         case = make_panel_case(k, SIZES, dtype, dtype, gap=5)
         for name, value in (("reseed", row + 1.0), ("steps", 5.0), ("skipped", 2.0)):
-            panel_ops.panel_field(case.state, k, name).fill_(value)
+            ops.panel_field(case.state, k, name).fill_(value)
         where = (case.offsets, sizes_of(case), case.state)
         expected = reference.reseed_(case.q, *where, elements=6000, seed=3)
         q, p = case.q.clone(), case.p.clone()

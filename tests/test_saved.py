@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.saved import check_shapes, require_entries
+from lyapcuda.params.saved_state import check_shapes, require_entries
 
 
 @pytest.mark.parametrize("saved", [None, [1], "text", torch.zeros(2)])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lyapcuda import ops, reference
+from lyapcuda import ops
+from lyapcuda.ops import reference
 from ops_support import (
     BF16,
     F32,

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import lyapcuda
 import precision_cases as cases
 from emulated_tf32 import Rounding, emulated, rounded, truncated
-from lyapcuda import tf32
-from lyapcuda.flat import FlatLayout
-from lyapcuda.perturbation import default_perturbation
-from lyapcuda.precision import loss_epsilon
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.objective import tf32
+from lyapcuda.objective.loss_graph import loss_epsilon
+from lyapcuda.params.flat import FlatLayout
 
 FLOAT32 = torch.finfo(torch.float32).eps
 CUDA = torch.device("cuda", 0)

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lyapcuda
 from faults_support import bits
-from lyapcuda.benettin import advance
-from lyapcuda.evaluate import Gradients, at_a_copy
-from lyapcuda.flat import FlatLayout
-from lyapcuda.lyapunov import Separation
+from lyapcuda.dynamics.benettin import advance
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.objective.evaluator import Gradients, at_a_copy
+from lyapcuda.params.flat import FlatLayout
 
 F64 = torch.float64
 BETA, MOMENTUM, SIZE = 0.05, 0.5, 1e-3

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.basis import Basis
-from lyapcuda.perturbation import separation_size
-from lyapcuda.truncation import measure
+from lyapcuda.dynamics.perturbation import separation_size
+from lyapcuda.solvers.basis import Basis
+from lyapcuda.solvers.difference_error import measure
 from truths import is_off
 
 N, LEAD = 200, 30.0

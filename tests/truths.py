@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, cat
 
 import lyapcuda
@@ -33,3 +35,18 @@ def is_off(result: lyapcuda.EigenResult, i: int, exact: Tensor, times: float = 1
         nearest = float((exact - value).abs().min())
         return max(nearest, abs(float(value.abs() - right.abs()))) > times * slack
     return abs(float(value - right)) > times * slack
+
+
+def growth_of_curvature(curvature: float, rate: float, *, momentum: float = 0.0) -> float:
+    """The exponent λ of the map along an eigenvector: the inverse of
+    `lyapcuda.lyapunov.curvature_of_growth`.
+
+    With momentum, the larger of the two modes; complex modes grow by √m a step.
+    """
+    if momentum == 0.0:
+        return math.log(abs(1.0 + rate * curvature))
+    trace = 1.0 + momentum + rate * curvature
+    discriminant = trace * trace - 4.0 * momentum
+    if discriminant < 0.0:
+        return 0.5 * math.log(momentum)
+    return math.log((abs(trace) + math.sqrt(discriminant)) / 2.0)

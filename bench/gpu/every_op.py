@@ -20,7 +20,7 @@ from gpu.lines import Lines
 from gpu.processes import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-from lyapcuda import ops, panel_ops  # noqa: E402
+from lyapcuda import ops  # noqa: E402
 from ops_support import DTYPES, Case, ascent_options, make_case, state_with  # noqa: E402
 from simt_library import SEGMENTS  # noqa: E402
 
@@ -97,31 +97,31 @@ def panels(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Counted:
 
         q, d, p, p_next = (panel() for _ in range(4))
         g1, copies = panel(dtype=storage), panel(dtype=storage)
-        state = panel_ops.new_panel_state(device, k, perturbation=0.1, beta=0.3)
+        state = ops.new_panel_state(device, k, perturbation=0.1, beta=0.3)
 
         def field(name, state=state, k=k):
-            return panel_ops.panel_field(state, k, name)
+            return ops.panel_field(state, k, name)
 
         for realised, heavy in itertools.product((False, True), (False, True)):
             options = {"weight_decay": 0.1, "theta": case.theta if realised else None}
             if heavy:
                 options |= {"momentum": 0.5, "p": p, "p_next": p_next}
-            sums = panel_ops.panel_ascent_(d, q, case.g0, g1, case.offsets, state, **options)
-            panel_ops.benettin_(*(state, sums, losses, k), realised=realised, momentum=0.5 * heavy)
+            sums = ops.panel_ascent_(d, q, case.g0, g1, case.offsets, state, **options)
+            ops.benettin_(*(state, sums, losses, k), realised=realised, momentum=0.5 * heavy)
             field("again").fill_(1.0)
-            panel_ops.combine_(d, d, field("transform"), gate=field("again"))
-            second = panel_ops.gram(d, d, gate=field("again"))
-            panel_ops.benettin_refine_(state, second, k)
+            ops.combine_(d, d, field("transform"), gate=field("again"))
+            second = ops.gram(d, d, gate=field("again"))
+            ops.benettin_refine_(state, second, k)
             field("pending").fill_(1.0)
-            panel_ops.panel_recenter_(q, copies, d, case.theta, case.offsets, state)
+            ops.panel_recenter_(q, copies, d, case.theta, case.offsets, state)
             count += 6
         taken = (case.theta, case.g0, case.offsets, d, state)
         for name, value in {"accepted": 1.0, "pending": 1.0, "h_ema": 2.0, "residual": 0.5}.items():
             field(name).fill_(value)
         for kind in ({}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}):
             options = {"weight_decay": 0.1, "buffer": case.p if kind else None, **kind}
-            slopes = panel_ops.panel_slopes_(*taken, **options)
-            panel_ops.panel_descend_(*taken, slopes, **options)
+            slopes = ops.panel_slopes_(*taken, **options)
+            ops.panel_descend_(*taken, slopes, **options)
             count += 2
         field("reseed").fill_(float(k))
         lengths = [tensor.numel() for tensor in case.theta]
@@ -134,19 +134,19 @@ def krylov_vectors(device: str, dtypes: Sequence, shifts: Sequence[int]) -> Coun
     for rows, columns, dtype in itertools.product((128, 31, 1), (127, 40, 2), buffers):
         a, b = (torch.randn(r, 1031, dtype=dtype, device=device) for r in (rows, columns))
         matrix = torch.randn(rows, columns, dtype=torch.float64, device=device)
-        panel_ops.gram(a, b)
-        panel_ops.gram(a, a)
-        panel_ops.combine_(b, a, matrix)
+        ops.gram(a, b)
+        ops.gram(a, a)
+        ops.combine_(b, a, matrix)
         w = torch.randn(1031, dtype=dtype, device=device)
-        panel_ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
-        panel_ops.project_(w, a[:0], matrix[:0, 0].contiguous())
+        ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
+        ops.project_(w, a[:0], matrix[:0, 0].contiguous())
         yield 5, f"{dtype}, {rows} and {columns} rows"
     for rows in (7, 14, 40) if device == "cuda" else ():
         a = torch.randn(rows, LONG[0] + 1, device=device)
         w = torch.randn_like(a[0])
-        panel_ops.gram(a, a)
-        panel_ops.combine_(a, a, torch.randn(rows, rows, dtype=torch.float64, device=device))
-        panel_ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
+        ops.gram(a, a)
+        ops.combine_(a, a, torch.randn(rows, rows, dtype=torch.float64, device=device))
+        ops.project_(w, a, torch.randn(rows, dtype=torch.float64, device=device))
         yield 3, f"{rows} long rows"
 
 

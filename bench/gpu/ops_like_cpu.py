@@ -20,7 +20,7 @@ from torch import Tensor
 from gpu.lines import Lines
 from gpu.processes import ROOT
 from gpu.stages import OP_GROUPS
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 
 sys.path.insert(0, str(ROOT / "tests"))
 import simt_library  # noqa: E402
@@ -44,7 +44,7 @@ def calls_of(name: str, sizes: list[int]) -> dict[str, Any]:
     """The arguments of an op, the same ones each time."""
     arguments = small_calls("cpu", sizes)[name]
     for field, value in FIELDS.get(name, {}).items():
-        panel_ops.panel_field(arguments["state"], 2, field).fill_(value)
+        ops.panel_field(arguments["state"], 2, field).fill_(value)
     return arguments
 
 

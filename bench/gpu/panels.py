@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu.timing import Bench, Call
-from lyapcuda import ops, panel_ops
+from lyapcuda import ops
 
 #: Of q and of θ + q − θ.
 SIZE = 1e-2
@@ -44,21 +44,21 @@ def whole_step(bench: Bench, n: int, k: int) -> None:
     theta, g0 = torch.randn(n, device=bench.device), torch.randn(n, device=bench.device) * 1e-6
     # y of each its own: d stays as well conditioned as q.
     g1 = torch.randn_like(q).mul_(SIZE / n**0.5).add_(g0)
-    state = panel_ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.1)
+    state = ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.1)
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
     field = {
-        name: panel_ops.panel_field(state, k, name)
+        name: ops.panel_field(state, k, name)
         for name in ("again", "pending", "transform", "skipped", "rayleigh")
     }
 
     def ours() -> None:  # as lyapcuda.benettin does it
-        panel_ops.panel_recenter_(q, copies, d, [theta], [0], state)
+        ops.panel_recenter_(q, copies, d, [theta], [0], state)
         field["pending"].zero_()
-        gram = panel_ops.panel_ascent_(d, q, [g0], g1, [0], state)
-        panel_ops.benettin_(state, gram, losses, k, control=False)
-        panel_ops.combine_(d, d, field["transform"], gate=field["again"])
-        second = panel_ops.gram(d, d, gate=field["again"])
-        panel_ops.benettin_refine_(state, second, k)
+        gram = ops.panel_ascent_(d, q, [g0], g1, [0], state)
+        ops.benettin_(state, gram, losses, k, control=False)
+        ops.combine_(d, d, field["transform"], gate=field["again"])
+        second = ops.gram(d, d, gate=field["again"])
+        ops.benettin_refine_(state, second, k)
 
     ours()
     fixed = q.clone()
@@ -180,9 +180,9 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
     g0, theta, w = normal(n), normal(n), normal(n)
     # As after a step that counts: nothing is left out.
     fields = {"beta": 0.5, "pending": 1.0, "accepted": 1.0, "h_ema": 1e3, "residual": 1.0}
-    state = panel_ops.new_panel_state(bench.device, k, perturbation=SIZE, **fields)
+    state = ops.new_panel_state(bench.device, k, perturbation=SIZE, **fields)
     turn = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))[0].to(bench.device).contiguous()
-    panel_ops.panel_field(state, k, "transform").copy_(turn)
+    ops.panel_field(state, k, "transform").copy_(turn)
     small = turn.float()
     c = torch.full((k,), 1e-6, dtype=torch.float64, device=bench.device)
     tuned, floats = Tuned(q), 4.0 * n
@@ -191,7 +191,7 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
 
     def descend() -> None:
         call = ([theta], [g0], [0], d, state)
-        panel_ops.panel_descend_(*call, panel_ops.panel_slopes_(*call), gain=1e-9)
+        ops.panel_descend_(*call, ops.panel_slopes_(*call), gain=1e-9)
 
     def job(size: float, products: float, ours: Call, name: str, *arguments: Any) -> PanelJob:
         return PanelJob(
@@ -210,22 +210,22 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
         "panel_ascent_": job(
             3 * k + 1,
             k * (2 * k + 1),
-            lambda: panel_ops.panel_ascent_(d, q, [g0], g1, [0], state),
+            lambda: ops.panel_ascent_(d, q, [g0], g1, [0], state),
             *("ascent", q, g0, g1, 0.5),
         ),
         "panel_recenter_": job(
             3 * k + 1,
             0,
-            lambda: panel_ops.panel_recenter_(q, g1, d, [theta], [0], state),
+            lambda: ops.panel_recenter_(q, g1, d, [theta], [0], state),
             *("recenter", d, theta, small),
         ),
-        "gram": job(k, k * (k + 1) / 2, lambda: panel_ops.gram(d, d), "gram", d),
-        "combine_": job(2 * k, 0, lambda: panel_ops.combine_(g1, d, turn), "combine", d, small),
+        "gram": job(k, k * (k + 1) / 2, lambda: ops.gram(d, d), "gram", d),
+        "combine_": job(2 * k, 0, lambda: ops.combine_(g1, d, turn), "combine", d, small),
         "panel_slopes_, panel_descend_": job(
             2 * k + 4, 2 * k, descend, *("descend", theta, g0, d, rates, rest)
         ),
         "project_": job(
-            *(k + 2, k + 1, lambda: panel_ops.project_(w, d, c)),
+            *(k + 2, k + 1, lambda: ops.project_(w, d, c)),
             *("project", w, d, c.float()),
         ),
     }
@@ -261,11 +261,11 @@ def scalars(bench: Bench) -> None:
     """benettin_: one block."""
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
     for k in counts(bench):
-        state = panel_ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.5)
+        state = ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.5)
         rows = torch.randn(2 * k, 40 * k, dtype=torch.float64, device=bench.device)
         rows[k:] = rows[:k] * 2 + 0.1 * rows[k:]
         gram = rows @ rows.T
-        calls = [lambda s=state, g=gram, k=k: panel_ops.benettin_(s, g, losses, k, control=False)]
+        calls = [lambda s=state, g=gram, k=k: ops.benettin_(s, g, losses, k, control=False)]
         seconds, spread = bench.compare({"ours": calls}, most=0.1)
         bench.row("benettin_", k=k, seconds=seconds, spread=spread)
 

@@ -12,7 +12,7 @@ import torch
 import lyapcuda
 from lyapcuda import EigenResult, SpectralDensity, TraceResult
 from lyapcuda.files import finite, replace_file, write_json
-from lyapcuda.spectrum import check_samples, check_steps
+from lyapcuda.solvers.spectrum import check_samples, check_steps
 
 from .plots import BLUE, GREEN, new_figure
 from .problem import Problem

@@ -1,0 +1,1 @@
+"""Separations that grow from step to step, and what their growth says of the Hessian."""

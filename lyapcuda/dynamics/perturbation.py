@@ -1,0 +1,129 @@
+"""Δq, the norm of a separation: large enough for the gradients' rounding, small for their bend."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from lyapcuda.objective.loss_graph import COARSE
+from lyapcuda.params.flat import FlatLayout
+
+__all__ = ["adapted_perturbation", "chosen_perturbation", "default_perturbation", "separation_size"]
+
+
+# A tracker's Δq in ε^(1/3)·‖θ‖: at most; on smooth losses that over √N, but at least that over
+# N^(1/4) (below which, in very large nets, single parameters would hardly move).
+_MOST, _SMOOTH, _SMOOTH_LEAST = 0.25, 8.0, 0.15
+# Over √N, where the arithmetic is coarser than the parameters: a Δq in ε^(1/3)·‖θ‖ is large then,
+# and the rounding of single factors averages out.
+_COARSER = 2.0
+
+# Rounding errors of a difference fall as 1/Δq, its own error grows as Δq (forward) or Δq²
+# (central): Δq = c·ε^p·size balances them. The size that sets the scale of the third derivatives is
+# not ‖θ‖, which grows with every layer and unit, but about the norm of one layer as a matrix:
+# ‖θ‖/N^(1/4).
+_SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
+# On the tests' nets, the curvature changes by as much as itself over about so many sizes, at least.
+_LENGTH = 0.5
+# Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
+_KINKED = 0.2
+# Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
+_LEAST = 0.3
+
+
+def _size(layout: FlatLayout) -> float:
+    # The second one stands in for parameters that start at zero.
+    return max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
+
+
+def default_perturbation(
+    layout: FlatLayout, epsilon: float | None = None, smooth: bool = False
+) -> float:
+    """A tracker's Δq for gradients computed to ``epsilon`` (default: in the parameters' precision):
+    ε^(1/3)·max(‖θ‖, √N/100)/4; less for large nets, where the loss is known to be ``smooth`` or
+    ``epsilon`` is coarser than the parameters; but never for 16-bit parameters.
+
+    Rounding errors of a gradient difference grow as 1/Δq. Its own error is of first order in Δq,
+    but of opposite sign on the two sides of θ, which the tracker visits in turns: their mean is
+    left with the second order, and ε^(1/3) balances that. The second scale stands in for parameters
+    that start at zero. Measured on small smooth nets in bench/perturbation.py. ‖θ‖ grows with every
+    layer and unit, the distance over which the curvature changes doesn't: bench/tracking_scale.py
+    measures nets of 0.7 to 11 million parameters, of which c·ε^(1/3)·‖θ‖/N^(1/4) suits all with
+    c = 0.1 to 0.2. Under autocast or in TF32 it is 2·ε^(1/3)·‖θ‖/√N. Kinks (ReLU) want a larger
+    Δq, so as not to count single ones, whatever the arithmetic.
+    """
+    stored, n = max(torch.finfo(group.dtype).eps for group in layout.groups), layout.numel
+    epsilon = layout.epsilon() if epsilon is None else epsilon
+    if stored > COARSE:  # at less, most elements would not move at all
+        factor = _MOST
+    elif epsilon > stored:
+        factor = min(_MOST, _COARSER / math.sqrt(n))
+    else:
+        factor = min(_MOST, max(_SMOOTH / math.sqrt(n), _SMOOTH_LEAST / n**0.25))
+    share = factor * epsilon ** (1.0 / 3.0)
+    if not smooth:
+        share = max(share, _MOST * stored ** (1.0 / 3.0))
+    return share * _size(layout)
+
+
+def separation_size(
+    layout: FlatLayout,
+    difference: str,
+    kinked: bool = False,
+    epsilon: float | None = None,
+    length: float = math.inf,
+) -> float:
+    """Δq for a difference of gradients that are computed to ``epsilon`` (default: the parameters'
+    precision).
+
+    ``length``: where it is known, the distance over which the curvature changes by as much as it
+    is (`lyapcuda.truncation`).
+    """
+    factor, power = _SIZES[difference]
+    norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon
+    size = _size(layout) / layout.numel**0.25
+    # The Δq that balances the errors goes as length^(1 − p).
+    size *= min(1.0, length / (_LENGTH * size)) ** (1.0 - power)
+    least = _KINKED * size if kinked else 0.0
+    return max(factor * epsilon**power * size, _LEAST * epsilon * norm, least)
+
+
+def chosen_perturbation(
+    layout: FlatLayout,
+    perturbation: float | None,
+    epsilon: float | None = None,
+    *,
+    smooth: bool = False,
+    stacklevel: int = 6,
+) -> float:
+    """Δq: the user's, with a warning where rounding would swallow it, or the default for gradients
+    computed to ``epsilon``.
+    """
+    advised = default_perturbation(layout, epsilon, smooth)
+    if perturbation is None:
+        return advised
+    least = default_perturbation(layout, epsilon, smooth=True)
+    if perturbation < max(layout.epsilon() * layout.norm(), least / 30.0):
+        warnings.warn(
+            f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
+            f"of gradients will be rounding for a good part; {least:.1g} is advised, and "
+            f"{advised:.1g} where the loss has kinks (ReLU)"
+            if epsilon is None
+            else f"perturbation={perturbation:g} is small for a loss computed to {epsilon:.1g} "
+            f"(autocast, or TF32 on CUDA): {advised:.1g} is advised",
+            stacklevel=stacklevel,
+        )
+    return perturbation
+
+
+def adapted_perturbation(
+    layout: FlatLayout, perturbation: float | None, epsilon: float, smooth: bool
+) -> float | None:
+    """Another Δq, now that the loss has been seen, or None: where it was computed more coarsely
+    than the parameters are stored, or where it is smooth and Δq isn't the user's.
+    """
+    if epsilon > layout.epsilon():
+        return chosen_perturbation(layout, perturbation, epsilon, smooth=smooth, stacklevel=6)
+    return default_perturbation(layout, smooth=True) if smooth and perturbation is None else None

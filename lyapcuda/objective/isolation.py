@@ -1,0 +1,182 @@
+"""What an evaluation may change besides its result, kept and put back bitwise.
+
+Random states, the buffers of modules (also ones that it registers or replaces), and the gradients
+of parameters that aren't tracked.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lyapcuda.objective.interrupts import deferred
+from lyapcuda.objective.random_states import RandomStates
+from lyapcuda.params.shards import any_sharded, reshard
+
+__all__ = ["Loose", "Surroundings", "capturing", "modules_of", "untracked"]
+
+
+def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Every living module that holds one of the parameters, directly or in a child, with children.
+
+    Their buffers are what a forward pass may change. A parameter doesn't know its module, so this
+    asks the garbage collector: once for a tracker, some tens of milliseconds.
+    """
+    tracked = {id(p) for p in parameters}
+    found: dict[int, nn.Module] = {}
+    # type(), not isinstance(): some objects answer the latter by importing half a library.
+    candidates = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    candidates = [m for m in candidates if "_modules" in m.__dict__]
+    if any_sharded(parameters):
+        reshard(candidates)  # after a forward pass alone, FSDP2 has other parameters in place
+    for candidate in candidates:
+        if any(id(p) in tracked for p in candidate.parameters()):
+            found.update((id(m), m) for m in candidate.modules())
+    return list(found.values())
+
+
+_BUFFERS, _PARAMETERS = operator.attrgetter("_buffers"), operator.attrgetter("_parameters")
+_VALUES = operator.methodcaller("values")
+#: Classes of tensors that are nothing but their memory.
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _has(modules: Sequence[nn.Module], kind: type) -> bool:
+    """Whether one of them may be of a kind; there are few types among many modules."""
+    return any(issubclass(t, kind) for t in set(map(type, modules)))
+
+
+def _value_of(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+class Loose(nn.Module):
+    """Parameters that may be in no module, as if they were in one: their gradients are put back."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._loose = list(parameters)  # (tensors of any class: not registered)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
+        return iter(self._loose)
+
+
+def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The modules' other parameters that a backward() may give a gradient."""
+    tracked = {*map(id, parameters), id(None)}
+    found = list(chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules))))
+    # Where nothing stands before it the dictionary itself: parameters() walks it in Python.
+    walked = {t for t in set(map(type, modules)) if t.parameters is not nn.Module.parameters}
+    for module in filter(lambda m: type(m) in walked, modules if walked else ()):
+        found.extend(module.parameters(recurse=False))
+    others = {id(p): p for p in found if id(p) not in tracked}
+    return [p for p in others.values() if p.requires_grad]
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class _Buffers:
+    """The buffers of modules, as they are now: which there are, where they lie, their values."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # Whole dictionaries: a forward pass may replace a buffer, fill a None or register another.
+        self._names: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        # Most modules have none, and in the end they have none.
+        self._without = [module for module in modules if not module._buffers]
+        tensors: dict[int, Tensor] = {}
+        if len(self._without) < len(modules):
+            for module in filter(_BUFFERS, modules):
+                names = dict(module._buffers.items())
+                tensors.update((id(b), b) for b in names.values() if b is not None)
+                self._names.append((module, names))
+        if _has(modules, torch.jit.ScriptModule):  # whose buffers can't be replaced
+            replaced = [n for n in self._names if not isinstance(n[0], torch.jit.ScriptModule)]
+            self._names = replaced
+        # Buffers, other tensors over their memory, and the values: by dtype and device, which
+        # copies then share a launch.
+        self._alike: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        self._apart: list[tuple[Tensor, Tensor]] = []
+        for buffer in tensors.values():
+            if type(buffer) not in _PLAIN or buffer.layout is not torch.strided:
+                self._apart.append((buffer, buffer.detach().clone()))
+                continue
+            buffers, places, values = self._alike.setdefault(
+                (buffer.dtype, buffer.device), ([], [], [])
+            )
+            place = buffer.data
+            buffers.append(buffer), places.append(place), values.append(place.clone())
+
+    def restore(self) -> None:
+        # .data: a graph the user still holds may have saved a buffer, and finds it unchanged.
+        for buffers, places, values in self._alike.values():
+            for buffer, place in zip(buffers, places, strict=True):
+                buffer.data = place  # it may have been pointed elsewhere, or resized
+            torch._foreach_copy_(places, values)
+        for buffer, value in self._apart:
+            if buffer.shape == value.shape:
+                buffer.data.copy_(value)
+            else:
+                buffer.data = value.clone()
+        for module, names in self._names:
+            module._buffers.clear()
+            module._buffers.update(names)
+        if any(map(_BUFFERS, self._without)):
+            for module in self._without:
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module._buffers.clear()
+
+
+class Surroundings:
+    """What an evaluation may change besides its result: random states, buffers, other gradients."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        generators: Iterable[torch.Generator] = (),
+    ) -> None:
+        if capturing():
+            raise RuntimeError(
+                "a measurement can't be captured in a CUDA graph: it reads and restores random "
+                "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
+            )
+        # DDP may have gradients lie in its buckets, which the next evaluation writes.
+        buckets = _has(modules, DistributedDataParallel) and any(
+            isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
+        )
+        self._parameters, self._gradients = parameters, [p.grad for p in parameters]
+        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
+        # Accumulation is in place, so the values of other parameters' gradients are kept as well.
+        self._other_gradients = [
+            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+            for p in untracked(parameters, modules)
+        ]
+        self._buffers = _Buffers(modules)
+        self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
+
+    @deferred()
+    def restore(self) -> None:
+        """Everything but the tracked parameters' own gradients, bitwise."""
+        self._random.restore()
+        self._buffers.restore()
+        for parameter, gradient, value in self._other_gradients:
+            if gradient is not None:
+                gradient.data.copy_(value)
+            parameter.grad = gradient
+
+    @deferred()
+    def restore_gradients(self) -> None:
+        for gradient, value in zip(self._gradients, self._values, strict=bool(self._values)):
+            if value is not None:
+                gradient.data.copy_(value)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient

@@ -1,0 +1,1 @@
+"""Parameters: which take part, where they lie in flat buffers, how ranks share them."""

@@ -1,0 +1,150 @@
+"""What every solver works on: a basis of flat vectors, the product, and what it ends with.
+
+Solvers see H through a product alone, of vectors that are one flat buffer a `FlatGroup`; a basis is
+a panel a group. Small matrices are NumPy in float64. Products are differences of gradients, so the
+projected matrix isn't quite symmetric: its whole is kept, and what is not symmetric in it tells how
+good the differences are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lyapcuda import ops
+from lyapcuda.params.flat import FlatLayout
+from lyapcuda.solvers.pages import release
+from lyapcuda.solvers.ritz import Verdict
+
+__all__ = ["MAX_ROWS", "Basis", "Product", "Report", "Solution", "finite", "on_host"]
+
+#: Rows of a panel that the ops take.
+MAX_ROWS = 128
+
+#: Writes H times the first to the second, divided by the norm of the first, where that is given (it
+#: is 1 otherwise); returns a loss.
+Product = Callable[..., Tensor]
+#: Called with the verdict of every iteration.
+Report = Callable[[Verdict], None]
+
+
+class Basis:
+    """Vectors as the rows of one panel a group."""
+
+    def __init__(self, layout: FlatLayout, panels: list[Tensor]) -> None:
+        self.layout, self.panels = layout, panels
+
+    @classmethod
+    def empty(cls, layout: FlatLayout, rows: int) -> Basis:
+        """Zeros: the gaps between segments stay so."""
+        return cls(layout, [group.new_panel(rows) for group in layout.groups])
+
+    def __getitem__(self, rows: slice) -> Basis:
+        return Basis(self.layout, [panel[rows] for panel in self.panels])
+
+    def __len__(self) -> int:
+        return len(self.panels[0])
+
+    def row(self, i: int) -> list[Tensor]:
+        """One vector: a flat buffer a group."""
+        return [panel[i] for panel in self.panels]
+
+    def release(self) -> None:
+        """What these rows hold is no longer needed: on the CPU, their memory is given back."""
+        for panel in self.panels:
+            release(panel)
+
+    def gram(self, other: Basis) -> Tensor:
+        """(rows, rows of the other) float64, on the first group's device."""
+        pairs = zip(self.panels, other.panels, strict=True)
+        return _sum([ops.gram(a, b) for a, b in pairs])
+
+    def combine_(self, panel: Basis, matrix: Tensor) -> None:
+        """Rows of self = matrixᵀ · rows of ``panel``, which may start at the same memory."""
+        for out, rows in zip(self.panels, panel.panels, strict=True):
+            ops.combine_(out, rows, matrix.to(rows.device))
+
+    def orthogonalise_(self, i: int, squares: np.ndarray | None = None) -> np.ndarray:
+        """Row i made orthogonal to the rows before it.
+
+        Args:
+            squares: the rows' squared norms, of which row i's is written: the row keeps its length,
+                which saves a pass. None: the rows before have norm 1, and row i gets it (or zero).
+
+        Returns:
+            (i + 3,) float64: the i products with the rows before, over their norms; and the squared
+            norm of what was left after one, two and three passes (as many as it took).
+        """
+        before, device = slice(0, i), self.panels[0].device
+        sizes = np.ones(i) if squares is None else squares[:i]
+        inverse = np.divide(1.0, sizes, out=np.zeros(i), where=sizes > 0)
+        factors = torch.as_tensor(inverse, device=device)
+        # Every pass reads the whole basis, and sees what the one before has left: mostly rounding.
+        enough = 100.0 * torch.finfo(self.panels[0].dtype).eps
+        coefficients = self[before].gram(self[i : i + 1])[:, 0] * factors if i else factors
+        total, passes = coefficients, []
+        while True:
+            result = _sum(
+                [ops.project_(p[i], p[before], coefficients.to(p.device)) for p in self.panels]
+            )
+            host = torch.cat([total, result]).cpu().numpy()
+            passes.append(host[-1])
+            with np.errstate(invalid="ignore"):
+                left = (np.abs(host[i:-1]) * np.sqrt(inverse)).max(initial=0.0)
+            if len(passes) == 3 or bool(left <= enough * np.sqrt(passes[-1])):
+                break
+            coefficients = result[:-1] * factors
+            total = total + coefficients
+        if squares is not None:
+            squares[i] = passes[-1]
+        else:
+            scale = passes[-1] ** -0.5 if passes[-1] > 0 else 0.0
+            matrix = torch.full((1, 1), scale, dtype=torch.float64, device=device)
+            self[i : i + 1].combine_(self[i : i + 1], matrix)
+        passes += passes[-1:] * (3 - len(passes))
+        with np.errstate(invalid="ignore"):
+            return np.concatenate([host[:i] * np.sqrt(sizes), passes])
+
+    def randomise_(self, i: int, generators: Sequence[torch.Generator]) -> None:
+        for group, panel, generator in zip(
+            self.layout.groups, self.panels, generators, strict=True
+        ):
+            for view in group.views(panel[i]):
+                view.normal_(generator=generator)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+@dataclass
+class Solution:
+    """What a solver ended with: the verdict, the eigenvectors, and how it went."""
+
+    verdict: Verdict
+    vectors: Basis
+    iterations: int
+    #: Values and residuals of every iteration.
+    history: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+def on_host(tensor: Tensor) -> np.ndarray:
+    """Dot products of an iteration; FloatingPointError where one isn't finite."""
+    return finite(tensor.cpu().numpy())
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """The same; FloatingPointError where one isn't finite."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            "a gradient beside θ isn't finite (or the parameters' precision doesn't show a "
+            "displacement of this size: try a larger perturbation)"
+        )
+    return values

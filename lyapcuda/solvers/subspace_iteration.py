@@ -1,0 +1,169 @@
+"""Subspace iteration: k copies that climb side by side at a frozen θ (Benettin, paper App. C).
+
+The ops of the trackers, over products instead of gradients: separations of norm 1, whose copies
+part as D = Q + βHQ. At a frozen θ the rates β may change from step to step: those of Chebyshev's
+polynomials, which keep everything small between the unwanted end and the last copy's value, make
+copies part as fast as the square root of the gaps, where one rate knows the gaps alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lyapcuda import ops
+from lyapcuda.solvers.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.solvers.block import Block, ends
+from lyapcuda.solvers.ritz import Goal, Verdict, order, rayleigh_ritz
+
+__all__ = ["MAX_COPIES", "climb", "copies", "merged", "subspace"]
+
+#: How many copies the ops take.
+MAX_COPIES = 32
+
+# Copies that climb beside the wanted ones.
+_MORE = 2
+# Nodes are at least so far from zero, relative to ‖H‖.
+_FLAT = 1e-4
+
+
+def subspace(
+    product: Product,
+    basis: Basis,
+    goal: Goal,
+    *,
+    maxiter: int,
+    report: Report,
+    least: float = 0.0,
+) -> Solution:
+    """Ascent (``which="LA"``) or descent ("SA") of k copies, a product each an iteration.
+
+    Arguments as for `lyapcuda.lanczos.lanczos`; ``basis`` has k rows or more, all of them start
+    vectors: more show where the next values lie, without which no error can be estimated. Values
+    that can't reach a magnitude of ``least`` count as done.
+    """
+    k, layout, block = len(basis), basis.layout, Block(goal, least)
+    sign = {"LA": 1, "SA": -1}[goal.which]
+    for i in range(k):
+        basis.orthogonalise_(i)
+    moved = Basis.empty(layout, k)
+    # What the ops call the gradient at θ and θ itself: products are differences already.
+    origin = [panel.new_zeros(panel.shape[1]) for panel in basis.panels]
+    device = layout.device
+    state = ops.new_panel_state(device, k, perturbation=1.0, beta=0.0)
+    beta, transform, again, pending = (
+        ops.panel_field(state, k, name) for name in ("beta", "transform", "again", "pending")
+    )
+    finite = torch.zeros(1, dtype=torch.float64, device=device)
+    history: list[tuple[np.ndarray, np.ndarray]] = []
+    for iteration in range(1, maxiter + 1):
+        for i in range(k):
+            product(basis.row(i), moved.row(i))
+        if iteration == 1:
+            norm = _largest(on_host(moved.gram(moved)))
+            beta.fill_(1.0 / norm if norm > 0 else 0.0)
+        gram = torch.zeros(2 * k, 2 * k, dtype=torch.float64, device=device)
+        for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
+            part = ops.panel_ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
+            gram += part.to(device)
+        host = on_host(gram)
+        block.scale = max(block.scale, _largest(host[k:, k:]))
+        ritz = rayleigh_ritz(host[:k, k:], host[k:, k:])
+        verdict = block.judge(ritz)
+        history.append((verdict.values, verdict.residuals))
+        report(verdict)
+        if bool(verdict.done.all()) or iteration == maxiter:
+            break
+        ops.benettin_(state, gram, finite, k, sign=sign, control=False, alternate=False)
+        for d in moved.panels:
+            ops.combine_(d, d, transform.to(d.device), gate=again.to(d.device))
+        second = [ops.gram(d, d, gate=again.to(d.device)).to(device) for d in moved.panels]
+        ops.benettin_refine_(state, torch.stack(second).sum(0), k)
+        for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
+            ops.panel_recenter_(q, d, d, [zero], [0], state.to(q.device))
+        pending.zero_()
+        beta.fill_(_rate(iteration, block.scale, sign * ritz.values))
+    vectors = Basis.empty(layout, goal.k)
+    chosen = torch.as_tensor(ritz.vectors[:, verdict.indices].copy(), device=device)
+    vectors.combine_(basis, chosen)
+    return Solution(verdict, vectors, iteration, history)
+
+
+def copies(k: int, n: int) -> int:
+    """How many climb for k values."""
+    return min(k + _MORE, n, MAX_COPIES)
+
+
+def climb(product: Product, basis: Basis, goal: Goal, *, maxiter: int, report: Report) -> Solution:
+    """Copies that ascend, copies that descend, or some of both: arguments as for `subspace`."""
+    parts: list[Solution] = []
+    least = 0.0
+    for which, k in zip(("LA", "SA"), ends(goal.which, goal.k), strict=True):
+        if not k:
+            continue
+        rows = copies(k, basis.layout.numel)
+        start = Basis(basis.layout, [panel[:rows].clone() for panel in basis.panels])
+        part = replace(goal, which=which, k=k)
+        parts.append(subspace(product, start, part, maxiter=maxiter, report=report, least=least))
+        if goal.which == "LM":
+            least = float(np.abs(parts[0].verdict.values).min())
+    return parts[0] if len(parts) == 1 else merged(parts, goal)
+
+
+def _rate(i: int, scale: float, values: np.ndarray) -> float:
+    """The i-th β: where 1 + βh is to be zero, −1/β, runs through Chebyshev's nodes of the interval
+    from −``scale`` (‖H‖) to the least of ``values``, in an order that keeps any run of them even.
+    """
+    if scale == 0:
+        return 0.0
+    place, digit = 0.0, 0.5
+    while i:
+        i, odd = divmod(i, 2)
+        place, digit = place + digit * odd, digit / 2
+    half = (max(float(values.min()), -scale) + scale) / 2
+    node = half - scale + half * math.cos(math.pi * place)
+    # Zero is one of them: an infinite rate, so that it's H alone that turns the copies.
+    return -1.0 / node if abs(node) > _FLAT * scale else 1.0 / (_FLAT * scale)
+
+
+def _largest(square: np.ndarray) -> float:
+    return math.sqrt(max(float(np.linalg.eigvalsh(square)[-1]), 0.0))
+
+
+def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
+    """The wanted pairs of two solutions, one from each end of the spectrum."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part.verdict, name) for part in parts])
+
+    values = joined("values")
+    if goal.which == "LM":
+        # In a small space both ends may have found the same vector.
+        high, low = (part.vectors for part in parts)
+        twice = np.concatenate([np.zeros(len(high)), (on_host(high.gram(low)) ** 2).sum(0)]) > 0.5
+        by_size = order(values, "LM", goal.k)
+        wanted = by_size[~twice[by_size]][: goal.k]
+    else:  # BE: all of them, descending
+        wanted = np.argsort(-values, kind="stable")
+    names = ("values", "residuals", "bounds", "errors", "done", "converged")
+    verdict = Verdict(wanted, *(joined(name)[wanted] for name in names))
+    if goal.which == "LM":
+        # What is still on its way may come to lie before one that was chosen.
+        way = np.setdiff1d(np.flatnonzero(~joined("done")), wanted)
+        towards = np.repeat([1.0, -1.0], [len(part.verdict.values) for part in parts])
+        most = (towards * values + joined("residuals"))[way].max(initial=0.0)
+        passed = np.abs(verdict.values) * (1.0 + goal.tol) < most
+        verdict.done[passed], verdict.converged[passed] = False, False
+    first = parts[0].vectors
+    panels = [
+        torch.cat(panels)[torch.as_tensor(wanted, device=panels[0].device)]
+        for panels in zip(*(part.vectors.panels for part in parts), strict=True)
+    ]
+    history = [entry for part in parts for entry in part.history]
+    return Solution(
+        verdict, Basis(first.layout, panels), sum(part.iterations for part in parts), history
+    )
