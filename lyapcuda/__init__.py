@@ -3,15 +3,17 @@
 import lyapcuda.extension  # noqa: F401, I001  (first: it says why the others couldn't be imported)
 from lyapcuda import ops
 from lyapcuda.dynamics import lyapunov
-from lyapcuda.solvers.result import ConvergenceWarning, EigenResult
-from lyapcuda.solvers.eigsh import eigsh
-from lyapcuda.solvers.finite_scale import FiniteScale, finite_scale
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
-from lyapcuda.solvers.operator import HessianOperator
-from lyapcuda.optim import LyapunovSGD
-from lyapcuda.solvers.spectrum import SpectralDensity, TraceResult, spectral_density, trace
 from lyapcuda.objective.micro_batches import split_batch
+from lyapcuda.optim import LyapunovSGD
+from lyapcuda.params.ranks import RankError
+from lyapcuda.solvers.density import SpectralDensity, spectral_density
+from lyapcuda.solvers.eigsh import eigsh
+from lyapcuda.solvers.finite_scale import FiniteScale, finite_scale
+from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.result import ConvergenceWarning, EigenResult
+from lyapcuda.solvers.trace import TraceResult, trace
 from lyapcuda.tracker import CurvatureTracker
 
 __version__ = "0.1.0"
@@ -27,6 +29,7 @@ __all__ = [
     "HessianOperator",
     "JsonlWriter",
     "LyapunovSGD",
+    "RankError",
     "SpectralDensity",
     "TensorBoardWriter",
     "TraceResult",

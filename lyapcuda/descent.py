@@ -84,7 +84,7 @@ class Descent:
         if tracker.k == 1:
             rates = [self._plain(part, state) for part in parts]
         else:
-            panels, ranks = tracker.separations[0].stepped, tracker.layout.ranks
+            panels, ranks = tracker.separations.stepped, tracker.layout.ranks
             rates = self._panels(parts, state, panels, ranks)
         for part in parts:
             part.write_back()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.dynamics.benettin import Benettin
-from lyapcuda.dynamics.separation import Separation
-from lyapcuda.ops.flat import STATE_FIELDS
-from lyapcuda.ops.panel import panel_fields
-from lyapcuda.params.saved_state import check_shapes, require_entries
-from lyapcuda.readings import joined, schwarz
+from lyapcuda.arguments import whole
+from lyapcuda.dynamics.separations import End, Separations, joined, scalar_fields, schwarz_quotient
+from lyapcuda.params.saved_state import require_entries, require_list
 
 __all__ = ["CurvatureHistory", "Ring"]
 
@@ -75,15 +71,6 @@ def _spread(name: str, values: Tensor) -> dict[str, list[Any]]:
     return {f"{name}_{i}": column.tolist() for i, column in enumerate(values.unbind(1))}
 
 
-def _scalar_fields(k: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Name → (offset, length) of the scalars at the head of a separation's state; how many."""
-    if k == 1:
-        return {name: (i, 1) for i, name in enumerate(STATE_FIELDS)}, len(STATE_FIELDS)
-    table = panel_fields(k)
-    width = table["r"][0]  # the matrices come last
-    return {n: (o, math.prod(s)) for n, (o, s) in table.items() if o < width}, width
-
-
 class Ring:
     """The last measurements of a tracker, written without waiting for the device.
 
@@ -92,14 +79,14 @@ class Ring:
     Args:
         capacity: how many rows are kept.
         device: the tracker's.
-        ks: how many eigenvalues each of its separations has.
+        ends: of the spectrum, that it follows.
     """
 
-    def __init__(self, capacity: int, device: torch.device, ks: Sequence[int]) -> None:
-        self.capacity, self._ks = capacity, list(ks)
-        layouts = [_scalar_fields(k) for k in ks]
-        self._width = len(_OWN) + sum(width for _, width in layouts)
-        self._layouts = layouts
+    def __init__(self, capacity: int, device: torch.device, ends: Sequence[End]) -> None:
+        self.capacity, self._ks = capacity, [end.k for end in ends]
+        self._fields = [scalar_fields(k) for k in self._ks]
+        self._widths = [max(place.stop for place in fields.values()) for fields in self._fields]
+        self._width = len(_OWN) + sum(self._widths)
         self._oldest = 0  # number of the first measurement that a loaded state still held
         self._clock = torch.zeros(1, dtype=torch.float64, device=device)
         self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
@@ -109,11 +96,11 @@ class Ring:
         """Counts a step, measured or not."""
         self._clock.add_(1.0)
 
-    def record(self, loss: Tensor, separations: Sequence[Separation | Benettin]) -> None:
+    def record(self, loss: Tensor, separations: Separations) -> None:
         """Keeps what the separations' states hold now."""
         scalars = [
-            s.state[:width].to(self._rows.device)
-            for s, (_, width) in zip(separations, self._layouts, strict=True)
+            state[:width].to(self._rows.device)
+            for state, width in zip(separations.states, self._widths, strict=True)
         ]
         row = torch.cat([self._clock, loss.to(self._rows).reshape(1), *scalars])
         self._rows.index_copy_(0, self._recorded.remainder(self.capacity), row[None])
@@ -135,13 +122,12 @@ class Ring:
         end = self.recorded
         rows = self._last(end - after).cpu()
         overwritten = end - after - len(rows)
-        first, tables = len(_OWN), []
-        for fields_of, width in self._layouts:
-            tables.append((fields_of, rows[:, first : first + width]))
-            first += width
+        tables = rows[:, len(_OWN) :].split(self._widths, 1)
 
         def parts(name: str) -> list[Tensor]:
-            return [table[:, of[name][0] : sum(of[name])] for of, table in tables]
+            return [
+                table[:, fields[name]] for table, fields in zip(tables, self._fields, strict=True)
+            ]
 
         def values(name: str) -> Tensor:
             return joined(parts(name))
@@ -159,33 +145,41 @@ class Ring:
             overwritten=max(overwritten, 0),
             rayleigh=rayleigh[only],
             residual=residual[only],
-            schwarz=schwarz(rayleigh, residual)[only],
+            schwarz=schwarz_quotient(rayleigh, residual)[only],
             **{name: values(name)[only] for name in ("h", "h_ema", "exponent")},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What is held, oldest first, and the counters; tensors are copies."""
+        """What is held, oldest first, and the counters: plain numbers, since their count changes.
+
+        (Checkpoints of torch.distributed load tensors in place, of the size that they had.)
+        """
         return {
             "ks": list(self._ks),
-            "rows": self._last(self.capacity),
-            "clock": self._clock.clone(),
-            "recorded": self._recorded.clone(),
+            "rows": self._last(self.capacity).tolist(),
+            "clock": self._clock.item(),
+            "recorded": self.recorded,
         }
 
     def check(self, saved: Any) -> None:
         """Raises a ValueError where `load_state_dict` would not fit."""
         require_entries(saved, "ks", "rows", "clock", "recorded")
-        tensors = {name: saved[name] for name in ("rows", "clock", "recorded")}
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"state_dict: history's {name} is a {type(value).__name__}")
-        check_shapes("history's clock", [self._clock], [tensors["clock"]])
-        check_shapes("history's recorded", [self._recorded], [tensors["recorded"]])
-        shape, recorded = tuple(tensors["rows"].shape), int(tensors["recorded"])
-        if saved["ks"] != self._ks or len(shape) != 2 or shape[1] != self._width:
-            raise ValueError(f"state_dict: history of shape {shape}, expected (n, {self._width})")
-        if shape[0] > recorded:
-            raise ValueError(f"state_dict: history of {shape[0]} rows, but {recorded} recorded")
+        require_list("history's rows", saved["rows"], list)
+        whole("state_dict: history's recorded", saved["recorded"], 0)
+        if not isinstance(saved["clock"], float):
+            raise ValueError(f"state_dict: history's clock is {saved['clock']!r}")
+        widths = {len(row) for row in saved["rows"]}
+        if saved["ks"] != self._ks or not widths <= {self._width}:
+            raise ValueError(
+                f"state_dict: history of rows of {sorted(widths)} numbers, expected {self._width}"
+            )
+        if not all(isinstance(x, float) for row in saved["rows"] for x in row):
+            raise ValueError("state_dict: history's rows hold something that is no number")
+        if len(saved["rows"]) > saved["recorded"]:
+            raise ValueError(
+                f"state_dict: history of {len(saved['rows'])} rows, "
+                f"but {saved['recorded']} recorded"
+            )
 
     def restart(self, clock: int) -> None:
         """Holds nothing, after so many steps."""
@@ -197,10 +191,12 @@ class Ring:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`, of another capacity as well: then what fits of it."""
         self.check(saved)
-        end, rows = int(saved["recorded"]), saved["rows"][-self.capacity :].to(self._rows)
+        end = saved["recorded"]
+        rows = torch.tensor(saved["rows"][-self.capacity :], dtype=torch.float64)
+        rows = rows.reshape(-1, self._width).to(self._rows.device)
         self._rows.zero_()
         self._oldest = end - len(rows)
         where = torch.arange(self._oldest, end, device=self._rows.device) % self.capacity
         self._rows[where] = rows
-        self._clock.copy_(saved["clock"])
-        self._recorded.copy_(saved["recorded"])
+        self._clock.fill_(saved["clock"])
+        self._recorded.fill_(end)

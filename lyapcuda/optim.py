@@ -14,7 +14,6 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.arguments import choice, positive, whole
 from lyapcuda.descent import Descent
-from lyapcuda.dynamics.benettin import MAX_SEPARATIONS
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
@@ -103,8 +102,8 @@ class LyapunovSGD(WholeStateOptimizer):
                 f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
             )
         whole("k", k)
-        if k > MAX_SEPARATIONS:
-            raise ValueError(f"k={k}: expected at most {MAX_SEPARATIONS}")
+        if k > ops.MAX_PANEL:
+            raise ValueError(f"k={k}: expected at most {ops.MAX_PANEL}")
         if k > 1 and estimate is not None:
             choice("estimate", estimate, ops.OF_QUOTIENTS)
         if estimate is None:

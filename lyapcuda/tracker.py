@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,27 +15,34 @@ from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
-from lyapcuda.attach import measure_within
-from lyapcuda.dynamics.benettin import Benettin, advance, excuse
-from lyapcuda.dynamics.separation import Separation
-from lyapcuda.dynamics.separations import ENDS, ends_of, new_separation
-from lyapcuda.history import Ring
-from lyapcuda.objective.evaluator import Closure, gradients
-from lyapcuda.objective.interrupts import allowed, deferred
-from lyapcuda.objective.isolation import Loose, Surroundings, modules_of
+from lyapcuda.arguments import seed as check_seed
+from lyapcuda.dynamics.options import GrowthOptions
+from lyapcuda.dynamics.separations import ENDS, Separations, ends_of, schwarz_quotient
+from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.interrupts import StepLock, allowed, deferred
+from lyapcuda.objective.isolation import (
+    LooseParameters,
+    Snapshot,
+    TrackedGradients,
+    chosen_modules,
+    modules_of,
+)
 from lyapcuda.objective.loss_graph import is_smooth, loss_epsilon
 from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
-from lyapcuda.objective.turns import Turns
+from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
+from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
-from lyapcuda.tracker_state import TrackerState
 
 __all__ = ["CurvatureTracker"]
 
+_FORMAT = 5
 
-class CurvatureTracker(TrackerState):
+
+class CurvatureTracker:
     """Follows the largest (or smallest) eigenvalues of the loss's Hessian while something trains.
 
     A separation q is carried from step to step; each `step` evaluates the closure's gradient at θ
@@ -50,10 +59,9 @@ class CurvatureTracker(TrackerState):
         k: how many eigenvalues, up to 32 from either end. For k > 1 what is read off is a vector
             of k values: from the outer end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
-        perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision
-            (`lyapcuda.perturbation.default_perturbation`), from the second step on from what
-            autograd's graph shows of the loss, the precision (autocast, TF32) and that it has no
-            kinks (as ReLU has); the paper's is 5e-2.
+        perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision,
+            from the second step on also from what autograd's graph shows of the loss: the precision
+            (autocast, TF32), and whether it has kinks (as ReLU has). The paper's is 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
@@ -113,12 +121,8 @@ class CurvatureTracker(TrackerState):
         whole("every", every)
         whole("k", k)
         whole("history", history, 0)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
-        models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-        for module in models:
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
+        check_seed("seed", seed)
+        self._chosen_modules = chosen_modules(model)
         self._layout = FlatLayout(params, weight_decay)
         if process_group is not None and self._layout.sharded:
             raise ValueError(
@@ -131,27 +135,65 @@ class CurvatureTracker(TrackerState):
                 )
         self._ends = ends_of(which, k, self._layout.numel)
         self._tensors = [p.tensor for p in self._layout.parameters]
-        self._names = [p.name for p in self._layout.parameters]
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
-        self._perturbation = perturbation
-        self._options = dict(beta=beta, momentum=momentum, ema=ema, seed=seed)
-        self._models, self._debug = models, debug
-        self._process_group = process_group
+        self._options = GrowthOptions(estimate, perturbation, beta, momentum, ema, seed)
+        self._debug, self._process_group = debug, process_group
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
-        self._turns = Turns("tracker.step")
-        self._modules: list[nn.Module] | None = None
-        self._separations: list[Separation | Benettin] = []  # an end of the spectrum each
+        self._lock = StepLock("tracker.step")
+        self._found_evaluator: Evaluator | None = None
+        self._separations: Separations | None = None  # made at the first measurement
         self._calls = 0
         # ε of the coarsest type seen in the loss; None once Δq has been adapted to it.
         self._coarsest: float | None = 0.0
         # Whether all of it was seen to be smooth; None before anything was.
         self._smooth: bool | None = None
-        ks = [each for _, each in self._ends]
-        self._history = Ring(history, self._layout.device, ks) if history else None
+        self._history = Ring(history, self._layout.device, self._ends) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
 
     # --- measuring -------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        closure: Callable[..., Tensor | float],
+        *,
+        measure: Closure | None = None,
+        batches: Iterable[Any] | None = None,
+    ) -> Tensor:
+        """Measures once and adds the gradient at θ to ``.grad``, as loss.backward() would.
+
+        Random states, buffers and other parameters' gradients are what one plain evaluation leaves.
+
+        Args:
+            closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
+                ``backward()`` itself, or leave that to us. Called k + 1 times: its random numbers
+                are replayed.
+            measure: another closure, of a part of the minibatch, to measure the curvature of. Costs
+                k + 1 gradients of the part more than training alone.
+            batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each; the
+                gradient and the loss are the average, weighted by their numbers of samples. The
+                curvature is that of the last. Costs k gradients of the last more. BatchNorm sees
+                one micro-batch at a time, as in gradient accumulation.
+
+        Returns:
+            The loss at θ, detached.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `step`.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = CurvatureTracker(model.parameters())
+            >>> x, y = torch.ones(8, 3), torch.zeros(8, 1)
+            >>> for _ in range(20):
+            ...     optimizer.zero_grad()
+            ...     loss = tracker.backward(lambda: (model(x) - y).square().mean())
+            ...     optimizer.step()
+            >>> round(float(tracker.h), 3)  # ‖(1, 1, 1, 1)‖² · 2
+            8.0
+        """
+        return self._take_step(closure, measure, batches, leave=True, accumulate=True)
 
     def step(
         self,
@@ -194,11 +236,21 @@ class CurvatureTracker(TrackerState):
             TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
                 ``leave_grad`` (pass the part's own closure), or both of them.
         """
-        if not callable(closure):
-            raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
-        if measure is not None and not callable(measure):
-            raise TypeError(f"measure={measure!r}: expected a callable that returns the loss")
-        if (measure is not None or batches is not None) and not leave_grad:
+        return self._take_step(closure, measure, batches, leave=leave_grad, accumulate=False)
+
+    def _take_step(
+        self,
+        closure: Closure,
+        measure: Closure | None,
+        batches: Iterable[Any] | None,
+        *,
+        leave: bool,
+        accumulate: bool,
+    ) -> Tensor | None:
+        for name, value in (("closure", closure), ("measure", measure)):
+            if not callable(value) and not (name == "measure" and value is None):
+                raise TypeError(f"{name}={value!r}: expected a callable that returns the loss")
+        if (measure is not None or batches is not None) and not leave:
             raise ValueError(
                 "leave_grad=False: measure and batches need leave_grad=True; to measure a part and "
                 "leave no gradient, pass its closure alone"
@@ -206,56 +258,67 @@ class CurvatureTracker(TrackerState):
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        with deferred(), self._turns:
-            return self._step(closure, measure, micro, leave_grad)
+        with deferred(), self._lock:
+            kept = None
+            if accumulate and any(p.grad is not None for p in self._tensors):
+                kept = TrackedGradients(self._tensors, self._evaluator.modules)
+            return self._measured_step(closure, measure, micro, leave, kept)
 
-    def _step(
+    def _measured_step(
         self,
         closure: Closure,
         measure: Closure | None,
         micro: list[tuple[Any, float]] | None,
-        leave_grad: bool,
+        leave: bool,
+        kept: TrackedGradients | None,
     ) -> Tensor | None:
-        measuring = self.due
-        if not measuring and not leave_grad:
-            self._count()
-            return None
-        separations = self._started() if measuring else []
-        before = self._before_exchange() if measuring else None
-        copies = [copy for separation in separations for copy in separation.place()]
+        """A step inside the lock; ``kept``: gradients that this one's is added to."""
+        if not self.due:
+            loss = None
+            if leave:
+                evaluated = self._evaluate(closure, None, micro, [], leave)
+                evaluated.leave()
+                loss = evaluated.loss
+            self._after_gradient(kept)
+            return loss
+        self.start()
+        before = self._before_exchange()
+        copies = self._separations.place()
         try:
-            evaluated = self._evaluate(closure, measure, micro, copies, leave_grad)
-            if measuring:
-                for separation in separations:
-                    separation.adapt(self._coarsest or 0.0, bool(self._smooth))
-                advance(separations, evaluated.found)
+            evaluated = self._evaluate(closure, measure, micro, copies, leave)
+            self._separations.adapt(self._coarsest or 0.0, bool(self._smooth))
+            self._separations.advance(evaluated.found)
         except BaseException as error:
-            for separation in separations:
-                separation.withdraw()
+            self._separations.withdraw()
             if before is not None and isinstance(error, RankError):
                 before.restore()
                 before.restore_gradients()
             elif before is not None:
-                excuse(separations)
+                self._separations.excuse()
             raise
-        if measuring:
-            self._coarsest = self._smooth = None
+        self._coarsest = self._smooth = None
         evaluated.leave()
-        self._count()
-        if measuring:
-            if self._history is not None:
-                self._history.record(evaluated.loss, separations)
-            with allowed():
-                for hook in tuple(self._hooks.values()):
-                    hook(self)
+        self._after_gradient(kept)
+        if self._history is not None:
+            self._history.record(evaluated.loss, self._separations)
+        with allowed():
+            for hook in tuple(self._hooks.values()):
+                hook(self)
         return evaluated.loss
 
-    def _before_exchange(self) -> Surroundings | None:
+    def _after_gradient(self, kept: TrackedGradients | None) -> None:
+        if kept is not None:
+            kept.accumulate()
+        self._calls += 1
+        if self._history is not None:
+            self._history.tick()
+
+    def _before_exchange(self) -> Snapshot | None:
         """What is there before a step that other ranks may still call off; None for one process."""
         if self._layout.ranks is None:
             return None
         self._layout.ranks.check()
-        return Surroundings(self._tensors, self._surrounding())
+        return self._evaluator.snapshot()
 
     def _evaluate(
         self,
@@ -267,13 +330,12 @@ class CurvatureTracker(TrackerState):
     ) -> Measured:
         if copies and self._coarsest is not None:
             closure, measure = self._watched(closure), measure and self._watched(measure)
-        parameters = self._tensors
-        where = dict(names=self._names, modules=self._surrounding(), check=self._debug)
+        evaluator, check = self._evaluator, self._debug
         if micro is not None:
-            return accumulated(closure, micro, parameters, copies, **where)
+            return accumulated(evaluator, closure, micro, copies, check=check)
         if measure is not None and copies:
-            return beside(measure, closure, parameters, copies, **where)
-        found = gradients(closure, parameters, copies, leave=leave, **where)
+            return beside(evaluator, measure, closure, copies, check=check)
+        found = evaluator.gradients(closure, copies, leave=leave, check=check)
         return Measured(found, found.loss0)
 
     def _watched(self, closure: Closure) -> Closure:
@@ -287,38 +349,60 @@ class CurvatureTracker(TrackerState):
 
         return watched
 
-    def _count(self) -> None:
-        self._calls += 1
-        if self._history is not None:
-            self._history.tick()
+    # --- inside an optimizer ---------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer, *, measure: Closure | None = None) -> RemovableHandle:
         """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
-        ``measure`` is as in `step`, called at each of them: a closure of a part of the minibatch
-        that the optimizer's closure holds then. ``.grad`` is that of the optimizer's closure alone,
-        as ``leave_grad`` leaves it.
-        Returns a handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises
-        a ValueError: there is nothing to evaluate the second copy with.
+        Args:
+            optimizer: any of torch.optim.
+            measure: as in `step`, called at each of them: a closure of a part of the minibatch that
+                the optimizer's closure holds then. ``.grad`` is that of the optimizer's closure
+                alone, as ``leave_grad`` leaves it.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises a
+            ValueError: there is nothing to evaluate the second copy with.
         """
 
-        def measured(closure: Closure) -> Tensor | None:
-            return self.step(closure, measure=measure, leave_grad=True)
+        def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            self._notice(p for group in optimizer.param_groups for p in group["params"])
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                raise ValueError(
+                    "optimizer.step() was called without a closure: an attached CurvatureTracker "
+                    "needs optimizer.step(closure); or call tracker.step(closure) yourself"
+                )
+            done = False
 
-        return measure_within(optimizer, measured, self._notice)
+            def measured_closure() -> Tensor | float | None:
+                nonlocal done
+                # A line search evaluates again, another tracker's copy elsewhere: not for us.
+                if done or at_a_copy():
+                    return closure()
+                done = True
+                return self.step(closure, measure=measure, leave_grad=True)
+
+            # Hooks see the optimizer as args[0].
+            others = {name: value for name, value in kwargs.items() if name != "closure"}
+            return (optimizer, measured_closure, *args[2:]), others
+
+        return optimizer.register_step_pre_hook(measure_first)
 
     def _notice(self, parameters: Iterable[Tensor]) -> None:
         """Takes down whose gradients to put back; groups may be added to an optimizer later."""
         here = {id(p): p for p in parameters}
         if not here.keys() <= self._beside.keys():
             self._beside.update(here)
-            self._modules = None
+            self._found_evaluator = None
 
     def register_step_hook(self, hook: Callable[[CurvatureTracker], None]) -> RemovableHandle:
-        """Calls ``hook(tracker)`` after every measurement: the step is complete by then, but an
-        exception of the hook's reaches the caller of `step`.
+        """Calls ``hook(tracker)`` after every measurement.
 
-        Returns a handle; ``handle.remove()`` ends it.
+        The step is complete by then, but an exception of the hook's reaches the caller of `step`.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
         """
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
@@ -327,36 +411,43 @@ class CurvatureTracker(TrackerState):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": OrderedDict()}  # a copy isn't what they watch
 
-    def _surrounding(self) -> list[nn.Module]:
-        if self._modules is None:
-            self._modules = [*self._find_modules(), Loose(self._beside.values())]
-        return self._modules
+    # --- what it works on ------------------------------------------------------------------------
 
-    def _started(self) -> list[Separation | Benettin]:
-        if not self._separations:
-            self._layout.compute_epsilon = compute_epsilon(self._surrounding())
-            ranks = self._layout.ranks
-            if ranks is not None:
-                ranks.agree(self._arguments(), self._layout.device)
-            options = dict(estimate=self.estimate, perturbation=self._perturbation)
-            found = []
-            for end, k in self._ends:
-                found.append(new_separation(self._layout, end, k, **options, **self._options))
-            if ranks is not None:
-                for separation in found:
-                    separation.replicate_(ranks)
-            self._separations = found
-        return self._separations
+    def start(self) -> None:
+        """Makes the separations now rather than at the first measurement.
+
+        A checkpoint of torch.distributed loads into tensors, so they have to be there. Where ranks
+        share the parameters, all of them call it.
+        """
+        if self._separations is not None:
+            return
+        self._layout.compute_epsilon = compute_epsilon(self._evaluator.modules)
+        ranks = self._layout.ranks
+        if ranks is not None:
+            ranks.agree(self._arguments(), self._layout.device)
+        separations = Separations(self._layout, self._ends, self._options)
+        if ranks is not None:
+            separations.replicate_(ranks)
+        self._separations = separations
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        """Of the tracked parameters and the modules around them, found at the first use."""
+        if self._found_evaluator is None:
+            modules = [*self._find_modules(), LooseParameters(self._beside.values())]
+            names = [p.name for p in self._layout.parameters]
+            self._found_evaluator = Evaluator(self._tensors, names, modules)
+        return self._found_evaluator
 
     def _find_modules(self) -> list[nn.Module]:
         """Those whose buffers are put back; sees to it who shares the parameters."""
         holders = modules_of([*self._tensors, *self._beside.values()])
         if self._layout.ranks is None and not self._layout.sharded:
             self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
-        if not self._models:
+        if not self._chosen_modules:
             return holders
         # DDP and FSDP2 have a say in every evaluation.
-        found = [m for model in self._models for m in model.modules()]
+        found = self._chosen_modules
         wrappers = [m for m in holders if is_wrapper(m) and all(m is not f for f in found)]
         return [*found, *wrappers]
 
@@ -364,8 +455,9 @@ class CurvatureTracker(TrackerState):
         """What has to be the same on all ranks, as numbers."""
         values = {"numel": self._layout.numel, "k": self.k, "every": self.every}
         values |= {"which": list(ENDS).index(self.which)}
-        values |= {"estimate": ops.ESTIMATES[self.estimate], "perturbation": self._perturbation}
-        values |= self._options
+        values |= {"estimate": ops.ESTIMATES[self.estimate]}
+        names = ("perturbation", "beta", "momentum", "ema", "seed")
+        values |= {name: getattr(self._options, name) for name in names}
         return {name: -1.0 if value is None else float(value) for name, value in values.items()}
 
     @property
@@ -374,9 +466,10 @@ class CurvatureTracker(TrackerState):
         return self._layout
 
     @property
-    def separations(self) -> list[Separation | Benettin]:
-        """What carries q from step to step, for every end of the spectrum."""
-        return self._started()
+    def separations(self) -> Separations:
+        """What carries q from step to step."""
+        self.start()
+        return self._separations
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -385,13 +478,227 @@ class CurvatureTracker(TrackerState):
 
     @property
     def state(self) -> Tensor:
-        """The scalars as one device vector (a live view): with k = 1 the fields
-        `lyapcuda.ops.STATE_FIELDS`, else `lyapcuda.ops.panel_fields`; for "BE" the upper
-        end's.
+        """The scalars as one device vector (a live view).
+
+        With k = 1 its fields are `lyapcuda.ops.STATE_FIELDS`, else those of
+        `lyapcuda.ops.panel_fields`; for "BE" it is the upper end's.
         """
-        return self._started()[0].state
+        return self.separations.state
 
     def restart_average(self) -> None:
         """Lets `h_ema` begin anew at the present `h`."""
-        for separation in self._started():
-            separation.restart_average()
+        self.separations.restart_average()
+
+    # --- values: copies on the device, which later steps don't change ----------------------------
+
+    def _values(self, name: str) -> Tensor:
+        """A value for every eigenvalue: 0-dim for k = 1, else (k,)."""
+        shape = () if self.k == 1 else (self.k,)
+        if self._separations is None:
+            return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
+        return self._separations.values(name).reshape(shape)
+
+    def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
+        """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""
+        shape = (2,) if self.which == "BE" else ()
+        if self._separations is None:
+            return torch.full(shape, unmeasured, dtype=torch.float64, device=self._layout.device)
+        return self._separations.scalars(name).reshape(shape)
+
+    @property
+    def h(self) -> Tensor:
+        """The eigenvalues, by the chosen estimate: float64 on the device, 0-dim for k = 1, else
+        (k,); NaN at first.
+        """
+        return self._values("h")
+
+    @property
+    def h_ema(self) -> Tensor:
+        """Exponential moving average of `h`."""
+        return self._values("h_ema")
+
+    @property
+    def rayleigh(self) -> Tensor:
+        """ρ = q·y/‖q‖² (for k > 1 the Ritz values) of the last step, whatever the estimate."""
+        return self._values("rayleigh")
+
+    @property
+    def residual(self) -> Tensor:
+        """r = ‖y − ρq‖/‖q‖: some eigenvalue of the symmetric map q → y lies in [ρ − r, ρ + r]."""
+        return self._values("residual")
+
+    @property
+    def schwarz(self) -> Tensor:
+        """y·y/(q·y), the Schwarz quotient of the last step (for k > 1 of each Ritz vector).
+
+        It is the Rayleigh quotient half a step on, so nearer to the eigenvalue than ρ where q lags
+        behind, and where no eigenvalue is negative never beyond the largest of the minibatch
+        measured. Of a small part of a minibatch it is that part's, which is larger than the
+        whole's. One-sided: its error is of first order in Δq.
+        """
+        return schwarz_quotient(self._values("rayleigh"), self._values("residual"))
+
+    @property
+    def interval(self) -> Tensor:
+        """(2,), for k > 1 (k, 2), float64: some eigenvalue lies within, up to second order in Δq.
+
+        Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
+        last), which look from opposite sides of θ; half its length is the mean of their residuals
+        plus half their difference. On a changing minibatch that holds the change as well.
+        With ``estimate="schwarz"`` the middle is `h`, the last Schwarz quotient s, and half the
+        length ‖y − sq‖/‖q‖ plus half of what s has changed: up to first order in Δq.
+        """
+        center, width = self._values("center"), self._values("width")
+        return torch.stack([center - width, center + width], dim=-1)
+
+    @property
+    def exponent(self) -> Tensor:
+        """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
+        Gram–Schmidt, log(R_ii/Δq).
+        """
+        return self._values("exponent")
+
+    @property
+    def beta(self) -> Tensor:
+        """The ascent rate (for "SA" the descent rate) of the next step; for "BE" both, (2,)."""
+        return self._scalar("beta")
+
+    @property
+    def steps(self) -> Tensor:
+        """How many measurements were taken (0-dim float64; for "BE" (2,), as for `skipped`)."""
+        return self._scalar("steps", 0.0)
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many were left out because a loss or gradient wasn't finite."""
+        return self._scalar("skipped", 0.0)
+
+    @property
+    def reseeds(self) -> Tensor:
+        """How often a separation was lost (it was nothing, or lay in the span of the others, or the
+        copies met under a ``beta`` of yours) and another, of random direction, took its place.
+        """
+        return self._scalar("reseeds", 0.0)
+
+    @property
+    def perturbation(self) -> float | None:
+        """Δq: as given, or as chosen at the first step (None before)."""
+        if self._separations is None:
+            return self._options.perturbation
+        return float(self._separations.scalars("perturbation")[0])
+
+    def vector(self, i: int = 0) -> list[Tensor]:
+        """q_i, the separation of value i: shaped like the parameters, in their order; norm Δq.
+
+        Raises:
+            RuntimeError: before the first step.
+            IndexError: i is not in 0..k-1.
+        """
+        if self._separations is None:
+            raise RuntimeError("vector(): nothing was measured yet")
+        if not 0 <= i < self.k:
+            raise IndexError(f"i={i}: expected 0 to {self.k - 1}")
+        return self._separations.vectors()[i]
+
+    def history(self, after: int = 0) -> CurvatureHistory:
+        """The measurements so far, as many as the buffer holds, as columns on the host.
+
+        Args:
+            after: leaves out the first so many measurements (all ever taken count).
+
+        Raises:
+            RuntimeError: the tracker was made with ``history=0``.
+        """
+        return self._kept("history()").read(after)
+
+    @property
+    def recorded(self) -> int:
+        """How many measurements went into `history` since the start. Waits for the device."""
+        return self._kept("recorded").recorded
+
+    @property
+    def history_capacity(self) -> int:
+        """How many measurements `history` keeps; 0 for none."""
+        return 0 if self._history is None else self._history.capacity
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step measures (``every``)."""
+        return self._calls % self.every == 0
+
+    @property
+    def calls(self) -> int:
+        """How many steps were taken, measured or not."""
+        return self._calls
+
+    def _kept(self, what: str) -> Ring:
+        if self._history is None:
+            raise RuntimeError(f"{what}: this tracker was made with history=0")
+        return self._history
+
+    # --- saving ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on; loads with
+        ``torch.load(weights_only=True)``.
+        """
+        return {
+            "format": _FORMAT,
+            **self._kind(),
+            "calls": self._calls,
+            "separations": [] if self._separations is None else self._separations.state_dict(),
+            "history": None if self._history is None else self._history.state_dict(),
+        }
+
+    def _kind(self) -> dict[str, Any]:
+        """What has to agree between a saved state and the tracker that takes it over."""
+        return {
+            "k": self.k,
+            "which": self.which,
+            "estimate": self.estimate,
+            "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the saved tracker was.
+
+        Raises:
+            ValueError: it isn't a tracker's, or is of other parameters, another k, ``which`` or
+                ``estimate``; nothing has changed then.
+        """
+        require_entries(state_dict, "format", of="a CurvatureTracker")
+        if state_dict["format"] != _FORMAT:
+            raise ValueError(
+                f"state_dict: of format {state_dict['format']!r}, this version of lyapcuda reads "
+                f"{_FORMAT} (0.1.0 wrote 4): start a new tracker, which finds its separations "
+                "again within some steps"
+            )
+        for name, mine in self._kind().items():
+            saved = state_dict.get(name)
+            if saved != mine:
+                raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
+        require_entries(state_dict, "calls", "separations", "history")
+        saved, calls = state_dict["separations"], state_dict["calls"]
+        whole("state_dict: calls", calls, 0)
+        if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
+            raise ValueError(
+                f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
+            )
+        history = state_dict["history"]
+        if self._history is not None and history is not None:
+            self._history.check(history)
+        present = self._separations
+        if saved:
+            try:
+                self.separations.load_state_dict(saved)
+            except BaseException:
+                self._separations = present
+                raise
+        if not saved:
+            self._separations = None
+        self._coarsest = None if saved else 0.0
+        self._calls = int(calls)
+        if self._history is not None:
+            self._history.restart(self._calls)
+            if history is not None:
+                self._history.load_state_dict(history)

@@ -8,25 +8,22 @@ k×k projections of the Hessian on the separations come Ritz values with their r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.dynamics.options import GrowthOptions
 from lyapcuda.dynamics.perturbation import adapted_perturbation, chosen_perturbation
-from lyapcuda.dynamics.separation import Separation, reseed_, state_on
+from lyapcuda.dynamics.separation import reseed_, state_on
 from lyapcuda.objective.evaluator import Gradients, lacks_any
 from lyapcuda.params.copies import Copies, Copy
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
 
-__all__ = ["MAX_SEPARATIONS", "Benettin", "advance", "excuse"]
-
-#: How many separations the compiled ops take.
-MAX_SEPARATIONS = 32
+__all__ = ["Benettin"]
 
 
 class _GroupPanel:
@@ -46,51 +43,35 @@ class _GroupPanel:
 class Benettin:
     """q_1 … q_k, orthogonal and of norm Δq, and the scalars of their growth, on the device.
 
-    A step is `place` (writes every θ + q_j), the user's k + 1 gradients, and `advance`, as for
-    `lyapcuda.lyapunov.Separation`. Memory at rest: two panels of k·N floats; for 16-bit parameters
-    one more of those, with momentum two more.
+    A step is `place` (writes every θ + q_j), the user's k + 1 gradients, `measure` and `conclude`,
+    as for `lyapcuda.dynamics.separation.Separation`. Memory at rest: two panels of k·N floats; for
+    16-bit parameters one more of those, with momentum two more.
 
     With an estimate from quotients ("rayleigh", "schwarz") the separations are turned to the Ritz
     vectors at every step, which leaves their span alone: q_i then belongs to value i. The other
     estimates keep Benettin's own basis, whose exponents they are read from.
     """
 
-    def __init__(
-        self,
-        layout: FlatLayout,
-        k: int,
-        *,
-        sign: int,
-        estimate: str,
-        perturbation: float | None,
-        beta: float | None,
-        momentum: float,
-        ema: float,
-        seed: int,
-    ) -> None:
-        self.layout, self.k, self._sign, self._seed = layout, k, sign, seed
-        self._options: dict[str, Any] = {
-            "sign": sign,
-            "estimate": ops.ESTIMATES[estimate],
-            "momentum": momentum,
+    def __init__(self, layout: FlatLayout, k: int, sign: int, options: GrowthOptions) -> None:
+        self.layout, self.k, self._sign, self._seed = layout, k, sign, options.seed
+        self._options = {
+            **options.of_ops(sign),
             "realised": any(group.rounds for group in layout.groups),
-            "control": beta is None,
-            "alternate": estimate != "paper",
-            "rotate": estimate in ops.OF_QUOTIENTS,
-            "ema": ema,
+            "rotate": options.estimate in ops.OF_QUOTIENTS,
         }
         self._fields = ops.panel_fields(k)
-        self._groups = [_GroupPanel(group, k, momentum) for group in layout.groups]
+        self._groups = [_GroupPanel(group, k, options.momentum) for group in layout.groups]
         self._copies = Copies(layout)
-        self._perturbation = perturbation
-        size = chosen_perturbation(layout, perturbation)
-        self._randomise(seed, size)
+        self._perturbation = options.perturbation
+        size = chosen_perturbation(layout, options.perturbation)
+        self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
-        start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
-        self.state = ops.new_panel_state(layout.device, k, perturbation=size, beta=start)
+        self.state = ops.new_panel_state(
+            layout.device, k, perturbation=size, beta=options.first_rate
+        )
 
     def adapt(self, epsilon: float, smooth: bool) -> None:
-        """As `lyapcuda.lyapunov.Separation.adapt`."""
+        """As `lyapcuda.dynamics.separation.Separation.adapt`."""
         size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)
         if size is not None:
             self._field("perturbation").fill_(size)
@@ -151,7 +132,7 @@ class Benettin:
         return self._copies.of([part.copies[j] for part in self._groups])
 
     def withdraw(self) -> None:
-        """The separations stay as they are until the next `advance`."""
+        """The separations stay as they are until the next `conclude`."""
         self._field("pending").zero_()
 
     #: As `Separation.needs_probe`: the first step measures and orthogonalises with β = 0.
@@ -281,54 +262,3 @@ class Benettin:
         self.layout.pack_([part.q for part in self._groups], saved["q"])
         if momenta:
             self.layout.pack_(momenta, saved_p)
-
-
-def advance(separations: Sequence[Separation | Benettin], found: Gradients) -> None:
-    """Steps all separations of one layout along their gradients, with one exchange among its ranks.
-
-    Args:
-        found: with the copies of all separations, in order.
-
-    Raises:
-        RuntimeError: on all ranks, where one of them failed; the states are as they were then.
-    """
-    ranks, device = separations[0].layout.ranks, separations[0].state.device
-    losses = torch.stack([x.to(device, torch.float64) for x in (found.loss0, *found.losses)])
-    parts, spans, first = [], [], 0
-    for separation in separations:
-        parts.append(found.of(first, separation.k))
-        spans.append(slice(first + 1, first + 1 + separation.k))
-        first += separation.k
-    if any(separation.needs_probe for separation in separations):
-        sums = [
-            s.probe(part) if s.needs_probe else losses.new_zeros(s.sums)
-            for s, part in zip(separations, parts, strict=True)
-        ]
-        sums = sums if ranks is None else ranks.exchange(sums, losses)[0]
-        for separation, total in zip(separations, sums, strict=True):
-            if separation.needs_probe:
-                separation.start(total)
-    sums = [s.measure(part) for s, part in zip(separations, parts, strict=True)]
-    if ranks is not None:
-        sums, losses = ranks.exchange(sums, losses)
-    for separation, total, span in zip(separations, sums, spans, strict=True):
-        alone = len(separations) == 1
-        separation.conclude(total, losses if alone else torch.cat([losses[:1], losses[span]]))
-
-
-def excuse(separations: Sequence[Separation | Benettin]) -> None:
-    """Instead of `advance`, on a rank whose closure raised: takes part in the ranks' exchanges, so
-    that the others hear of it and don't wait.
-    """
-    ranks, device = separations[0].layout.ranks, separations[0].state.device
-    if ranks is None:
-        return
-    numbers = 1 + sum(separation.k + separation.sums for separation in separations)
-    ranks.fail(numbers, device)
-    if ranks.reads_back(device):  # the others stopped there
-        return
-    if any(separation.needs_probe for separation in separations):
-        ranks.fail(numbers, device)
-    for separation in separations:
-        if isinstance(separation, Benettin):
-            separation.layout.reduce(separation.state.new_zeros(separation.k, separation.k))

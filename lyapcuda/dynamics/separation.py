@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.dynamics.options import GrowthOptions
 from lyapcuda.dynamics.perturbation import adapted_perturbation, chosen_perturbation
 from lyapcuda.objective.evaluator import Gradients
 from lyapcuda.params.copies import Copies
@@ -23,15 +24,10 @@ from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
 
 __all__ = [
-    "SIGNS",
     "Separation",
     "reseed_",
     "state_on",
 ]
-
-#: The sign of the map: gradient ascent finds the largest (algebraic) eigenvalue, descent the
-#: smallest.
-SIGNS = {"LA": 1, "SA": -1}
 
 _PIECE = 1 << 18
 
@@ -97,43 +93,24 @@ class Separation:
     """q, the separation of the two copies, and the scalars of its growth, all on the device.
 
     A step is `place` (writes θ + q and returns it as tensors shaped like the parameters), the
-    user's two gradients, and `lyapcuda.benettin.advance`. `lyapcuda.benettin.Benettin` has the
+    user's two gradients, `measure` and `conclude`. `lyapcuda.dynamics.benettin.Benettin` has the
     same for k of them. Extra memory at rest: two N-float buffers, with momentum four; for 16-bit
     parameters one more copy of those.
     """
 
-    def __init__(
-        self,
-        layout: FlatLayout,
-        *,
-        sign: int,
-        estimate: str,
-        perturbation: float | None,
-        beta: float | None,
-        momentum: float,
-        ema: float,
-        seed: int,
-    ) -> None:
-        self.layout, self._seed = layout, seed
-        self._options = {
-            "sign": sign,
-            "estimate": ops.ESTIMATES[estimate],
-            "momentum": momentum,
-            "control": beta is None,
-            # One side of θ and the other in turns: half the difference of two successive values is
-            # then the error of the one-sided difference. The paper stays on one side.
-            "alternate": estimate != "paper",
-            "ema": ema,
-        }
-        self._groups = [_GroupSeparation(group, momentum) for group in layout.groups]
+    def __init__(self, layout: FlatLayout, sign: int, options: GrowthOptions) -> None:
+        self.layout, self._seed = layout, options.seed
+        self._options = options.of_ops(sign)
+        self._groups = [_GroupSeparation(group, options.momentum) for group in layout.groups]
         self._copies = Copies(layout)
         # β = 0 until the first gradients set it, except where the paper or the user says.
-        start = beta if beta is not None else 1.0 if estimate == "paper" else 0.0
-        self._needs_secant = start == 0.0
-        self._perturbation = perturbation
-        size = chosen_perturbation(layout, perturbation)
-        norm = self._randomise(seed)
-        self.state = ops.new_state(layout.device, perturbation=size, scale=size / norm, beta=start)
+        self._needs_secant = options.first_rate == 0.0
+        self._perturbation = options.perturbation
+        size = chosen_perturbation(layout, options.perturbation)
+        norm = self._randomise(options.seed)
+        self.state = ops.new_state(
+            layout.device, perturbation=size, scale=size / norm, beta=options.first_rate
+        )
 
     def adapt(self, epsilon: float, smooth: bool) -> None:
         """Takes another Δq from the next q on: a larger one where the loss turned out to be

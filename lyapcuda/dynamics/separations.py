@@ -1,21 +1,39 @@
-"""The ends of the spectrum that a tracker follows: a map each, with one separation or several."""
+"""All separations that a tracker carries: those of one end of the spectrum, or of both."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lyapcuda.dynamics.benettin import MAX_SEPARATIONS, Benettin
-from lyapcuda.dynamics.separation import SIGNS, Separation
+import torch
+from torch import Tensor
+
+from lyapcuda import ops
+from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.options import SIGNS, GrowthOptions
+from lyapcuda.dynamics.separation import Separation
+from lyapcuda.objective.evaluator import Gradients
 from lyapcuda.params.flat import FlatLayout
+from lyapcuda.params.ranks import Ranks
 
-__all__ = ["ENDS", "ends_of", "new_separation"]
+__all__ = ["ENDS", "End", "Separations", "ends_of", "joined", "scalar_fields", "schwarz_quotient"]
 
-#: The ends of the spectrum that `which` asks for, each by the sign of its map.
+#: The ends of the spectrum that each `which` asks for.
 ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
 
 
-def ends_of(which: str, k: int, numel: int) -> list[tuple[str, int]]:
-    """The ends, each with how many of the k eigenvalues of ``numel`` parameters it has.
+@dataclass(frozen=True)
+class End:
+    """An end of the spectrum ("LA" or "SA"), and how many eigenvalues of it are followed."""
+
+    which: str
+    k: int
+
+
+def ends_of(which: str, k: int, numel: int) -> list[End]:
+    """The ends that share the k eigenvalues of ``numel`` parameters.
 
     Raises:
         ValueError: naming k, where there are too many or too few.
@@ -25,13 +43,198 @@ def ends_of(which: str, k: int, numel: int) -> list[tuple[str, int]]:
     if which == "BE" and k < 2:
         raise ValueError(f'k={k}: which="BE" needs at least 2, one eigenvalue from either end')
     ks = [k] if which != "BE" else [(k + 1) // 2, k // 2]
-    if max(ks) > MAX_SEPARATIONS:
-        raise ValueError(f"k={k}: at most {MAX_SEPARATIONS} from either end of the spectrum")
-    return list(zip(ENDS[which], ks, strict=True))
+    if max(ks) > ops.MAX_PANEL:
+        raise ValueError(f"k={k}: at most {ops.MAX_PANEL} from either end of the spectrum")
+    return [End(end, each) for end, each in zip(ENDS[which], ks, strict=True)]
 
 
-def new_separation(layout: FlatLayout, end: str, k: int, **options: Any) -> Separation | Benettin:
-    """What carries the k separations of one end from step to step."""
+def schwarz_quotient(rayleigh: Tensor, residual: Tensor) -> Tensor:
+    """y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r]."""
+    larger = torch.maximum(residual, rayleigh.abs())
+    beyond = torch.where(larger > 0, residual * (residual / larger), 0.0)
+    return rayleigh + rayleigh.sign() * beyond
+
+
+def joined(ends: Sequence[Tensor]) -> Tensor:
+    """Values of the ends (..., k), in the tracker's order.
+
+    The lower end comes from its outer end inwards, so it is turned around.
+    """
+    return torch.cat([ends[0], *(end.flip(-1) for end in ends[1:])], dim=-1)
+
+
+def scalar_fields(k: int) -> dict[str, slice]:
+    """Where the scalars, and the vectors of k, stand in the state of k separations, by name.
+
+    They come first in it: what follows are matrices.
+    """
     if k == 1:
-        return Separation(layout, sign=SIGNS[end], **options)
-    return Benettin(layout, k, sign=SIGNS[end], **options)
+        return {name: slice(i, i + 1) for i, name in enumerate(ops.STATE_FIELDS)}
+    table = ops.panel_fields(k)
+    end = table["r"][0]
+    return {
+        name: slice(offset, offset + math.prod(shape))
+        for name, (offset, shape) in table.items()
+        if offset < end
+    }
+
+
+class Separations:
+    """The separations of every end, stepped together.
+
+    A step is `place`, the user's gradients at θ and at every copy, and `advance`; after an
+    exception of the closure `withdraw` and `excuse` instead.
+
+    Args:
+        layout: of the parameters.
+        ends: from `ends_of`.
+        options: of the map.
+    """
+
+    def __init__(self, layout: FlatLayout, ends: Sequence[End], options: GrowthOptions) -> None:
+        self._layout = layout
+        self._of: list[Separation | Benettin] = [
+            Separation(layout, SIGNS[end.which], options)
+            if end.k == 1
+            else Benettin(layout, end.k, SIGNS[end.which], options)
+            for end in ends
+        ]
+
+    def __iter__(self):
+        return iter(self._of)
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def place(self) -> list[list[Tensor]]:
+        """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        return [copy for separation in self._of for copy in separation.place()]
+
+    def withdraw(self) -> None:
+        """After `place`, when no gradients came of it: the separations stay as they are."""
+        for separation in self._of:
+            separation.withdraw()
+
+    def adapt(self, epsilon: float, smooth: bool) -> None:
+        """Takes another Δq from the next q on, where the loss turned out to need one.
+
+        Args:
+            epsilon: machine epsilon of the coarsest type that the loss was computed in; 0 if
+                unknown.
+            smooth: whether the loss is known to have no kinks.
+        """
+        for separation in self._of:
+            separation.adapt(epsilon, smooth)
+
+    def advance(self, found: Gradients) -> None:
+        """Steps all of them along their gradients, with one exchange among the ranks.
+
+        Args:
+            found: the gradients at θ and at the copies that `place` returned, in that order.
+
+        Raises:
+            RankError: on all ranks, where one of them failed; the states are as they were then.
+        """
+        ranks, device = self._layout.ranks, self.state.device
+        losses = torch.stack([x.to(device, torch.float64) for x in (found.loss0, *found.losses)])
+        parts, spans, first = [], [], 0
+        for separation in self._of:
+            parts.append(found.of(first, separation.k))
+            spans.append(slice(first + 1, first + 1 + separation.k))
+            first += separation.k
+        if self._needs_probe:
+            sums = [
+                s.probe(part) if s.needs_probe else losses.new_zeros(s.sums)
+                for s, part in zip(self._of, parts, strict=True)
+            ]
+            sums = sums if ranks is None else ranks.exchange(sums, losses)[0]
+            for separation, total in zip(self._of, sums, strict=True):
+                if separation.needs_probe:
+                    separation.start(total)
+        sums = [s.measure(part) for s, part in zip(self._of, parts, strict=True)]
+        if ranks is not None:
+            sums, losses = ranks.exchange(sums, losses)
+        for separation, total, span in zip(self._of, sums, spans, strict=True):
+            alone = len(self._of) == 1
+            separation.conclude(total, losses if alone else torch.cat([losses[:1], losses[span]]))
+
+    def excuse(self) -> None:
+        """Instead of `advance`, on a rank whose closure raised.
+
+        It takes part in the ranks' exchanges, so that the others hear of it and don't wait.
+        """
+        ranks, device = self._layout.ranks, self.state.device
+        if ranks is None:
+            return
+        numbers = 1 + sum(separation.k + separation.sums for separation in self._of)
+        ranks.fail(numbers, device)
+        if ranks.reads_back(device):  # the others stopped there
+            return
+        if self._needs_probe:
+            ranks.fail(numbers, device)
+        for separation in self._of:
+            if isinstance(separation, Benettin):
+                self._layout.reduce(separation.state.new_zeros(separation.k, separation.k))
+
+    @property
+    def _needs_probe(self) -> bool:
+        return any(separation.needs_probe for separation in self._of)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Tensor:
+        """The scalars of the first end (a live view)."""
+        return self._of[0].state
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Those of every end."""
+        return [separation.state for separation in self._of]
+
+    def values(self, name: str) -> Tensor:
+        """A field that every eigenvalue has: (k,), in the tracker's order, a copy."""
+        found = [s.value(name).reshape(-1).to(self._layout.device) for s in self._of]
+        return joined(found)
+
+    def scalars(self, name: str) -> Tensor:
+        """A field that every end has: (ends,), a copy."""
+        return torch.stack([s.value(name) for s in self._of])
+
+    def vectors(self) -> list[list[Tensor]]:
+        """q_0 … q_(k−1), each shaped like the parameters, in the tracker's order (copies)."""
+        found = [separation.vectors() for separation in self._of]
+        for lower in found[1:]:
+            lower.reverse()
+        return [vector for end in found for vector in end]
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """As `Benettin.stepped`, of the first end, which has several separations."""
+        return self._of[0].stepped
+
+    def restart_average(self) -> None:
+        """Lets h_ema begin anew at the present h."""
+        for separation in self._of:
+            separation.restart_average()
+
+    # --- ranks, saving ---------------------------------------------------------------------------
+
+    def replicate_(self, ranks: Ranks) -> None:
+        """Takes over what the first rank has."""
+        for separation in self._of:
+            separation.replicate_(ranks)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Tensors and plain containers only, an entry an end; every tensor is a copy."""
+        return [separation.state_dict() for separation in self._of]
+
+    def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
+        """Takes over a `state_dict`, or after a ValueError nothing of it."""
+        before = self.state_dict()
+        try:
+            for separation, values in zip(self._of, saved, strict=True):
+                separation.load_state_dict(values)
+        except BaseException:
+            for separation, values in zip(self._of, before, strict=True):
+                separation.load_state_dict(values)
+            raise

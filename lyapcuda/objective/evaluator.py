@@ -2,18 +2,15 @@
 
 All evaluations see the same random numbers and the same module buffers (dropout masks, BatchNorm
 statistics), in the mode the user set. Gradients come from ``.backward()``, so checkpointing, hooks
-and accumulation inside the closure work. θ itself is never written: for the evaluation at θ + q the
-parameters point to another buffer, and back. The shards of FSDP2 are the exception: they are
-written, and put back.
+and accumulation inside the closure work.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -21,18 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lyapcuda.objective.interrupts import allowed, deferred
-from lyapcuda.objective.isolation import Surroundings
-from lyapcuda.params.shards import any_sharded, in_place, locals_of, reset
+from lyapcuda.objective.interrupts import allowed
+from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.pointing import pointing
+from lyapcuda.params.shards import locals_of, reset
 
-__all__ = [
-    "Closure",
-    "Gradients",
-    "at_a_copy",
-    "gradients",
-    "lacks_any",
-    "plain_gradient",
-]
+__all__ = ["Closure", "Evaluator", "Gradients", "check_loss", "lacks_any"]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
 #: itself or leave that to us.
@@ -55,59 +46,6 @@ class Gradients:
 
 
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
-
-#: True while a closure is evaluated at θ + q.
-_displaced: ContextVar[bool] = ContextVar("lyapcuda_displaced", default=False)
-
-
-def at_a_copy() -> bool:
-    """Whether the caller is inside a closure that is being evaluated at θ + q, not at θ."""
-    return _displaced.get()
-
-
-@contextmanager
-def pointing(
-    parameters: Sequence[Tensor], modules: Sequence[nn.Module] = ()
-) -> Iterator[Callable[[Sequence[Tensor]], None]]:
-    """Gives a function that has the parameters hold the copies it is called with, until it is
-    called again or the end; θ itself is not written, but where it is sharded.
-
-    A Ctrl-C waits for the end, or for `allowed`.
-    """
-    with deferred():
-        token = _displaced.set(True)
-        try:
-            with (in_place if any_sharded(parameters) else _pointing)(parameters, modules) as hold:
-                yield hold
-        finally:
-            _displaced.reset(token)
-
-
-@contextmanager
-def _pointing(
-    parameters: Sequence[Tensor], modules: Sequence[nn.Module]
-) -> Iterator[Callable[[Sequence[Tensor]], None]]:
-    originals = [p.data for p in parameters]
-
-    def hold(copies: Sequence[Tensor]) -> None:
-        for parameter, copy in zip(parameters, copies, strict=True):
-            parameter.data = copy
-
-    try:
-        yield hold
-    finally:
-        hold(originals)
-
-
-@contextmanager
-def pointing_to(
-    parameters: Sequence[Tensor], copies: Sequence[Tensor], modules: Sequence[nn.Module] = ()
-) -> Iterator[None]:
-    """Has the parameters hold ``copies``; θ itself is not written, but where it is sharded."""
-    with pointing(parameters, modules) as hold:
-        hold(copies)
-        with allowed():
-            yield
 
 
 def check_loss(loss: Any) -> None:
@@ -133,43 +71,140 @@ def _appeared(parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
     return None if all(map(operator.is_, found, repeat(None))) else found
 
 
-def evaluate(
-    closure: Closure, parameters: Sequence[Tensor], names: Sequence[str]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """One evaluation with cleared gradients: the detached loss and the gradients that appeared."""
-    for parameter in parameters:
-        parameter.grad = None
-    # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
-    torch.clear_autocast_cache()
-    with torch.enable_grad(), allowed():
-        loss = closure()
-        check_loss(loss)
-        found = _appeared(parameters)
-        if found is None:
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise ValueError(
-                    "closure: no parameter got a gradient, and the loss it returned can't be "
-                    "differentiated: does it depend on the tracked parameters (outside of "
-                    "torch.inference_mode)?"
-                )
-            loss.backward()
+class Evaluator:
+    """Evaluates closures at θ and beside it, over one set of parameters.
+
+    Args:
+        parameters: leaf tensors that require a gradient.
+        names: the parameters' names, for messages.
+        modules: whose buffers (and other parameters' gradients) are put back.
+
+    Example:
+        >>> p = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> found = Evaluator([p], ["p"]).gradients(lambda: p.square().sum(), [[torch.ones(2)]])
+        >>> found.g0[0].tolist(), found.copies[0][0].tolist(), p.grad
+        ([2.0, 4.0], [2.0, 2.0], None)
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], names: Sequence[str], modules: Sequence[nn.Module] = ()
+    ) -> None:
+        self.parameters, self.names, self.modules = parameters, names, modules
+
+    def snapshot(self, generators: Iterable[torch.Generator] = ()) -> Snapshot:
+        """What an evaluation may change besides its result, as it is now."""
+        return Snapshot(self.parameters, self.modules, generators)
+
+    @contextmanager
+    def pointing_to(self, copies: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the parameters hold ``copies``."""
+        with pointing(self.parameters, self.modules) as hold:
+            hold(copies)
+            with allowed():
+                yield
+
+    def evaluate(self, closure: Closure) -> tuple[Tensor, list[Tensor | None]]:
+        """Returns the detached loss and the gradients of one evaluation with cleared gradients.
+
+        It leaves them in ``.grad``, and whatever else the closure changed.
+
+        Raises:
+            TypeError, ValueError: the closure returned no loss, none of the parameters got a
+                gradient, or a gradient is sparse.
+        """
+        parameters = self.parameters
+        for parameter in parameters:
+            parameter.grad = None
+        # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
+        torch.clear_autocast_cache()
+        with torch.enable_grad(), allowed():
+            loss = closure()
+            check_loss(loss)
             found = _appeared(parameters)
             if found is None:
-                raise ValueError(
-                    "closure: its loss gives none of the tracked parameters a gradient: were they "
-                    "replaced since, or do they belong to another model?"
-                )
-    torch.clear_autocast_cache()
-    gradients = locals_of(found)
-    present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
-    if set(map(_LAYOUT, present)) != {torch.strided}:
-        i = next(i for i, g in enumerate(gradients) if g is not None and g.layout != torch.strided)
-        raise TypeError(
-            f"closure: the gradient of {names[i]} has layout {gradients[i].layout}; only dense "
-            "(strided) gradients can be tracked (nn.Embedding: sparse=False)"
-        )
-    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-    return value.reshape(()), gradients
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise ValueError(
+                        "closure: no parameter got a gradient, and the loss it returned can't be "
+                        "differentiated: does it depend on the tracked parameters (outside of "
+                        "torch.inference_mode)?"
+                    )
+                loss.backward()
+                found = _appeared(parameters)
+                if found is None:
+                    raise ValueError(
+                        "closure: its loss gives none of the tracked parameters a gradient: were "
+                        "they replaced since, or do they belong to another model?"
+                    )
+        torch.clear_autocast_cache()
+        gradients = locals_of(found)
+        present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
+        if set(map(_LAYOUT, present)) != {torch.strided}:
+            sparse = next(
+                i for i, g in enumerate(gradients) if g is not None and g.layout != torch.strided
+            )
+            raise TypeError(
+                f"closure: the gradient of {self.names[sparse]} has layout "
+                f"{gradients[sparse].layout}; only dense (strided) gradients can be tracked "
+                "(nn.Embedding: sparse=False)"
+            )
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        return value.reshape(()), gradients
+
+    def gradients(
+        self,
+        closure: Closure,
+        copies: Sequence[Sequence[Tensor]] = (),
+        *,
+        leave: bool = False,
+        check: bool = False,
+    ) -> Gradients:
+        """Evaluates the closure at every one of ``copies`` (θ + q_j), then at the parameters (θ).
+
+        Args:
+            closure: called once a copy and once more.
+            copies: each θ + q_j, of the parameters' shapes, dtypes and devices (of DTensors, of
+                this rank's part); come back holding the gradient there.
+            leave: False puts everything back as it was, gradients and random states included. True
+                leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
+                random states and buffers after it.
+            check: evaluate once more at θ, and raise where the two differ. Waits for the device.
+
+        Raises:
+            TypeError, ValueError: as `evaluate`. After these, as after any exception of the
+                closure's own, everything is as it was.
+            RuntimeError: ``check`` found the closure to be another function each time.
+        """
+        before = self.snapshot()
+        found, losses = [], []
+        try:
+            # θ last: that evaluation leaves what training expects.
+            with pointing(self.parameters, self.modules) if copies else nullcontext() as hold:
+                for copy in copies:
+                    hold(copy)
+                    loss, there = self.evaluate(closure)
+                    # θ + q is no longer needed, so its gradient takes its place. By reference it
+                    # wouldn't be safe: storage may be used again (DDP's buckets, a closure that
+                    # writes .grad), and memory would hold one gradient more for every copy.
+                    found.append(_moved(there, copy))
+                    del there
+                    losses.append(loss)
+                    before.restore()
+            if check:  # the last two of all, so that a closure that alternates is found too
+                loss, once = self.evaluate(closure)
+                once = [g if g is None else g.detach().clone() for g in once]
+                before.restore()
+            loss0, g0 = self.evaluate(closure)
+            if check:
+                _check_same(loss, once, loss0, g0)
+        except BaseException:
+            reset(self.modules)
+            before.restore()
+            before.restore_gradients()
+            raise
+        if not leave:
+            before.restore()
+            before.restore_gradients()
+        return Gradients(g0, found, loss0, losses)
 
 
 def _check_same(
@@ -209,79 +244,3 @@ def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Ten
     there, held = ([t for t in some if t is not None] for some in (moved, gradients))
     torch._foreach_copy_(there, held)
     return moved
-
-
-def gradients(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    copies: Sequence[Sequence[Tensor]],
-    *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
-    leave: bool = False,
-    check: bool = False,
-) -> Gradients:
-    """Evaluates the closure at every one of ``copies`` (θ + q_j) and then at the parameters (θ).
-
-    Args:
-        closure: called once a copy and once more.
-        parameters: leaf tensors that require a gradient.
-        copies: each θ + q_j, of the parameters' shapes, dtypes and devices (of DTensors, of this
-            rank's part); come back holding the gradient there.
-        names: the parameters' names, for messages.
-        modules: whose buffers (and other parameters' gradients) are put back.
-        leave: False puts everything back as it was, gradients and random states included. True
-            leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
-            random states and buffers after it.
-        check: evaluate once more at θ, and raise where the two differ. Waits for the device.
-
-    Raises:
-        TypeError, ValueError: the closure returned no loss, or a gradient is sparse. After these,
-            as after any exception of the closure's own, everything is as it was.
-        RuntimeError: ``check`` found the closure to be another function each time.
-    """
-    before = Surroundings(parameters, modules)
-    found, losses = [], []
-    try:
-        # θ last: that evaluation leaves what training expects.
-        with pointing(parameters, modules) if copies else nullcontext() as hold:
-            for copy in copies:
-                hold(copy)
-                loss, there = evaluate(closure, parameters, names)
-                # θ + q is no longer needed, so its gradient takes its place. By reference it
-                # wouldn't be safe: storage may be used again (DDP's buckets, a closure that writes
-                # .grad), and memory would hold one gradient more for every copy.
-                found.append(_moved(there, copy))
-                del there
-                losses.append(loss)
-                before.restore()
-        if check:  # the last two of all, so that a closure that alternates is found too
-            loss, once = evaluate(closure, parameters, names)
-            once = [g if g is None else g.detach().clone() for g in once]
-            before.restore()
-        loss0, g0 = evaluate(closure, parameters, names)
-        if check:
-            _check_same(loss, once, loss0, g0)
-    except BaseException:
-        reset(modules)
-        before.restore()
-        before.restore_gradients()
-        raise
-    if not leave:
-        before.restore()
-        before.restore_gradients()
-    return Gradients(g0, found, loss0, losses)
-
-
-def plain_gradient(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
-) -> Tensor:
-    """One evaluation at θ, its gradient left in ``.grad``; returns the detached loss.
-
-    After an exception everything is as it was, as for `gradients`.
-    """
-    return gradients(closure, parameters, (), names=names, modules=modules, leave=True).loss0

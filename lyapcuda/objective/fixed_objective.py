@@ -1,4 +1,4 @@
-"""One fixed function at any number of points: what a frozen θ and its data make of a closure.
+"""One fixed function at any number of points: a closure, its data and its random states, frozen.
 
 Every evaluation starts from the same random states and module buffers, over the same batches, so
 that differences of gradients belong to one symmetric Hessian.
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lyapcuda.objective.batches import Batches
-from lyapcuda.objective.evaluator import Closure, check_loss, evaluate, pointing_to
-from lyapcuda.objective.isolation import Surroundings
+from lyapcuda.objective.evaluator import Closure, Evaluator, check_loss
 from lyapcuda.objective.random_states import RandomStates
 
-__all__ = ["Kept", "Point", "gradients_at", "second_derivative"]
+__all__ = ["FixedObjective", "Point"]
 
 #: What is handed the gradients where they lie, None where a parameter gets none.
 Take = Callable[[list[Tensor | None]], None]
@@ -26,81 +26,8 @@ Take = Callable[[list[Tensor | None]], None]
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 
 
-def gradients_at(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    points: Sequence[Point],
-    *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
-    states: RandomStates | None = None,
-    batches: Batches | None = None,
-) -> list[Tensor]:
-    """Gradients of one fixed function: each evaluation starts from the same states and buffers.
-
-    Args:
-        closure: called once for every point; with ``batches`` once for every batch of each.
-        parameters, names, modules: as for `lyapcuda.objective.evaluator.gradients`.
-        points: where to evaluate, and tensors of the parameters' shapes that receive the gradient,
-            zeros where a parameter gets none. Both may be the same memory, except with ``batches``,
-            whose gradients are added up there. Without them a function may stand in their place:
-            it is handed the gradients as they are, which saves a copy, and may write to where they
-            were evaluated.
-        states: the random states that each evaluation starts from; None for the present ones.
-        batches: losses and gradients are averaged over them, weighted by their sizes.
-
-    Returns:
-        The losses (0-dim, detached), in the points' order. Everything is as it was, gradients and
-        random states included, after an exception as well.
-    """
-    before = Surroundings(parameters, modules, batches.generators if batches else ())
-    losses = []
-    try:
-        for where, gradient in points:
-            if losses:
-                before.restore()
-            if states is not None:
-                states.restore()
-            with nullcontext() if where is None else pointing_to(parameters, where, modules):
-                losses.append(_average(closure, parameters, names, gradient, batches))
-    finally:
-        before.restore()
-        before.restore_gradients()
-    return losses
-
-
-def _average(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    names: Sequence[str],
-    total: Sequence[Tensor] | Take,
-    batches: Batches | None,
-) -> Tensor:
-    """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
-    if batches is None:
-        loss, gradients = evaluate(closure, parameters, names)
-        if callable(total):
-            total(gradients)
-            return loss
-        for out, gradient in zip(total, gradients, strict=True):
-            out.zero_() if gradient is None else out.copy_(gradient.detach())
-        return loss
-    for out in total:
-        out.zero_()
-    samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
-    for batch, size in batches:
-        loss, gradients = evaluate(lambda b=batch: closure(b), parameters, names)
-        for out, gradient in zip(total, gradients, strict=True):
-            if gradient is not None:
-                out.add_(gradient.detach(), alpha=size)
-        samples, loss_sum = samples + size, loss_sum.to(loss.device) + size * loss.double()
-    for out in total:
-        out.div_(samples)
-    return loss_sum / samples
-
-
 @dataclass
-class Graph:
+class _Graph:
     """Autograd's graph of a loss and its gradient, from which exact products are taken.
 
     Attributes:
@@ -114,83 +41,160 @@ class Graph:
     versions: list[int]
 
 
-class Kept:
-    """Holds the graph of one batch from one product to the next: about half of a product's time,
-    for the memory of the activations.
+class FixedObjective:
+    """A closure as one function of the parameters: every evaluation starts from the same states.
+
+    After every call, and after an exception, everything is as it was, gradients and random states
+    included.
+
+    Args:
+        evaluator: of the parameters.
+        closure: returns the loss; with ``batches`` it takes a batch.
+        batches: losses and gradients are averaged over them, weighted by their sizes.
+
+    Example:
+        >>> p = torch.tensor([3.0], requires_grad=True)
+        >>> objective = FixedObjective(Evaluator([p], ["p"]), lambda: p.square().sum())
+        >>> out = [torch.empty(1)]
+        >>> objective.gradients_at([([torch.tensor([5.0])], out)])
+        [tensor(25.)]
+        >>> out
+        [tensor([10.])]
     """
 
-    graph: Graph | None = None
+    def __init__(
+        self, evaluator: Evaluator, closure: Closure, batches: Batches | None = None
+    ) -> None:
+        self.evaluator, self.closure, self.batches = evaluator, closure, batches
+        self._generators = batches.generators if batches else ()
+        devices = (p.device for p in evaluator.parameters)
+        self._states = RandomStates(devices, self._generators)
+        #: Of one batch, from one product to the next, inside `keeping_graph`.
+        self._graph: _Graph | None = None
+        self._keeps = False
 
+    def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:
+        """Evaluates the gradient at each of the points.
 
-def second_derivative(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    vector: Sequence[Tensor],
-    total: Sequence[Tensor],
-    *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
-    states: RandomStates | None = None,
-    batches: Batches | None = None,
-    kept: Kept | None = None,
-) -> Tensor:
-    """The exact product of the Hessian and a vector, by double backward, into ``total``.
+        Args:
+            points: where to evaluate, and tensors of the parameters' shapes that receive the
+                gradient, zeros where a parameter gets none. Both may be the same memory, except
+                with batches, whose gradients are added up there. Without them a function may stand
+                in their place: it is handed the gradients as they are, which saves a copy, and may
+                write to where they were evaluated.
+            closure: stands in for the objective's own, of which it is a wrapper.
 
-    Arguments as for `gradients_at`; the closure must not call ``backward()`` itself. ``kept``: the
-    graph is taken from there, while the parameters are what they were, and left there. With
-    ``batches`` there is one for each, and none is kept.
+        Returns:
+            The losses (0-dim, detached), in the points' order.
+        """
+        closure = self.closure if closure is None else closure
+        before = self.evaluator.snapshot(self._generators)
+        losses = []
+        try:
+            for where, gradient in points:
+                if losses:
+                    before.restore()
+                self._states.restore()
+                with nullcontext() if where is None else self.evaluator.pointing_to(where):
+                    losses.append(self._average(closure, gradient))
+        finally:
+            before.restore()
+            before.restore_gradients()
+        return losses
 
-    Raises:
-        RuntimeError: something in the loss has no second derivative in torch.
-    """
-    before = Surroundings(parameters, modules, batches.generators if batches else ())
-    try:
-        if states is not None:
-            states.restore()
-        if batches is None:
-            return _into(total, *_second(closure, parameters, vector, kept))
+    def _average(self, closure: Closure, total: Sequence[Tensor] | Take) -> Tensor:
+        """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
+        if self.batches is None:
+            loss, gradients = self.evaluator.evaluate(closure)
+            if callable(total):
+                total(gradients)
+                return loss
+            return _into(total, loss, gradients)
+        return self._over_batches(total, lambda b: self.evaluator.evaluate(lambda: closure(b)))
+
+    def _over_batches(
+        self,
+        total: Sequence[Tensor],
+        one: Callable[[Any], tuple[Tensor, Sequence[Tensor | None]]],
+    ) -> Tensor:
+        """The mean of what ``one`` gives for every batch, weighted by the batches' sizes."""
         for out in total:
             out.zero_()
         samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
-        for batch, size in batches:
-            loss, rows = _second(lambda b=batch: closure(b), parameters, vector, None)
+        for batch, size in self.batches:
+            loss, rows = one(batch)
             for out, row in zip(total, rows, strict=True):
                 if row is not None:
-                    out.add_(row, alpha=size)
+                    out.add_(row.detach(), alpha=size)
             samples, loss_sum = samples + size, loss_sum.to(loss.device) + size * loss.double()
-    finally:
-        before.restore()
-        before.restore_gradients()
-    for out in total:
-        out.div_(samples)
-    return loss_sum / samples
+        for out in total:
+            out.div_(samples)
+        return loss_sum / samples
+
+    # --- exact products --------------------------------------------------------------------------
+
+    @contextmanager
+    def keeping_graph(self) -> Iterator[None]:
+        """Inside, exact products over one batch keep autograd's graph from one to the next.
+
+        That saves about half of a product's time, for the memory of the activations.
+        """
+        outer, self._keeps = self._keeps, True
+        try:
+            yield
+        finally:
+            self._keeps = outer
+            if not outer:
+                self._graph = None
+
+    def hessian_product(self, vector: Sequence[Tensor], total: Sequence[Tensor]) -> Tensor:
+        """Writes the exact product of the Hessian and a vector, by double backward, to ``total``.
+
+        The closure must not call ``backward()`` itself. With batches no graph is kept.
+
+        Returns:
+            The loss, 0-dim, detached.
+
+        Raises:
+            RuntimeError: something in the loss has no second derivative in torch.
+        """
+        before = self.evaluator.snapshot(self._generators)
+        try:
+            self._states.restore()
+            if self.batches is None:
+                return _into(total, *self._second(self.closure, vector, self._keeps))
+            return self._over_batches(
+                total, lambda b: self._second(lambda: self.closure(b), vector, False)
+            )
+        finally:
+            before.restore()
+            before.restore_gradients()
+
+    def _second(
+        self, closure: Closure, vector: Sequence[Tensor], keep: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        parameters = self.evaluator.parameters
+        graph = self._graph if keep else None
+        if graph is not None and graph.versions == [p._version for p in parameters]:
+            return graph.loss, _rows(graph, parameters, vector, keep=True)
+        self._graph = graph = None  # before there is another one
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            graph = _graph_of(closure, parameters)
+            rows = _rows(graph, parameters, vector, keep)
+        torch.clear_autocast_cache()
+        if keep:
+            self._graph = graph
+        return graph.loss, rows
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:
     for out, row in zip(total, rows, strict=True):
-        out.zero_() if row is None else out.copy_(row)
+        out.zero_() if row is None else out.copy_(row.detach())
     return loss
 
 
-def _second(
-    closure: Closure, parameters: Sequence[Tensor], vector: Sequence[Tensor], kept: Kept | None
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    graph = None if kept is None else kept.graph
-    if graph is not None and graph.versions == [p._version for p in parameters]:
-        return graph.loss, _rows(graph, parameters, vector, keep=True)
-    if kept is not None:
-        kept.graph = graph = None  # before there is another one
-    torch.clear_autocast_cache()
-    with torch.enable_grad():
-        graph = _graph(closure, parameters)
-        rows = _rows(graph, parameters, vector, keep=kept is not None)
-    torch.clear_autocast_cache()
-    if kept is not None:
-        kept.graph = graph
-    return graph.loss, rows
-
-
-def _graph(closure: Closure, parameters: Sequence[Tensor]) -> Graph:
+def _graph_of(closure: Closure, parameters: Sequence[Tensor]) -> _Graph:
     for parameter in parameters:
         parameter.grad = None
     loss = closure()
@@ -201,11 +205,11 @@ def _graph(closure: Closure, parameters: Sequence[Tensor]) -> Graph:
         raise ValueError("closure: the loss it returned can't be differentiated")
     with _twice():
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    return Graph(loss.detach().reshape(()), gradients, [p._version for p in parameters])
+    return _Graph(loss.detach().reshape(()), gradients, [p._version for p in parameters])
 
 
 def _rows(
-    graph: Graph, parameters: Sequence[Tensor], vector: Sequence[Tensor], keep: bool
+    graph: _Graph, parameters: Sequence[Tensor], vector: Sequence[Tensor], keep: bool
 ) -> Sequence[Tensor | None]:
     pairs = [
         (g, v)

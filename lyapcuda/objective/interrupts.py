@@ -1,4 +1,4 @@
-"""Ctrl-C only where it can do no harm: inside the user's closure, or after everything is whole."""
+"""Steps that are atomic under Ctrl-C and among threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from signal import SIGINT
 from types import FrameType
 from typing import Any
 
-__all__ = ["allowed", "deferred"]
+__all__ = ["StepLock", "allowed", "deferred"]
 
 _SIGINT = SIGINT.value
 
@@ -70,3 +70,29 @@ def allowed() -> Iterator[None]:
         if callable(now) and not isinstance(now, _Note):  # what is inside may have set its own
             note.instead_of = now
         _signal.signal(_SIGINT, note)
+
+
+class StepLock:
+    """Lets one thread at a time take a step: others wait, and re-entering is an error.
+
+    Args:
+        what: for the message of the error.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise RuntimeError(f"{self._what} was called from within its own closure")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *exception: object) -> None:
+        self._holder = None
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[StepLock], tuple[str]]:  # nobody is inside a copy
+        return StepLock, (self._what,)

@@ -1,4 +1,4 @@
-"""What an evaluation may change besides its result, kept and put back bitwise.
+"""Snapshot and restore what an evaluation may change besides its result, bitwise.
 
 Random states, the buffers of modules (also ones that it registers or replaces), and the gradients
 of parameters that aren't tracked.
@@ -19,7 +19,15 @@ from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
 
-__all__ = ["Loose", "Surroundings", "capturing", "modules_of", "untracked"]
+__all__ = [
+    "LooseParameters",
+    "Snapshot",
+    "TrackedGradients",
+    "capturing",
+    "chosen_modules",
+    "modules_of",
+    "untracked",
+]
 
 
 def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
@@ -41,6 +49,19 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
+def chosen_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
+    """The modules that a user names as ``model=``, with their children; none for None.
+
+    Raises:
+        TypeError: something that is no module.
+    """
+    models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+    for module in models:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
+    return [m for module in models for m in module.modules()]
+
+
 _BUFFERS, _PARAMETERS = operator.attrgetter("_buffers"), operator.attrgetter("_parameters")
 _VALUES = operator.methodcaller("values")
 #: Classes of tensors that are nothing but their memory.
@@ -56,7 +77,7 @@ def _value_of(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-class Loose(nn.Module):
+class LooseParameters(nn.Module):
     """Parameters that may be in no module, as if they were in one: their gradients are put back."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -135,8 +156,62 @@ class _Buffers:
                     module._buffers.clear()
 
 
-class Surroundings:
-    """What an evaluation may change besides its result: random states, buffers, other gradients."""
+class TrackedGradients:
+    """The gradients of the tracked parameters, as they are now.
+
+    Args:
+        parameters: the tracked ones.
+        modules: those that hold them.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+        # DDP may have gradients lie in its buckets, which the next evaluation writes.
+        buckets = _has(modules, DistributedDataParallel) and any(
+            isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
+        )
+        self._parameters, self._gradients = parameters, [p.grad for p in parameters]
+        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
+
+    @deferred()
+    def restore(self) -> None:
+        """Puts them back, bitwise."""
+        for gradient, value in zip(self._gradients, self._values, strict=bool(self._values)):
+            if value is not None:
+                gradient.data.copy_(value)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    @deferred()
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Adds what is in ``.grad`` now to them, as ``loss.backward()`` would have."""
+        for i, (parameter, gradient) in enumerate(
+            zip(self._parameters, self._gradients, strict=True)
+        ):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                if self._values:
+                    gradient.data.copy_(self._values[i])
+                parameter.grad = gradient
+            elif self._values:  # both lie in the bucket
+                parameter.grad.add_(self._values[i])
+            else:
+                gradient.add_(parameter.grad)
+                parameter.grad = gradient
+
+
+class Snapshot:
+    """What an evaluation may change besides its result, as it is now.
+
+    That is: random states, module buffers, the gradients of the tracked parameters, and those of
+    the modules' other parameters.
+
+    Args:
+        parameters: the tracked ones.
+        modules: whose buffers and other parameters' gradients are kept.
+        generators: of the user's own, whose states are kept too.
+    """
 
     def __init__(
         self,
@@ -149,12 +224,7 @@ class Surroundings:
                 "a measurement can't be captured in a CUDA graph: it reads and restores random "
                 "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
             )
-        # DDP may have gradients lie in its buckets, which the next evaluation writes.
-        buckets = _has(modules, DistributedDataParallel) and any(
-            isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
-        )
-        self._parameters, self._gradients = parameters, [p.grad for p in parameters]
-        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
+        self._tracked = TrackedGradients(parameters, modules)
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
@@ -173,10 +243,6 @@ class Surroundings:
                 gradient.data.copy_(value)
             parameter.grad = gradient
 
-    @deferred()
     def restore_gradients(self) -> None:
-        for gradient, value in zip(self._gradients, self._values, strict=bool(self._values)):
-            if value is not None:
-                gradient.data.copy_(value)
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+        """The tracked parameters' gradients, bitwise."""
+        self._tracked.restore()

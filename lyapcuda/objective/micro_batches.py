@@ -10,18 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lyapcuda.arguments import proper_fraction
 from lyapcuda.objective.batches import batch_size
-from lyapcuda.objective.evaluator import (
-    Closure,
-    Gradients,
-    evaluate,
-    gradients,
-    plain_gradient,
-)
-from lyapcuda.objective.isolation import Surroundings, untracked
+from lyapcuda.objective.evaluator import Closure, Evaluator, Gradients
+from lyapcuda.objective.isolation import untracked
 
 __all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
 
@@ -69,14 +63,7 @@ class Measured:
 
 
 def beside(
-    part: Closure,
-    whole: Closure,
-    parameters: Sequence[Tensor],
-    copies: Copies,
-    *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
-    check: bool = False,
+    evaluator: Evaluator, part: Closure, whole: Closure, copies: Copies, *, check: bool = False
 ) -> Measured:
     """Measures ``part`` without a trace, then evaluates ``whole`` as training does.
 
@@ -85,12 +72,12 @@ def beside(
         states and buffers are what one plain evaluation of ``whole`` leaves; after an exception
         everything is as it was.
     """
-    found = gradients(part, parameters, copies, names=names, modules=modules, check=check)
+    found = evaluator.gradients(part, copies, check=check)
     # The second evaluation may use their storage again (DDP's buckets). One by one, so that there
     # are never two of them all.
     for i in range(len(found.g0)):
         found.g0[i] = None if found.g0[i] is None else found.g0[i].clone()
-    return Measured(found, plain_gradient(whole, parameters, names=names, modules=modules))
+    return Measured(found, evaluator.gradients(whole, leave=True).loss0)
 
 
 def shares(batches: Iterable[Any]) -> list[tuple[Any, float]]:
@@ -135,22 +122,21 @@ class _Average:
 
 
 def accumulated(
+    evaluator: Evaluator,
     closure: Closure,
     batches: Sequence[tuple[Any, float]],
-    parameters: Sequence[Tensor],
     copies: Copies,
     *,
-    names: Sequence[str],
-    modules: Sequence[nn.Module] = (),
     check: bool = False,
 ) -> Measured:
     """The gradient averaged over micro-batches; the copies see the last of them.
 
     Args:
+        evaluator: of the tracked parameters.
         closure: called with each batch, with the last once more for every copy.
         batches: from `shares`.
-        parameters, names, modules, check: as for `lyapcuda.objective.evaluator.gradients`.
         copies: none to evaluate the average only.
+        check: as for `Evaluator.gradients`.
 
     Returns:
         The last batch's gradients, the average of the losses, and what is to be left: in ``.grad``
@@ -158,28 +144,20 @@ def accumulated(
         after evaluating the batches in order. After an exception everything is as it was. Memory:
         one gradient more.
     """
-    before = Surroundings(parameters, modules)
-    others = untracked(parameters, modules)
+    before = evaluator.snapshot()
+    tracked, others = evaluator.parameters, untracked(evaluator.parameters, evaluator.modules)
     # Theirs are added to, as in a plain backward(); the tracked ones' are replaced.
-    average = _Average([*parameters, *others], [None] * len(parameters) + [p.grad for p in others])
+    average = _Average([*tracked, *others], [None] * len(tracked) + [p.grad for p in others])
     loss: Tensor | float = 0.0
     try:
         for parameter in others:
             parameter.grad = None
         for batch, weight in batches[:-1]:
-            value = evaluate(lambda b=batch: closure(b), parameters, names)[0]
+            value = evaluator.evaluate(lambda b=batch: closure(b))[0]
             average.add(weight)
             loss = loss + value * weight
         batch, weight = batches[-1]
-        found = gradients(
-            lambda: closure(batch),
-            parameters,
-            copies,
-            names=names,
-            modules=modules,
-            leave=True,
-            check=check,
-        )
+        found = evaluator.gradients(lambda: closure(batch), copies, leave=True, check=check)
     except BaseException:
         before.restore()
         before.restore_gradients()

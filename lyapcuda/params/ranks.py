@@ -9,7 +9,7 @@ also says whether all ranks got through: see docs/distributed.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.params.shards import fsdp_modules, is_sharded
 
-__all__ = ["RankError", "Ranks", "get_state_dict", "set_state_dict"]
+__all__ = ["GRACE", "RankError", "Ranks", "is_wrapper"]
 
 
 class RankError(RuntimeError):
@@ -293,49 +293,3 @@ def _own_group(like: Any, ranks: tuple[int, ...], device: torch.device) -> Any:
         )
         _groups[ranks] = (dist.group.WORLD, group)
     return group
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def get_state_dict(owner: Any) -> dict[str, Any]:
-    """The state of a `CurvatureTracker`, or of an optimizer that has one as ``tracker``, for
-    torch.distributed.checkpoint: to save, or to load into.
-
-    As ``owner.state_dict()``, but a tracker that has not measured yet is started, so that there are
-    tensors to load into, and the history, whose length changes, is no tensor. What is shaped like
-    the parameters is a DTensor where they are. Collective.
-    """
-    getattr(owner, "tracker", owner)._started()
-    return _with_history(owner.state_dict(), lambda name, value: value.tolist())
-
-
-def set_state_dict(owner: Any, state_dict: Mapping[str, Any]) -> None:
-    """Goes on from what torch.distributed.checkpoint loaded into `get_state_dict`'s result.
-
-    Raises:
-        ValueError: as ``owner.load_state_dict``.
-    """
-    held = _history(owner.state_dict()) or {}
-
-    def tensor(name: str, value: Any) -> Tensor:
-        like = held[name]
-        return torch.tensor(value, dtype=like.dtype).reshape(-1, *like.shape[1:])
-
-    owner.load_state_dict(_with_history(dict(state_dict), tensor))
-
-
-def _history(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return state.get("tracker", state).get("history")
-
-
-def _with_history(state: dict[str, Any], convert: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """The same with the history's tensors, or the lists that stand for them, converted."""
-    history = _history(state)
-    if not history:
-        return state
-    tensors = ("rows", "clock", "recorded")
-    history = {**history, **{name: convert(name, history[name]) for name in tensors}}
-    if "tracker" in state:
-        return {**state, "tracker": {**state["tracker"], "history": history}}
-    return {**state, "history": history}

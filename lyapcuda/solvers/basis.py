@@ -8,6 +8,9 @@ good the differences are.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,19 +20,20 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.params.flat import FlatLayout
-from lyapcuda.solvers.pages import release
-from lyapcuda.solvers.ritz import Verdict
+from lyapcuda.solvers.convergence import ConvergenceStatus
 
 __all__ = ["MAX_ROWS", "Basis", "Product", "Report", "Solution", "finite", "on_host"]
 
+# MADV_DONTNEED: the pages are gone, and read as zeros from here on
+_DONTNEED = 4
 #: Rows of a panel that the ops take.
 MAX_ROWS = 128
 
 #: Writes H times the first to the second, divided by the norm of the first, where that is given (it
 #: is 1 otherwise); returns a loss.
 Product = Callable[..., Tensor]
-#: Called with the verdict of every iteration.
-Report = Callable[[Verdict], None]
+#: Called with the status of every iteration.
+Report = Callable[[ConvergenceStatus], None]
 
 
 class Basis:
@@ -56,7 +60,7 @@ class Basis:
     def release(self) -> None:
         """What these rows hold is no longer needed: on the CPU, their memory is given back."""
         for panel in self.panels:
-            release(panel)
+            release_pages(panel)
 
     def gram(self, other: Basis) -> Tensor:
         """(rows, rows of the other) float64, on the first group's device."""
@@ -126,9 +130,9 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 @dataclass
 class Solution:
-    """What a solver ended with: the verdict, the eigenvectors, and how it went."""
+    """What a solver ended with: the status, the eigenvectors, and how it went."""
 
-    verdict: Verdict
+    status: ConvergenceStatus
     vectors: Basis
     iterations: int
     #: Values and residuals of every iteration.
@@ -148,3 +152,19 @@ def finite(values: np.ndarray) -> np.ndarray:
             "displacement of this size: try a larger perturbation)"
         )
     return values
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Gives back to the system the whole pages of a contiguous tensor on the CPU.
+
+    What it held is lost. Does nothing but on Linux.
+    """
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    first = tensor.data_ptr()
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (first + tensor.numel() * tensor.element_size() - start) // mmap.PAGESIZE
+    if size > 0:
+        length = ctypes.c_size_t(size * mmap.PAGESIZE)
+        # Where the system refuses, the memory stays for a while longer.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), length, _DONTNEED)

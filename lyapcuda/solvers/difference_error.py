@@ -1,4 +1,4 @@
-"""How far differences of gradients are off along a vector: their truncation error.
+"""The truncation error of finite-difference products along a vector.
 
 (g(θ + Δq·u) − g(θ))/Δq is Hu + Δq/2·T[u, u], T the third derivative; a central difference is off by
 Δq²/6 times the fourth. What that does to a vector across others makes a projected matrix
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.operator import HessianOperator
 
-__all__ = ["Truncation", "measure"]
+__all__ = ["TruncationError", "truncation_along"]
 
 
 @dataclass(frozen=True)
-class Truncation:
+class TruncationError:
     """Along one vector.
 
     Attributes:
@@ -38,8 +38,12 @@ class Truncation:
         return (perturbation / self.length) ** 2 / 6.0
 
 
-def measure(operator: HessianOperator, u: Basis, spare: Basis, value: float) -> Truncation:
-    """Two gradients beside θ: for forward differences at the same Δq on both sides, for central
+def truncation_along(
+    operator: HessianOperator, u: Basis, spare: Basis, value: float
+) -> TruncationError:
+    """Measures it with two gradients beside θ.
+
+    For forward differences at the same Δq on both sides, for central
     ones at twice the Δq, where they are off four times as far.
 
     Args:
@@ -53,19 +57,15 @@ def measure(operator: HessianOperator, u: Basis, spare: Basis, value: float) -> 
     step = operator.perturbation
 
     def curvature(perturbation: float) -> float:
-        operator.perturbation = perturbation
-        try:
-            operator.product(u.row(0), spare.row(0))
-        finally:
-            operator.perturbation = step
+        operator.product(u.row(0), spare.row(0), perturbation=perturbation)
         return float(on_host(u.gram(spare))[0, 0])
 
     if operator.difference == "central":
         error = abs(curvature(2.0 * step) - value) / (3.0 * abs(value))
-        return Truncation(error, step / math.sqrt(6.0 * error) if error else math.inf)
+        return TruncationError(error, step / math.sqrt(6.0 * error) if error else math.inf)
     plus, minus = curvature(step), curvature(-step)
     mean = (plus + minus) / 2.0
     size = abs(mean) or abs(value)
     change = abs(plus - minus) / size
     error = max(change / 2.0, abs(value - mean) / size)
-    return Truncation(error, step / change if change else math.inf)
+    return TruncationError(error, step / change if change else math.inf)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lyapcuda.arguments import positive
-from lyapcuda.objective.evaluator import Closure
-from lyapcuda.params.collect import Parameters
-from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.operator import HessianOperator, accepts_closure
 from lyapcuda.solvers.result import EigenResult
 
 __all__ = ["FiniteScale", "finite_scale"]
@@ -34,16 +31,11 @@ class FiniteScale:
     gradient_evaluations: int
 
 
+@accepts_closure
 def finite_scale(
-    closure: Closure,
-    params: Parameters,
+    operator: HessianOperator,
     vectors: EigenResult | Tensor,
     perturbations: Sequence[float] | None = None,
-    *,
-    data: Iterable[Any] | None = None,
-    select: str | Sequence[str] | None = None,
-    weight_decay: float = 0.0,
-    model: nn.Module | Iterable[nn.Module] | None = None,
 ) -> FiniteScale:
     """How the curvature along the found vectors depends on the scale it is measured at.
 
@@ -51,16 +43,23 @@ def finite_scale(
     the Hessian doesn't have.
 
     Args:
+        operator: the Hessian, which is measured by central differences here; or, as the short form,
+            a closure and its parameters, and further arguments of `HessianOperator` by name.
         vectors: a result of `eigsh`, or (k, n) vectors of any norm, in the parameters' order.
         perturbations: two or more separations. Default: that of the result (for vectors: the one
             advised) and a tenth and ten times of it.
-        closure, params, data, select, weight_decay, model: as for `eigsh`.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
+
+    Example:
+        >>> p = torch.tensor([0.1], dtype=torch.float64, requires_grad=True)
+        >>> H = HessianOperator(lambda: p.relu().sum() + p.square().sum(), [p])
+        >>> finite_scale(H, torch.ones(1, 1), [0.01, 1.0]).curvatures  # the kink is 0.1 away
+        tensor([[2.0000],
+                [2.5000]], dtype=torch.float64)
     """
-    options = dict(data=data, select=select, weight_decay=weight_decay, model=model)
-    operator = HessianOperator(closure, params, difference="central", **options)
+    before, operator = operator.gradient_evaluations, operator.central()
     rows = vectors.eigenvectors if isinstance(vectors, EigenResult) else vectors
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != operator.shape[0]:
         described = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -68,7 +67,6 @@ def finite_scale(
             f"vectors: expected an EigenResult or (k, {operator.shape[0]}), got {described}"
         )
     if perturbations is None:
-        operator.gradient()
         middle = getattr(vectors, "perturbation", None) or operator.perturbation
         perturbations = (middle / 10.0, middle, middle * 10.0)
     sizes = list(perturbations)
@@ -78,11 +76,12 @@ def finite_scale(
         positive("perturbations", size)
     table = []
     for size in sizes:
-        operator.perturbation = float(size)
-        products = [(u.double(), operator.matvec(u).double()) for u in rows]
+        products = [
+            (u.double(), operator.matvec(u, perturbation=float(size)).double()) for u in rows
+        ]
         table.append(torch.stack([(u @ y) / (u @ u) for u, y in products]))
     return FiniteScale(
         torch.tensor(sizes, dtype=torch.float64),
         torch.stack(table),
-        operator.gradient_evaluations,
+        operator.gradient_evaluations - before,
     )

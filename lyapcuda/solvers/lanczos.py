@@ -8,17 +8,11 @@ import numpy as np
 import torch
 
 from lyapcuda.solvers.basis import Basis, Product, Report, Solution, finite
-from lyapcuda.solvers.missed import Growth
-from lyapcuda.solvers.ritz import Goal, Ritz, order
+from lyapcuda.solvers.convergence import INVARIANT, KRYLOV_STEPS, Criterion
+from lyapcuda.solvers.missed import KrylovGrowth
+from lyapcuda.solvers.ritz import Ritz, order
 
 __all__ = ["lanczos"]
-
-# Less than this, relative to H, is what is left of a product when the basis spans an invariant
-# subspace: rounding, amplified by each product since.
-_NOISE = 1e-3
-
-# From so many products on, what has grown from a random vector shows its extreme values.
-_GROWN = 6
 
 
 class _Lanczos:
@@ -41,7 +35,7 @@ class _Lanczos:
         self.injected = 0
         #: Products since then.
         self.since = 0
-        self.growth = Growth()
+        self.growth = KrylovGrowth()
 
     def extend(self, product: Product) -> None:
         """One product more."""
@@ -164,7 +158,7 @@ class _Lanczos:
 def lanczos(
     product: Product,
     basis: Basis,
-    goal: Goal,
+    criterion: Criterion,
     *,
     maxiter: int,
     generators: Sequence[torch.Generator],
@@ -178,7 +172,7 @@ def lanczos(
     Args:
         product: H.
         basis: rows for the vectors kept (ncv) and one more; row 0 holds the start vector, norm 1.
-        goal: what is wanted; k is below ncv, or ncv the number of parameters.
+        criterion: what is wanted; k is below ncv, or ncv the number of parameters.
         maxiter: products at most.
         generators: for random vectors, one a group: taken in wherever the basis spans an invariant
             subspace, for that is how further copies of a multiple eigenvalue are found.
@@ -190,7 +184,7 @@ def lanczos(
         report: called after every product.
     """
     state, n = _Lanczos(basis, generators), basis.layout.numel
-    noise = max(_NOISE, 20 * goal.accuracy)
+    noise = max(INVARIANT, 20 * criterion.accuracy)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     believed: np.ndarray | None = None
     for iteration in range(1, maxiter + 1):
@@ -198,29 +192,29 @@ def lanczos(
         ritz = state.ritz()
         left = state.left(ritz)
         grown = state.fresh[: state.size]
-        fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < _GROWN else None
-        verdict = goal.judge(ritz, fresh)
+        fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < KRYLOV_STEPS else None
+        status = criterion.judge(ritz, fresh)
         # Looked for only beside values that would be believed, or built upon: where the differences
         # themselves aren't good for the tolerance (kinks), no further product makes them so. And
         # only where this may be the last product.
-        last = bool(verdict.done.all()) or iteration == maxiter or left == 0
+        last = bool(status.done.all()) or iteration == maxiter or left == 0
         hidden = look and not state.injected and 1 < state.size < n
-        matter = verdict.done if provisional else verdict.converged
+        matter = status.done if provisional else status.converged
         if hidden and last and matter.any():
-            verdict = goal.without_hidden(verdict, ritz.values, state.growth)
-        history.append((verdict.values, verdict.residuals))
-        report(verdict)
-        enough = len(verdict.indices) == goal.k and bool(verdict.done.all())
+            status = criterion.without_hidden(status, ritz.values, state.growth)
+        history.append((status.values, status.residuals))
+        report(status)
+        enough = len(status.indices) == criterion.k and bool(status.done.all())
         # What was put in has to have had the time to show something.
-        if state.injected and state.since < _GROWN and left > noise:
+        if state.injected and state.since < KRYLOV_STEPS and left > noise:
             enough = False
         # An invariant subspace holds one copy of a multiple eigenvalue: before values out of one
         # are believed, a random vector has to leave them as they are.
         # So where two of them are equal, rounding has brought one in, and there may be more.
-        doubtful = verify or left <= noise or state.injected > 0 or goal.repeats(verdict)
+        doubtful = verify or left <= noise or state.injected > 0 or criterion.repeats(status)
         if enough and doubtful:
-            known, believed = believed, verdict.values
-            slack = goal.tol * np.abs(believed) + verdict.errors
+            known, believed = believed, status.values
+            slack = criterion.tol * np.abs(believed) + status.errors
             enough = known is not None and bool((np.abs(believed - known) <= slack).all())
             doubtful = not enough
         else:
@@ -228,12 +222,12 @@ def lanczos(
         if state.size == n or enough or iteration == maxiter:
             break
         if state.size == state.ncv:
-            kept = min(goal.k + (state.ncv - goal.k) // 2, state.ncv - 1)
-            state.restart(ritz, order(ritz.values, goal.which, goal.k)[:kept])
+            kept = min(criterion.k + (state.ncv - criterion.k) // 2, state.ncv - 1)
+            state.restart(ritz, order(ritz.values, criterion.which, criterion.k)[:kept])
         if left > 0 and not doubtful:
             state.couple(random=left <= noise)
         elif not state.inject():
             break
-    vectors = state.rotate(ritz.vectors[:, verdict.indices])
+    vectors = state.rotate(ritz.vectors[:, status.indices])
     basis[len(vectors) :].release()
-    return Solution(verdict, vectors, iteration, history)
+    return Solution(status, vectors, iteration, history)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["Growth"]
+__all__ = ["KrylovGrowth"]
 
 # From here on there is no question.
 _ENOUGH = 1e100
 
 
-class Growth:
+class KrylovGrowth:
     """The steps of a Lanczos run, to be gone through again for any μ."""
 
     def __init__(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +18,14 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, positive
 from lyapcuda.dynamics.perturbation import separation_size
 from lyapcuda.objective.batches import Batches
-from lyapcuda.objective.evaluator import Closure
-from lyapcuda.objective.fixed_objective import Kept, gradients_at, second_derivative
-from lyapcuda.objective.isolation import modules_of
+from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.fixed_objective import FixedObjective
+from lyapcuda.objective.isolation import chosen_modules, modules_of
 from lyapcuda.objective.loss_graph import COARSE, has_kinks, loss_epsilon
-from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.collect import Parameters, select_by_name
 from lyapcuda.params.flat import FlatGroup, FlatLayout
 
-__all__ = ["DIFFERENCES", "MODES", "HessianOperator"]
+__all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
 
 MODES = ("difference", "exact")
 #: Gradients that one product needs (the forward one besides g(θ), which is computed once).
@@ -33,15 +35,44 @@ DIFFERENCES = {"forward": 1, "central": 2}
 class _GroupBuffers:
     """What one group needs beside v and Hv: where to evaluate, and the gradient to subtract."""
 
-    def __init__(self, group: FlatGroup, central: bool, streams: bool) -> None:
+    def __init__(self, group: FlatGroup, streams: bool) -> None:
         self.group = group
         # A gradient that is added up over batches can't lie where its θ + q does.
         apart = streams or group.rounds
         self.copies = group.new_buffer(group.dtype) if apart else None
         self.minus = group.new_buffer(None if streams else group.dtype)
-        self.minus_copies = self.minus
-        if central and streams:
-            self.minus_copies = group.new_buffer(group.dtype)
+        self._minus_copies = None if streams else self.minus
+
+    @property
+    def minus_copies(self) -> Tensor:
+        """Where θ − q lies, for central differences."""
+        if self._minus_copies is None:
+            self._minus_copies = self.group.new_buffer(self.group.dtype)
+        return self._minus_copies
+
+
+class _Shared:
+    """What operators of one objective have in common: g(θ), its buffers, what was seen of the loss.
+
+    Attributes:
+        buffers: none before the first product.
+        origin: g(θ), in the order of the parameters; views of the buffers.
+        versions: of the parameters that the loss was last seen at.
+        holds_gradient: False once a central product has written over g(θ).
+        gradient_evaluations: so far.
+        kinked: whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
+        epsilon: of the coarsest type that the loss is computed in, 16 bits under autocast, or TF32;
+            as far as the graph shows it, and at least the parameters' own.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.buffers: list[_GroupBuffers] = []
+        self.origin: list[Tensor] = []
+        self.versions: list[int] | None = None
+        self.holds_gradient = False
+        self.gradient_evaluations = 0
+        self.kinked: bool | None = None
+        self.epsilon = epsilon
 
 
 class HessianOperator:
@@ -64,8 +95,10 @@ class HessianOperator:
             them, weighted by their sizes (the length of the first tensor in a batch).
         mode: "difference", or "exact" for double backward, to check against; that takes more memory
             and fails, or is silently wrong, beside functions without a second derivative. Within
-            `keeping` it takes half the time.
-        difference: "forward": one gradient a product; "central": two, more accurate; and once g(θ).
+            `keeping_graph` it takes half the time.
+        difference: "forward": one gradient a product, and once g(θ); "central": two, more accurate.
+            None is "forward", and leaves it to `eigsh` to go on with central ones where forward
+            ones are too coarse.
         perturbation: Δq, the norm of the separation. None chooses it from the parameters' size and
             precision, from ``difference``, and from whether the loss has kinks (ReLU), which take a
             larger one: it is known from the first product on.
@@ -77,6 +110,13 @@ class HessianOperator:
     Raises:
         TypeError, ValueError: naming the argument and its value.
         NotImplementedError: DTensor parameters.
+
+    Example:
+        >>> p = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> H = HessianOperator(lambda: (p**2).prod(), [p])
+        >>> (H @ torch.eye(2, dtype=torch.float64)).round(decimals=4)
+        tensor([[8., 8.],
+                [8., 2.]], dtype=torch.float64)
     """
 
     def __init__(
@@ -86,7 +126,7 @@ class HessianOperator:
         *,
         data: Iterable[Any] | None = None,
         mode: str = "difference",
-        difference: str = "forward",
+        difference: str | None = None,
         perturbation: float | None = None,
         select: str | Sequence[str] | None = None,
         weight_decay: float = 0.0,
@@ -95,12 +135,10 @@ class HessianOperator:
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
         choice("mode", mode, MODES)
-        choice("difference", difference, DIFFERENCES)
+        if difference is not None:
+            choice("difference", difference, DIFFERENCES)
         positive("perturbation", perturbation)
-        models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-        for module in models:
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
+        modules = chosen_modules(model)
         self.layout = FlatLayout(
             params if select is None else select_by_name(params, select), weight_decay
         )
@@ -109,36 +147,36 @@ class HessianOperator:
                 "params: DTensor parameters (FSDP2) are not supported yet by HessianOperator, "
                 "eigsh, trace and spectral_density; CurvatureTracker takes them"
             )
-        self.mode, self.difference = mode, difference
-        #: Evaluations of the gradient so far (an exact product counts as two).
-        self.gradient_evaluations = 0
+        self.mode, self.difference = mode, difference or "forward"
+        #: Whether `difference` was left to the solvers.
+        self.chooses_difference = difference is None
+        #: Δq; None until the first product has chosen it.
         self.perturbation = perturbation
         self._fixed = perturbation is not None
-        #: Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
-        self.kinked: bool | None = None
-        #: ε of the coarsest type that the loss is computed in, 16 bits under autocast, or TF32; as
-        #: far as the graph shows it, and at least the parameters' own.
-        self.epsilon = self.layout.epsilon()
         self._warn_if_small(perturbation)
-        self._closure = closure
-        self._parameters = [p.tensor for p in self.layout.parameters]
-        self._batches = None if data is None else Batches(data)
-        self._context = {
-            "names": [p.name for p in self.layout.parameters],
-            "modules": [m for model in models for m in model.modules()]
-            or modules_of(self._parameters),
-            "states": RandomStates(
-                (p.device for p in self._parameters),
-                self._batches.generators if self._batches else (),
-            ),
-            "batches": self._batches,
-        }
-        self._kept: Kept | None = None
-        self._buffers: list[_GroupBuffers] = []
-        self._versions: list[int] | None = None  # of the parameters that g(θ) belongs to
+        tensors = [p.tensor for p in self.layout.parameters]
+        names = [p.name for p in self.layout.parameters]
+        evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
+        batches = None if data is None else Batches(data)
+        self.objective = FixedObjective(evaluator, closure, batches)
+        self._shared = _Shared(self.layout.epsilon())
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
         self._first = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.layout.device)
-        self._origin: list[Tensor] = []  # g(θ), in the order of the parameters
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Evaluations of the gradient so far (an exact product counts as two)."""
+        return self._shared.gradient_evaluations
+
+    @property
+    def kinked(self) -> bool | None:
+        """Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ)."""
+        return self._shared.kinked
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest type that the loss was seen to be computed in."""
+        return self._shared.epsilon
 
     def _warn_if_small(self, perturbation: float | None) -> None:
         if perturbation is None or self.mode == "exact":
@@ -166,11 +204,12 @@ class HessianOperator:
     def device(self) -> torch.device:
         return self.layout.device
 
-    def matvec(self, v: Tensor) -> Tensor:
-        """Hv.
+    def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor:
+        """Returns Hv.
 
         Args:
             v: (n,), in the order of the parameters.
+            perturbation: Δq of this product; None for the operator's own.
 
         Raises:
             ValueError: another shape, or not real.
@@ -186,14 +225,14 @@ class HessianOperator:
         square = sum(
             ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
         )
-        self.product(vectors, out, norm=square.sqrt())
+        self.product(vectors, out, norm=square.sqrt(), perturbation=perturbation)
         return self.layout.gather(out)
 
     def matmat(self, matrix: Tensor) -> Tensor:
         """H times the columns of an (n, m) matrix."""
         if not isinstance(matrix, Tensor) or matrix.dim() != 2:
             raise ValueError("matrix: expected a tensor of shape (n, m)")
-        with self.keeping():
+        with self.keeping_graph():
             columns = [self.matvec(column) for column in matrix.T]
         return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
 
@@ -225,6 +264,7 @@ class HessianOperator:
         length: float = 1.0,
         *,
         norm: Tensor | None = None,
+        perturbation: float | None = None,
     ) -> Tensor:
         """Writes Hv/length; both as one flat buffer a group. Nothing is synchronised.
 
@@ -235,6 +275,7 @@ class HessianOperator:
             length: ‖v‖.
             norm: where the host doesn't know it: ‖v‖ (one float64 element on `device`), by which
                 nothing is divided.
+            perturbation: Δq of this product; None for the operator's own.
 
         Returns:
             The loss at the last evaluation, 0-dim.
@@ -243,20 +284,25 @@ class HessianOperator:
             group.check()
         if self.mode == "exact":
             return self._exact(vectors, out, length)
-        self.gradient()
+        central, shared, objective = self.difference == "central", self._shared, self.objective
+        if central:
+            self._look()
+        else:
+            self.gradient()
         norm = torch.full_like(self._unit, length) if norm is None else norm
-        step = torch.where(norm > 0, self.perturbation / norm, 0.0)
+        size = self.perturbation if perturbation is None else perturbation
+        step = torch.where(norm > 0, size / norm, 0.0)
         copies = [
             buffer if part.copies is None else part.copies
-            for part, buffer in zip(self._buffers, out, strict=True)
+            for part, buffer in zip(shared.buffers, out, strict=True)
         ]
         sums = self._displace(copies, vectors, step)
-        central = self.difference == "central"
-        minus: Sequence[Tensor | None] = self._origin
+        minus: Sequence[Tensor | None] = shared.origin
         if central:
-            others = [part.minus_copies for part in self._buffers]
+            shared.holds_gradient = False
+            others = [part.minus_copies for part in shared.buffers]
             sums = sums - self._displace(others, vectors, -step) * self._first
-            minus = self.layout.views([part.minus for part in self._buffers])
+            minus = self.layout.views([part.minus for part in shared.buffers])
         # Divided by what was realised along v; 0 for v = 0.
         moved = sums[0] * length
         scale = torch.where(sums[1] > 0, sums[1] / moved, 0.0)
@@ -274,7 +320,7 @@ class HessianOperator:
                     v=v if decay else None,
                 )
 
-        if self._batches is None:
+        if objective.batches is None:
             # The last gradient is taken where it lies.
             plus = self.layout.views(copies)
             if central:
@@ -286,80 +332,84 @@ class HessianOperator:
             points = [(self.layout.views(copies), plus)]
             if central:
                 points.append((self.layout.views(others), minus))
-        losses = gradients_at(self._closure, self._parameters, points, **self._context)
-        if self._batches is not None:
+        losses = objective.gradients_at(points)
+        if objective.batches is not None:
             divided(plus, minus)
-        self.gradient_evaluations += len(points)
+        shared.gradient_evaluations += len(points)
         return losses[-1]
 
     def gradient(self) -> list[Tensor]:
-        """g(θ), one flat buffer a group (live: a central product writes there).
+        """Returns g(θ), one flat buffer a group (live: a central product writes there).
 
-        Evaluated once; again where the parameters have been written to since.
+        Evaluated once; again where the parameters, or the buffers, have been written to since.
         """
-        if not self._buffers:
-            central, streams = self.difference == "central", self._batches is not None
-            self._buffers = [_GroupBuffers(g, central, streams) for g in self.layout.groups]
-            self._origin = self.layout.views([part.minus for part in self._buffers])
-        buffers = [part.minus for part in self._buffers]
-        versions = [p._version for p in self._parameters]
-        if versions == self._versions:
-            return buffers
+        self._look(gradient=True)
+        return [part.minus for part in self._shared.buffers]
+
+    def _look(self, gradient: bool = False) -> None:
+        """Evaluates g(θ), unless the loss was seen at this θ already (and g(θ) isn't asked for)."""
+        shared, objective = self._shared, self.objective
+        if not shared.buffers:
+            streams = objective.batches is not None
+            shared.buffers = [_GroupBuffers(group, streams) for group in self.layout.groups]
+            shared.origin = self.layout.views([part.minus for part in shared.buffers])
+        versions = [p._version for p in objective.evaluator.parameters]
+        if versions == shared.versions and (shared.holds_gradient or not gradient):
+            return
 
         def watched(*batch: Any) -> Tensor | float:
-            loss = self._closure(*batch)
-            if self.kinked is None:
-                self.kinked = has_kinks(loss)
-                self.epsilon = max(self.epsilon, loss_epsilon(loss))
+            loss = objective.closure(*batch)
+            if shared.kinked is None:
+                shared.kinked = has_kinks(loss)
+                shared.epsilon = max(shared.epsilon, loss_epsilon(loss))
             return loss
 
-        gradients_at(watched, self._parameters, [(None, self._origin)], **self._context)
-        self._versions = versions
-        self.gradient_evaluations += 1
+        objective.gradients_at([(None, shared.origin)], closure=watched)
+        shared.versions, shared.holds_gradient = versions, True
+        shared.gradient_evaluations += 1
         if self.perturbation is None:
-            self.perturbation = separation_size(
-                self.layout, self.difference, self.kinked, self.epsilon
-            )
-        return buffers
+            self.perturbation = self._advised()
+
+    def _advised(self, length: float = math.inf) -> float:
+        shared = self._shared
+        return separation_size(self.layout, self.difference, shared.kinked, shared.epsilon, length)
 
     def release(self) -> None:
         """Frees the buffers and g(θ), which the next product would make anew."""
-        self._buffers, self._origin, self._versions = [], [], None
+        self._shared.buffers, self._shared.origin = [], []
+        self._shared.versions, self._shared.holds_gradient = None, False
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Inside, exact products over one batch keep autograd's graph from one to the next: about
-        half of the time, for the memory of the activations, which are freed at the end.
-        """
-        outer, self._kept = self._kept, self._kept or Kept()
-        try:
-            yield
-        finally:
-            self._kept = outer
+    def keeping_graph(self) -> Iterator[None]:
+        """Inside, exact products over one batch keep autograd's graph from one to the next.
 
-    def choose_difference(self, coarse: bool, length: float = math.inf) -> bool:
-        """Takes central differences where forward ones are too ``coarse``; for 16-bit parameters
-        or arithmetic, and for losses with kinks, they always are.
+        That takes about half of the time, for the memory of the activations, which are freed at
+        the end.
+        """
+        with self.objective.keeping_graph():
+            yield
+
+    def central(self, length: float = math.inf) -> HessianOperator:
+        """Returns the same Hessian by central differences; this operator stays what it is.
+
+        The two share their buffers, g(θ) and the count of gradients.
 
         Args:
-            length: as for `separation_size`.
-
-        Returns:
-            Whether products are any finer now.
+            length: where it is known, the distance over which the curvature changes by as much as
+                it is: Δq is smaller for a small one, unless it was given.
         """
-        self.gradient()
-        if not (coarse or self.kinked or self.epsilon > COARSE):
-            return False
-        was_central, before = self.difference == "central", self.perturbation
-        self.difference = "central"
+        self._look()
+        finer = copy.copy(self)
+        finer.difference = "central"
         if not self._fixed:
-            self.perturbation = separation_size(
-                self.layout, "central", self.kinked, self.epsilon, length
-            )
-        if self._batches is not None and not was_central:
-            for part in self._buffers:
-                part.minus_copies = part.group.new_buffer(part.group.dtype)
-        return not was_central or self.perturbation < 0.7 * before
+            finer.perturbation = finer._advised(length)
+        return finer
+
+    @property
+    def needs_central(self) -> bool:
+        """Whether forward differences are too coarse whatever the tolerance: 16 bits, or kinks."""
+        self._look()
+        return bool(self.kinked) or self.epsilon > COARSE
 
     @property
     def chooses(self) -> bool:
@@ -370,9 +420,9 @@ class HessianOperator:
         self, copies: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor
     ) -> Tensor:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for group, copy, v in zip(self.layout.groups, copies, vectors, strict=True):
+        for group, where, v in zip(self.layout.groups, copies, vectors, strict=True):
             sums = ops.displace_(
-                group.segments(group.views(copy)),
+                group.segments(group.views(where)),
                 v,
                 group.segments(group.tensors),
                 group.offsets,
@@ -382,21 +432,47 @@ class HessianOperator:
         return total
 
     def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor], length: float) -> Tensor:
+        parameters = self.objective.evaluator.parameters
         pieces = [
-            v.to(p.dtype) for v, p in zip(self.layout.views(vectors), self._parameters, strict=True)
+            v.to(p.dtype) for v, p in zip(self.layout.views(vectors), parameters, strict=True)
         ]
-        loss = second_derivative(
-            self._closure,
-            self._parameters,
-            pieces,
-            self.layout.views(out),
-            kept=self._kept,
-            **self._context,
-        )
-        self.gradient_evaluations += 2
+        loss = self.objective.hessian_product(pieces, self.layout.views(out))
+        self._shared.gradient_evaluations += 2
         for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
             if group.weight_decay:
                 y.add_(v, alpha=group.weight_decay)
             if length != 1.0:
                 y.mul_(1.0 / length)
         return loss
+
+
+def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a solver of an operator take a closure and its parameters too: the short form.
+
+    ``solver(closure, params, …)`` is ``solver(HessianOperator(closure, params, …), …)``: arguments
+    that the solver doesn't know are the operator's.
+    """
+    known = inspect.signature(solver).parameters
+
+    @functools.wraps(solver)
+    def solve(operator: HessianOperator | Closure, *arguments: Any, **options: Any) -> Any:
+        if isinstance(operator, HessianOperator):
+            return solver(operator, *arguments, **options)
+        if not callable(operator):
+            raise TypeError(
+                f"closure={operator!r}: {solver.__name__} expects a HessianOperator, or a callable "
+                "that returns the loss"
+            )
+        if arguments:
+            params, *arguments = arguments
+        elif "params" in options:
+            params = options.pop("params")
+        else:
+            raise TypeError(
+                f"{solver.__name__}(closure): params is missing: the parameters to differentiate by"
+            )
+        own = {name: value for name, value in options.items() if name in known}
+        rest = {name: value for name, value in options.items() if name not in known}
+        return solver(HessianOperator(operator, params, **rest), *arguments, **own)
+
+    return solve

@@ -1,4 +1,4 @@
-"""What `lyapcuda.eigsh` returns."""
+"""The result of `lyapcuda.eigsh`, and the warning where it isn't known to the tolerance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EigenResult:
             are apart along u: from the asymmetry of the projected matrix, and at least what
             differences of this kind and precision have on smooth losses. On a smooth loss, where
             any value would count as converged, also from a measurement along the leading one's
-            vector (`lyapcuda.truncation`), unless the ``perturbation`` was given.
+            vector (`lyapcuda.solvers.difference_error`), unless the ``perturbation`` was given.
         converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
             between values (R²/gap), and one and a half times that of the differences are within the
             tolerance together; and the residual, which bounds the error rigorously where a gap can
@@ -42,7 +42,7 @@ class EigenResult:
             the tolerance where values are crowded, and without ``v0`` that an overlooked eigenvalue
             would have shown by now, unless its vector has less than a hundredth of the usual part
             in the start vector, or it lies closer to a found one than ``tol`` or a tenth of their
-            usual distance (`lyapcuda.hidden`).
+            usual distance (`lyapcuda.solvers.missed`).
         iterations: of the method.
         gradient_evaluations: of the whole data (an exact product counts as two).
         history: per iteration ``{"eigenvalues": [...], "residuals": [...],
@@ -99,5 +99,5 @@ def warn_unless_converged(result: EigenResult) -> None:
         f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
         f"after {result.iterations} iterations (see .interval); {advice}",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=4,
     )

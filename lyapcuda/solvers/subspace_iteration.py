@@ -17,8 +17,8 @@ import torch
 
 from lyapcuda import ops
 from lyapcuda.solvers.basis import Basis, Product, Report, Solution, on_host
-from lyapcuda.solvers.block import Block, ends
-from lyapcuda.solvers.ritz import Goal, Verdict, order, rayleigh_ritz
+from lyapcuda.solvers.convergence import BlockCriterion, ConvergenceStatus, Criterion, ends
+from lyapcuda.solvers.ritz import order, rayleigh_ritz
 
 __all__ = ["MAX_COPIES", "climb", "copies", "merged", "subspace"]
 
@@ -34,7 +34,7 @@ _FLAT = 1e-4
 def subspace(
     product: Product,
     basis: Basis,
-    goal: Goal,
+    criterion: Criterion,
     *,
     maxiter: int,
     report: Report,
@@ -46,8 +46,8 @@ def subspace(
     vectors: more show where the next values lie, without which no error can be estimated. Values
     that can't reach a magnitude of ``least`` count as done.
     """
-    k, layout, block = len(basis), basis.layout, Block(goal, least)
-    sign = {"LA": 1, "SA": -1}[goal.which]
+    k, layout, block = len(basis), basis.layout, BlockCriterion(criterion, least)
+    sign = {"LA": 1, "SA": -1}[criterion.which]
     for i in range(k):
         basis.orthogonalise_(i)
     moved = Basis.empty(layout, k)
@@ -73,10 +73,10 @@ def subspace(
         host = on_host(gram)
         block.scale = max(block.scale, _largest(host[k:, k:]))
         ritz = rayleigh_ritz(host[:k, k:], host[k:, k:])
-        verdict = block.judge(ritz)
-        history.append((verdict.values, verdict.residuals))
-        report(verdict)
-        if bool(verdict.done.all()) or iteration == maxiter:
+        status = block.judge(ritz)
+        history.append((status.values, status.residuals))
+        report(status)
+        if bool(status.done.all()) or iteration == maxiter:
             break
         ops.benettin_(state, gram, finite, k, sign=sign, control=False, alternate=False)
         for d in moved.panels:
@@ -87,10 +87,10 @@ def subspace(
             ops.panel_recenter_(q, d, d, [zero], [0], state.to(q.device))
         pending.zero_()
         beta.fill_(_rate(iteration, block.scale, sign * ritz.values))
-    vectors = Basis.empty(layout, goal.k)
-    chosen = torch.as_tensor(ritz.vectors[:, verdict.indices].copy(), device=device)
+    vectors = Basis.empty(layout, criterion.k)
+    chosen = torch.as_tensor(ritz.vectors[:, status.indices].copy(), device=device)
     vectors.combine_(basis, chosen)
-    return Solution(verdict, vectors, iteration, history)
+    return Solution(status, vectors, iteration, history)
 
 
 def copies(k: int, n: int) -> int:
@@ -98,20 +98,22 @@ def copies(k: int, n: int) -> int:
     return min(k + _MORE, n, MAX_COPIES)
 
 
-def climb(product: Product, basis: Basis, goal: Goal, *, maxiter: int, report: Report) -> Solution:
+def climb(
+    product: Product, basis: Basis, criterion: Criterion, *, maxiter: int, report: Report
+) -> Solution:
     """Copies that ascend, copies that descend, or some of both: arguments as for `subspace`."""
     parts: list[Solution] = []
     least = 0.0
-    for which, k in zip(("LA", "SA"), ends(goal.which, goal.k), strict=True):
+    for which, k in zip(("LA", "SA"), ends(criterion.which, criterion.k), strict=True):
         if not k:
             continue
         rows = copies(k, basis.layout.numel)
         start = Basis(basis.layout, [panel[:rows].clone() for panel in basis.panels])
-        part = replace(goal, which=which, k=k)
+        part = replace(criterion, which=which, k=k)
         parts.append(subspace(product, start, part, maxiter=maxiter, report=report, least=least))
-        if goal.which == "LM":
-            least = float(np.abs(parts[0].verdict.values).min())
-    return parts[0] if len(parts) == 1 else merged(parts, goal)
+        if criterion.which == "LM":
+            least = float(np.abs(parts[0].status.values).min())
+    return parts[0] if len(parts) == 1 else merged(parts, criterion)
 
 
 def _rate(i: int, scale: float, values: np.ndarray) -> float:
@@ -134,30 +136,30 @@ def _largest(square: np.ndarray) -> float:
     return math.sqrt(max(float(np.linalg.eigvalsh(square)[-1]), 0.0))
 
 
-def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
+def merged(parts: Sequence[Solution], criterion: Criterion) -> Solution:
     """The wanted pairs of two solutions, one from each end of the spectrum."""
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part.verdict, name) for part in parts])
+        return np.concatenate([getattr(part.status, name) for part in parts])
 
     values = joined("values")
-    if goal.which == "LM":
+    if criterion.which == "LM":
         # In a small space both ends may have found the same vector.
         high, low = (part.vectors for part in parts)
         twice = np.concatenate([np.zeros(len(high)), (on_host(high.gram(low)) ** 2).sum(0)]) > 0.5
-        by_size = order(values, "LM", goal.k)
-        wanted = by_size[~twice[by_size]][: goal.k]
+        by_size = order(values, "LM", criterion.k)
+        wanted = by_size[~twice[by_size]][: criterion.k]
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
     names = ("values", "residuals", "bounds", "errors", "done", "converged")
-    verdict = Verdict(wanted, *(joined(name)[wanted] for name in names))
-    if goal.which == "LM":
+    status = ConvergenceStatus(wanted, *(joined(name)[wanted] for name in names))
+    if criterion.which == "LM":
         # What is still on its way may come to lie before one that was chosen.
         way = np.setdiff1d(np.flatnonzero(~joined("done")), wanted)
-        towards = np.repeat([1.0, -1.0], [len(part.verdict.values) for part in parts])
+        towards = np.repeat([1.0, -1.0], [len(part.status.values) for part in parts])
         most = (towards * values + joined("residuals"))[way].max(initial=0.0)
-        passed = np.abs(verdict.values) * (1.0 + goal.tol) < most
-        verdict.done[passed], verdict.converged[passed] = False, False
+        passed = np.abs(status.values) * (1.0 + criterion.tol) < most
+        status.done[passed], status.converged[passed] = False, False
     first = parts[0].vectors
     panels = [
         torch.cat(panels)[torch.as_tensor(wanted, device=panels[0].device)]
@@ -165,5 +167,5 @@ def merged(parts: Sequence[Solution], goal: Goal) -> Solution:
     ]
     history = [entry for part in parts for entry in part.history]
     return Solution(
-        verdict, Basis(first.layout, panels), sum(part.iterations for part in parts), history
+        status, Basis(first.layout, panels), sum(part.iterations for part in parts), history
     )

@@ -1,46 +1,25 @@
-"""The whole spectrum in two numbers or one curve: trace (Hutch++) and density (stochastic Lanczos).
-
-Both are estimates over random vectors, and come with standard errors.
-"""
+"""The spectral density of a Hessian, with its standard error (stochastic Lanczos quadrature)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.arguments import positive, whole
-from lyapcuda.objective.evaluator import Closure
-from lyapcuda.params.collect import Parameters
-from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.random_vectors import RandomVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SpectralDensity", "TraceResult", "spectral_density", "trace"]
-
-
-@dataclass(frozen=True)
-class TraceResult:
-    """The trace of a Hessian, the sum of its eigenvalues.
-
-    Attributes:
-        trace: the estimate.
-        standard_error: of the random part of it; 0 where the sketch caught everything.
-        samples: products of the Hessian and a vector.
-        gradient_evaluations: what they cost.
-    """
-
-    trace: float
-    standard_error: float
-    samples: int
-    gradient_evaluations: int
+__all__ = ["SpectralDensity", "check_steps", "spectral_density"]
 
 
 @dataclass(frozen=True)
@@ -100,112 +79,11 @@ class SpectralDensity:
         axes.legend()
 
 
-class _Draws:
-    """Random vectors of a generator of our own."""
-
-    def __init__(self, operator: HessianOperator, seed: int) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r}: expected a whole number in 0..2**63-1")
-        self._n, self._dtype = operator.shape[0], operator.dtype
-        self._device = operator.device
-        self._generator = torch.Generator(self._device).manual_seed(seed)
-
-    def normal(self, count: int) -> Tensor:
-        """(count, n): standard normal, so independent of each other in any n of them."""
-        shape = (count, self._n)
-        return torch.randn(shape, generator=self._generator, device=self._device, dtype=self._dtype)
-
-    def signs(self, count: int) -> Tensor:
-        """(count, n): every element 1 or −1 with equal chance (Rademacher)."""
-        shape = (count, self._n)
-        bits = torch.randint(
-            0, 2, shape, generator=self._generator, device=self._device, dtype=torch.int8
-        )
-        return bits.to(self._dtype).mul_(2).sub_(1)
-
-
-def _orthonormalised(panel: Tensor) -> Tensor:
-    """An orthonormal basis of the rows' span, as rows: twice through the eigenvectors of the Gram
-    matrix, so that dependent rows drop out.
-    """
-    for _ in range(2):
-        gram = ops.gram(panel, panel)
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > 1e-10 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-        if not bool(kept.any()):
-            return panel[:0]
-        turn = vectors[:, kept] / values[kept].sqrt()
-        basis = panel.new_empty(turn.shape[1], panel.shape[1])
-        ops.combine_(basis, panel, turn)
-        panel = basis
-    return panel
-
-
-def check_samples(samples: int) -> None:
-    """Raises ValueError for what `trace` can't take."""
-    whole("samples", samples)
-    if samples < 6:
-        raise ValueError(f"samples={samples!r}: expected at least 6")
-
-
 def check_steps(steps: int) -> None:
     """Raises ValueError for what `spectral_density` can't take."""
     whole("steps", steps)
     if steps > 128:
         raise ValueError(f"steps={steps}: at most 128")
-
-
-def trace(
-    closure: Closure,
-    params: Parameters,
-    *,
-    samples: int = 30,
-    seed: int = 0,
-    **options: Any,
-) -> TraceResult:
-    """The trace of the Hessian by Hutch++ (Meyer, Musco, Musco, Woodruff 2021).
-
-    A third of the products finds a subspace that holds the largest eigenvalues, a third takes the
-    trace on it exactly, and the rest estimates what is outside of it: the error falls as 1/samples
-    where Hutchinson's plain mean falls as 1/√samples.
-
-    Args:
-        closure, params: as for `HessianOperator`.
-        samples: products to spend, at least 6.
-        seed: of the random vectors; the global random states are not touched.
-        options: further arguments of `HessianOperator` (``data``, ``difference``, ``select``, …).
-
-    Raises:
-        TypeError, ValueError: naming the argument and its value.
-    """
-    check_samples(samples)
-    operator = HessianOperator(closure, params, **options)
-    draws = _Draws(operator, seed)
-    used = 0
-
-    def products(panel: Tensor) -> Tensor:
-        nonlocal used
-        used += len(panel)
-        return torch.stack([operator @ row for row in panel])
-
-    third = min(samples // 3, operator.shape[0])
-    basis = _orthonormalised(products(draws.normal(third)))
-    caught = 0.0
-    if len(basis):
-        caught = float(ops.gram(basis, products(basis)).trace())
-    rest = draws.signs(samples - used)
-    if len(basis):
-        for _ in range(2):
-            inside = ops.gram(basis, rest)
-            shadow = torch.empty_like(rest)
-            ops.combine_(shadow, basis, inside)
-            rest -= shadow
-    # Where the basis spans everything, nothing is left but rounding.
-    values = torch.zeros(len(rest), dtype=torch.float64)
-    if len(basis) < operator.shape[0]:
-        values = ops.gram(rest, products(rest)).diagonal().cpu()
-    error = float(values.std() / math.sqrt(len(values)))
-    return TraceResult(caught + float(values.mean()), error, used, operator.gradient_evaluations)
 
 
 def _quadrature(operator: HessianOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -239,39 +117,46 @@ def _quadrature(operator: HessianOperator, start: Tensor, steps: int) -> tuple[T
     return padded[0], padded[1]
 
 
+@accepts_closure
 def spectral_density(
-    closure: Closure,
-    params: Parameters,
+    operator: HessianOperator,
     *,
     draws: int = 4,
     steps: int = 40,
     points: int = 1000,
     width: float | None = None,
     seed: int = 0,
-    **options: Any,
 ) -> SpectralDensity:
-    """The density of eigenvalues by stochastic Lanczos quadrature (Lin, Saad, Yang 2016; for
-    Hessians of nets: Ghorbani, Krishnan, Xiao 2019).
+    """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
+
+    Lin, Saad, Yang 2016; for Hessians of nets Ghorbani, Krishnan, Xiao 2019.
 
     Args:
-        closure, params: as for `HessianOperator`.
+        operator: the Hessian; or, as the short form, a closure and its parameters, and further
+            arguments of `HessianOperator` by name.
         draws: random vectors; their spread gives the standard error.
         steps: Lanczos steps, so products, for each; N at most are taken. Memory: that many vectors.
         points: of the grid.
         width: the standard deviation of the Gaussian that stands for each node; None for 1 % of
             the range of the nodes.
         seed: of the random vectors; the global random states are not touched.
-        options: further arguments of `HessianOperator` (``data``, ``difference``, ``select``, …).
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
+
+    Example:
+        >>> p = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        >>> H = HessianOperator(lambda: (torch.arange(4.0) * p.square()).sum(), [p])
+        >>> density = spectral_density(H, draws=2)
+        >>> density.nodes[0, :4].round(decimals=4)
+        tensor([-0.0000, 2.0000, 4.0000, 6.0000], dtype=torch.float64)
     """
     whole("draws", draws)
     whole("points", points)
     check_steps(steps)
     positive("width", width)
-    operator = HessianOperator(closure, params, **options)
-    source = _Draws(operator, seed)
+    before = operator.gradient_evaluations
+    source = RandomVectors(operator, seed)
     rows = [_quadrature(operator, source.signs(1)[0], steps) for _ in range(draws)]
     nodes, weights = (torch.stack(parts) for parts in zip(*rows, strict=True))
     used = nodes[weights > 0]
@@ -287,5 +172,5 @@ def spectral_density(
     curves /= width * math.sqrt(2 * math.pi)
     error = curves.std(0) / math.sqrt(draws) if draws > 1 else torch.full_like(grid, math.nan)
     return SpectralDensity(
-        grid, curves.mean(0), error, nodes, weights, width, operator.gradient_evaluations
+        grid, curves.mean(0), error, nodes, weights, width, operator.gradient_evaluations - before
     )

@@ -1,0 +1,54 @@
+"""How separations grow and what is read off them: what a tracker's separations have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lyapcuda import ops
+
+__all__ = ["SIGNS", "GrowthOptions"]
+
+#: The sign of the map by the end of the spectrum that it finds: gradient ascent the largest
+#: (algebraic) eigenvalue, descent the smallest.
+SIGNS = {"LA": 1, "SA": -1}
+
+
+@dataclass(frozen=True)
+class GrowthOptions:
+    """The options of a map θ ← θ ± βg(θ) whose copies part.
+
+    Attributes:
+        estimate: what h is read from, a key of `lyapcuda.ops.ESTIMATES`.
+        perturbation: Δq, the norm of a separation; None to choose it.
+        beta: a fixed rate; None for one that follows the curvature.
+        momentum: m of the heavy-ball map, 0 for the plain one.
+        ema: weight of the past in the average of h.
+        seed: of the random first separations.
+    """
+
+    estimate: str = "rayleigh"
+    perturbation: float | None = None
+    beta: float | None = None
+    momentum: float = 0.0
+    ema: float = 0.9
+    seed: int = 0
+
+    @property
+    def first_rate(self) -> float:
+        """The rate of the first step; 0 where the first gradients are to set it."""
+        if self.beta is not None:
+            return self.beta
+        return 1.0 if self.estimate == "paper" else 0.0
+
+    def of_ops(self, sign: int) -> dict[str, object]:
+        """As `lyapcuda.ops.exponent_` and `lyapcuda.ops.benettin_` take them."""
+        return {
+            "sign": sign,
+            "estimate": ops.ESTIMATES[self.estimate],
+            "momentum": self.momentum,
+            "control": self.beta is None,
+            # One side of θ and the other in turns: half the difference of two successive values is
+            # then the error of the one-sided difference. The paper stays on one side.
+            "alternate": self.estimate != "paper",
+            "ema": self.ema,
+        }
