@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from gpu import building, check, counters, goals, report, stages  # noqa: E402
 from gpu.lines import Lines, end_last_line, read  # noqa: E402

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 import lyapcuda
 from lyapcuda.params.ranks import get_state_dict, set_state_dict
-from ranks_support import equal_everywhere, on_ranks
-from test_distributed_values import build, loss_of, wrap
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import build, loss_of, wrap
 
 #: Samples of the whole minibatch: divisible by every number of ranks.
 SAMPLES = 12

@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lyapcuda
-from ranks_support import equal_everywhere, on_ranks
-from test_distributed_faults import same, setting, snapshot
-from test_distributed_values import BATCH, build, loss_of, wrap
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import BATCH, build, loss_of, same, setting, snapshot, wrap
 
 
 def buckets(rank: int) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 import lyapcuda
-from ranks_support import on_ranks
-from test_distributed_faults import setting
-from test_distributed_values import loss_of
+from ranks import on_ranks
+from wrapped_nets import loss_of, setting
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def examples(rank: int, folder: str) -> None:

@@ -8,40 +8,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 import lyapcuda
 from lyapcuda.params.ranks import RankError
-from ranks_support import equal_everywhere, on_ranks, outcomes
-from test_distributed_values import BATCH, build, loss_of, wrap
-
-
-def setting(rank: int, how: str, **options):
-    model, x, y = build("mlp", torch.float32, BATCH * dist.get_world_size())
-    model = wrap(model, how)
-    mine = slice(rank * BATCH, (rank + 1) * BATCH)
-    return model, x[mine], y[mine], lyapcuda.CurvatureTracker(model.parameters(), **options)
-
-
-def held(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def snapshot(model: nn.Module, tracker) -> list[torch.Tensor]:
-    """Bits of everything that a failed step must leave as it was."""
-    with torch.no_grad():
-        found = [held(p).clone() for p in model.parameters()]
-        found += [held(p.grad).clone() for p in model.parameters() if p.grad is not None]
-        found += [b.clone() for b in model.buffers()]
-        for saved in tracker.state_dict()["separations"]:
-            found += [saved["state"], *(held(q) for q in saved["q"])]
-    return [torch.get_rng_state(), *found]
-
-
-def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    bits = [[t.numpy().tobytes() for t in tensors] for tensors in (before, after)]
-    return bits[0] == bits[1]
+from ranks import equal_everywhere, on_ranks, outcomes
+from wrapped_nets import loss_of, same, setting, snapshot
 
 
 def fails_after_backward(rank: int, how: str, options: dict, leave: bool) -> None:

@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import lyapcuda
-from ranks_support import equal_everywhere, on_ranks
-from test_distributed_faults import held, same, setting, snapshot
-from test_distributed_values import BATCH, build, loss_of, wrap
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import BATCH, build, held, loss_of, same, setting, snapshot, wrap
 
 
 def leaves_no_trace(rank: int) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 import lyapcuda
-from ranks_support import equal_everywhere, on_ranks
-from test_distributed_values import BATCH, build, loss_of, wrap
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import BATCH, build, loss_of, wrap
 
 STEPS = 4
 

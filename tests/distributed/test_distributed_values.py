@@ -9,66 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import lyapcuda
-from ranks_support import equal_everywhere, on_ranks
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import BATCH, build, loss_of, wrap
 
-#: Samples a rank.
-BATCH = 6
 STEPS = 6
-
-
-class Attention(nn.Module):
-    """A block with ``scaled_dot_product_attention`` and a tied embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.qkv = nn.Linear(6, 18)
-        self.out = nn.Linear(6, 11, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(x + mixed.squeeze(1)).flatten(0, 1)
-
-
-def build(name: str, dtype: torch.dtype, samples: int) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(3)
-    if name == "attention":
-        tokens = torch.randint(0, 11, (samples, 5))
-        return Attention().to(dtype), tokens, tokens.roll(-1, 1)
-    # 7 and 3 rows: uneven on 2 and on 3 ranks; a single row: an empty shard.
-    layers = [nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)]
-    model = nn.Sequential(*layers).to(dtype)
-    return model, torch.randn(samples, 5, dtype=dtype), torch.randn(samples, 1, dtype=dtype)
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    out = model(x)
-    if out.shape == y.shape:
-        return nn.functional.mse_loss(out, y)
-    return nn.functional.cross_entropy(out, y.flatten())
-
-
-def wrap(model: nn.Module, how: str) -> nn.Module:
-    if how == "plain":
-        return model
-    if how == "ddp":
-        return DistributedDataParallel(model)
-    if how == "ddp_view":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if how == "ddp_static":
-        return DistributedDataParallel(model, static_graph=True)
-    for child in model.children():
-        if how != "fsdp_root" and isinstance(child, nn.Linear) and child.bias is not None:
-            fully_shard(child)
-    fully_shard(model, reshard_after_forward=None if how == "fsdp" else False)
-    return model
 
 
 def measured(

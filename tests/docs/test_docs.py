@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_examples_run(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lyapcuda
-from nets import NAMES, case
+from nets import NAMES, case, quadratic
 from truths import growth_of_curvature
 
 
@@ -88,17 +88,6 @@ def test_growth_inverts_the_growth_exactly(which):
 
 
 # --- the quadratic with a known spectrum ---------------------------------------------------------
-
-
-def quadratic(spectrum: np.ndarray, seed: int, dtype=torch.float64):
-    """θ and the closure of ½·θᵀHθ, H with the given spectrum in a random basis; H as an array."""
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.standard_normal((len(spectrum), len(spectrum))))
-    matrix = (basis * spectrum) @ basis.T
-    matrix = (matrix + matrix.T) / 2
-    theta = torch.nn.Parameter(torch.tensor(rng.standard_normal(len(spectrum)), dtype=dtype))
-    tensor = torch.tensor(matrix, dtype=dtype)
-    return theta, (lambda: 0.5 * theta @ tensor @ theta), matrix
 
 
 def algorithm_1(matrix: np.ndarray, theta: np.ndarray, q: np.ndarray, steps: int, sign: int = 1):

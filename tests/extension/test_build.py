@@ -17,7 +17,7 @@ import torch
 from lyapcuda import _C, extension, ops
 from lyapcuda.params.collect import BACKENDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 
 

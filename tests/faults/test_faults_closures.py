@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from faults_support import bits, bowl, state_of, steps, surroundings
+from fault_cases import bits, bowl, state_of, steps, surroundings
 
 
 def minibatches(count=3):

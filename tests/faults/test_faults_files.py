@@ -17,7 +17,7 @@ from torch import nn
 import lyapcuda
 import nets
 import simt_library
-from faults_support import bits, bowl, state_of, steps
+from fault_cases import bits, bowl, state_of, steps
 from lyapcuda.experiment import checkpoint
 from lyapcuda.files import replace_file
 

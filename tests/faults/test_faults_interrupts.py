@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from faults_support import bits, state_of, steps, surroundings
+from fault_cases import bits, state_of, steps, surroundings
 from lyapcuda.objective.evaluator import pointing_to
 from lyapcuda.objective.interrupts import allowed, deferred
 

@@ -6,8 +6,8 @@ from torch import nn
 
 import lyapcuda
 import simt_library
-from faults_support import bits
-from optim_support import exact, quadratic
+from fault_cases import bits
+from optim_cases import exact, quadratic
 
 NO_GPU = simt_library.missing("cuda")
 

@@ -7,7 +7,7 @@ from torch import nn
 import lyapcuda
 import nets
 import simt_library
-from faults_support import bits, bowl, curvatures, found, steps, surroundings
+from fault_cases import bits, bowl, curvatures, found, steps, surroundings
 
 F64 = torch.float64
 NO_GPU = simt_library.missing("cuda")

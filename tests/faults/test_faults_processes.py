@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lyapcuda
 import nets
-from faults_support import bits, bowl, state_of, steps, surroundings
+from fault_cases import bits, bowl, state_of, steps, surroundings
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 TIMEOUT = 60  # seconds that no test here needs; a hang is a failure, not a wait

@@ -13,16 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import lyapcuda
 from lyapcuda.objective.evaluator import gradients
 from lyapcuda.objective.isolation import modules_of
-from nets import Attention, WrittenOutAttention
-from noisy import Noisy, snapshot
-
-
-@pytest.fixture
-def noisy():
-    torch.manual_seed(0)
-    model = Noisy()
-    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
-    return model, lambda: nn.functional.cross_entropy(model(x), y)
+from nets import Attention, Square, WrittenOutAttention
+from noisy import snapshot
 
 
 def test_no_trace_is_left(noisy):
@@ -253,20 +245,6 @@ def test_dropout_and_batchnorm(noisy):
     assert torch.equal(torch.get_rng_state(), rng)
     assert int(model[1].num_batches_tracked) == 0
     assert h == pytest.approx(exact_h0(model, plain), rel=1e-5)
-
-
-class Square(torch.autograd.Function):
-    """x², with a backward that autograd can't look into."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 def test_once_differentiable():

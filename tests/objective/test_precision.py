@@ -25,7 +25,7 @@ def test_values_are_those_of_the_exact_hessian(name):
 
 
 def test_every_case_is_in_the_docs():
-    text = (Path(__file__).parents[1] / "docs" / "precision.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
     for name in (*cases.PRECISIONS, *cases.COMPILERS):
         assert f"| {name} |" in text, name
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benettin_support import LOSSES, SIZE, N, Step, orthonormal, scalar
+from benettin_steps import LOSSES, SIZE, N, Step, check, orthonormal, random_step, scalar
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import F64, assert_same_bits, fields_of
-from panel_support import COUNTS
+from ops_cases import F64, assert_same_bits, fields_of
+from panel_cases import COUNTS
 
 NAN, INF = math.nan, math.inf
 
@@ -114,56 +114,6 @@ def test_a_step_takes_the_other_side_only_where_asked():
 
 
 # --- against the oracle ---------------------------------------------------------------------------
-
-
-def random_step(rng, k):
-    first = rng.random() < 0.3
-    values = {
-        "beta": rng.choice([0.0, 1.0, 10 ** rng.uniform(-4, 0)]),
-        "guard": rng.choice([0.0, 10 ** rng.uniform(-1, 2)]),
-        "bound": rng.choice([0.0, 10 ** rng.uniform(-1, 2)]),
-        "steps": float(rng.randrange(100)),
-        "accepted": float(rng.random() < 0.5),
-        "rayleigh": NAN if first else rng.uniform(-3, 3),
-        "residual": NAN if first else rng.random(),
-        "h_ema": NAN if first else rng.uniform(-3, 3),
-        "exponent": NAN if first else rng.uniform(-1, 1),
-    }
-    return Step(
-        k,
-        seed=rng.randrange(1000),
-        sign=rng.choice([1, -1]),
-        momentum=rng.choice([0.0, 0.9]),
-        realised=rng.random() < 0.5,
-        noise=rng.choice([0.0, 0.3]),
-        **values,
-    )
-
-
-def check(step, losses=LOSSES, **options):
-    """Holds the op against the oracle; returns the fields after it."""
-    k = step.k
-    options = step.options(**options)
-    expected = panel_reference.benettin_(step.state, step.gram, losses, k, **options)
-    gram, before = step.gram.clone(), losses.clone()
-    ops.benettin_(step.state, step.gram, losses, k, **options)
-    assert_same_bits(step.gram, gram)
-    assert_same_bits(losses, before)
-    for name in ops.panel_fields(k):
-        actual = ops.panel_field(step.state, k, name)
-        wanted = ops.panel_field(expected, k, name)
-        # A residual is the root of a difference of terms of the size of ‖H‖².
-        loose = name in ("residual", "width")
-        size = float(wanted.nan_to_num().abs().max())
-        torch.testing.assert_close(
-            actual,
-            wanted,
-            rtol=0,
-            atol=1e-5 if loose else 1e-10 * max(size, 1e-300),
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-    return step
 
 
 @given(

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from benettin_support import LOSSES, SIZE, N, Step, orthonormal, scalar
+from benettin_steps import LOSSES, SIZE, N, Step, orthonormal, scalar
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import F64, assert_same_bits
-from panel_support import COUNTS
+from ops_cases import F64, assert_same_bits
+from panel_cases import COUNTS
 
 # --- β, h and the error bar -----------------------------------------------------------------------
 

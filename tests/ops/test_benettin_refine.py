@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benettin_support import SIZE, N, Step, orthonormal
+from benettin_steps import SIZE, N, Step, orthonormal
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import F64, assert_same_bits
+from ops_cases import F64, assert_same_bits
 
 NAN, INF = math.nan, math.inf
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import F16, F32, F64, GUARD, assert_same_bits, eps, surroundings, threads
-from panel_support import LARGE, ROWS, TAILS, combined_bits, guarded_panel, random_panel
+from ops_cases import F16, F32, F64, GUARD, assert_same_bits, eps, surroundings, threads
+from panel_cases import LARGE, ROWS, TAILS, combined_bits, guarded_panel, random_panel
 
 
 def random_matrix(ki, ko, seed=0):

@@ -16,7 +16,8 @@ import lyapcuda
 import nets
 import simt_library
 from lyapcuda import ops
-from ops_support import (
+from op_calls import small_calls
+from ops_cases import (
     DTYPES,
     F16,
     F32,
@@ -28,17 +29,12 @@ from ops_support import (
     state_with,
     surroundings,
 )
-from panel_support import make_panel_case
 
 KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
 SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
 
 
-@pytest.fixture(scope="module", params=simt_library.HERE, autouse=True)
-def library(request):
-    """The ops of this module's tests are that library's."""
-    with simt_library.use(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.mark.skipif("cuda" in simt_library.HERE, reason="the tests above run on it")
@@ -182,13 +178,13 @@ def test_any_number_of_processors_gives_the_same_elements(library):
         pytest.skip("a GPU has as many as it has")
     reverse, cases, sums = library == "simt reverse", [], []
     for processors in (1, 2, 7):
-        ops._library = simt_library.simt(reverse=reverse, processors=processors)
+        ops.library.namespace = simt_library.simt(reverse=reverse, processors=processors)
         case = make_case([100003, 7, 33])
         options = ascent_options(case, realised=True, heavy=True)
         step = (case.d, case.q, case.g0, case.g1, case.offsets, case.state)
         sums.append(ops.ascent_(*step, **options))
         cases.append(case)
-    ops._library = simt_library.simt(reverse=reverse)
+    ops.library.namespace = simt_library.simt(reverse=reverse)
     for case, other in zip(cases[1:], sums[1:], strict=True):
         assert_same_case(case, cases[0])
         close_sums(other, sums[0], case)
@@ -221,70 +217,6 @@ def elsewhere(library):
         through.impl(name, functools.partial(op.redispatch, cpu))
     yield "meta"
     through._destroy()
-
-
-def small_calls(device, sizes=(5, 33)):
-    """(arguments by name) of each op, on one device."""
-    case = make_case(sizes, gap=2)
-
-    def to(value):
-        if isinstance(value, list):
-            return [to(item) for item in value]
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    flat = {"q": case.q, "state": case.state, "offsets": case.offsets}
-    sums, losses = torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 0.5], dtype=F64), torch.ones(2, dtype=F64)
-    moved = {"theta": case.theta, "momentum": 0.9, "p": case.p, "p_next": case.p_next}
-    calls = {
-        "ascent_": {"d": case.d, "g0": case.g0, "g1": case.g1, **flat, **moved},
-        "exponent_": {"state": case.state, "sums": sums, "losses": losses},
-        "secant_": {"state": case.state, "sums": sums},
-        "recenter_": {
-            "theta1": case.theta1,
-            "q_previous": case.p,
-            "theta": case.theta,
-            **flat,
-            "p": case.d,
-            "p_previous": case.p_next,
-        },
-        "descend_": {
-            "theta": case.theta,
-            "gradient": case.g0,
-            "state": case.state,
-            "buffer": case.p,
-            "offsets": case.offsets,
-            "factor": torch.ones(1, dtype=F64),
-        },
-        "stream_copy_": {"destination": case.d, "source": case.q},
-    }
-    step = torch.ones(1, dtype=F64)
-    where = {"offsets": case.offsets}
-    calls["displace_"] = {"v": case.q, "copies": case.theta1, "theta": case.theta, "step": step}
-    calls["displace_"] |= where
-    calls["difference_"] = {"out": case.d, "plus": case.g0, "minus": case.g1, "scale": step}
-    calls["difference_"] |= {"v": case.q, **where}
-    panel = make_panel_case(2, sizes, gap=2)
-    both = {"q": panel.q, "d": panel.d, "state": panel.state, "offsets": panel.offsets}
-    moved = {"theta": panel.theta, "momentum": 0.9, "p": panel.p, "p_next": panel.p_next}
-    calls["panel_ascent_"] = {"g0": panel.g0, "g1": panel.g1, **both, **moved}
-    calls["panel_recenter_"] = {"copies": panel.copies, "theta": panel.theta, **both}
-    square = torch.eye(4, dtype=F64)
-    calls["benettin_"] = {"state": panel.state, "gram": square, "losses": losses, "k": 2}
-    calls["benettin_refine_"] = {"state": panel.state, "gram": square[:2, :2].contiguous(), "k": 2}
-    newton = {"theta": panel.theta, "gradient": panel.g0, "panel": panel.d, "buffer": panel.p[0]}
-    calls["panel_slopes_"] = {**newton, "offsets": panel.offsets, "state": panel.state}
-    calls["panel_slopes_"]["factor"] = torch.ones(1, dtype=F64)
-    calls["panel_descend_"] = {**calls["panel_slopes_"], "slopes": torch.ones(2, dtype=F64)}
-    calls["gram"] = {"a": panel.q, "b": panel.d, "gate": step}
-    calls["combine_"] = {"panel": panel.q, "out": panel.d, "gate": step}
-    calls["combine_"] |= {"matrix": square[:2, :2].contiguous()}
-    whole = {"offsets": panel.offsets, "sizes": list(sizes), "elements": sum(sizes)}
-    calls["reseed_"] = {"panel": panel.q, "state": panel.state, "p": panel.p, **whole}
-    calls["project_"] = {"w": panel.d[0], "v": panel.q, "coefficients": torch.ones(2, dtype=F64)}
-    return {
-        name: {key: to(value) for key, value in arguments.items()}
-        for name, arguments in calls.items()
-    }
 
 
 def test_the_calls_are_of_every_op():

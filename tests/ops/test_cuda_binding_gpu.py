@@ -9,8 +9,8 @@ import lyapcuda
 import nets
 import simt_library
 from lyapcuda import ops
-from ops_support import BF16, F32, F64, assert_same_bits, make_case
-from panel_support import make_panel_case
+from ops_cases import BF16, F32, F64, assert_same_bits, make_case
+from panel_cases import make_panel_case
 
 MISSING = simt_library.missing("cuda")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -175,7 +175,7 @@ def test_ops_run_where_their_tensors_are():
 
 
 def net_on(device, name, dtype=F64):
-    """(closure, parameters) of a net of tests/nets.py."""
+    """(closure, parameters) of a net of tests/support/nets.py."""
     model = nets.case(name, 1, dtype).model.to(device)
     generator = torch.Generator().manual_seed(0)
     shape = (32, 1, 8, 8) if name == "conv" else (32, 10)

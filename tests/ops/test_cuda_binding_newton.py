@@ -6,14 +6,10 @@ import pytest
 
 import simt_library
 from lyapcuda import ops
-from ops_support import BF16, F16, F32, F64, assert_same_bits, surroundings
-from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
+from ops_cases import BF16, F16, F32, F64, assert_same_bits, surroundings
+from quasi_newton_cases import KINDS, newton_case, set_field, step_arguments, step_options
 
-
-@pytest.fixture(scope="module", params=simt_library.HERE, autouse=True)
-def library(request):
-    with simt_library.use(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def step(case, kind, max_lr=10.0):

@@ -12,7 +12,7 @@ import torch
 
 import simt_library
 from lyapcuda import ops
-from ops_support import (
+from ops_cases import (
     DTYPES,
     F32,
     F64,
@@ -21,7 +21,7 @@ from ops_support import (
     make_case,
     surroundings,
 )
-from panel_support import make_panel_case, panel_ascent_options, random_panel
+from panel_cases import make_panel_case, panel_ascent_options, random_panel
 
 KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
 SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(20))]
@@ -32,11 +32,7 @@ LAYOUTS = [(0, 16), (1, 5), (0, 5), (0, 16)]
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
 
 
-@pytest.fixture(scope="module", params=simt_library.HERE, autouse=True)
-def library(request):
-    """The ops of this module's tests are that library's."""
-    with simt_library.use(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def copies_of(case):

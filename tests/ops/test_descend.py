@@ -8,7 +8,7 @@ import torch
 
 from lyapcuda import ops
 from lyapcuda.ops import reference
-from ops_support import (
+from ops_cases import (
     BF16,
     F16,
     F32,

@@ -9,7 +9,7 @@ import torch
 
 from lyapcuda import _C, ops
 from lyapcuda.ops import reference
-from ops_support import F32, F64, assert_same_bits, fields_of, state_with
+from ops_cases import F32, F64, assert_same_bits, fields_of, state_with
 
 NAN, INF = math.nan, math.inf
 OPTIONS = [

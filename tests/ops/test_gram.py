@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import BF16, F32, F64, assert_same_bits, threads
-from panel_support import LARGE, ROWS, TAILS, close_sums, random_panel
+from ops_cases import BF16, F32, F64, assert_same_bits, threads
+from panel_cases import LARGE, ROWS, TAILS, close_sums, random_panel
 
 
 @pytest.mark.parametrize("n", TAILS)

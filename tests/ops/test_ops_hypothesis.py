@@ -15,16 +15,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from hypothesis_support import Drawn, Untouched, drawn, same
+from benettin_steps import check as check_benettin
+from benettin_steps import random_step
+from drawn_cases import Drawn, Untouched, drawn, same
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference, reference
-from ops_support import F64, ascent_options, assert_same_bits, make_case
-from panel_support import panel_ascent_options
-from quasi_newton_support import KINDS, newton_case
-from test_benettin import check as check_benettin
-from test_benettin import random_step
-from test_panel_descend import check as check_descend
-from test_panel_slopes import check as check_slopes
+from ops_cases import F64, ascent_options, assert_same_bits, make_case
+from panel_cases import panel_ascent_options
+from quasi_newton_cases import KINDS, check_descend, check_slopes, newton_case
 
 EXAMPLES = int(os.environ.get("LYAPCUDA_EXAMPLES", "40"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops_support import bits
-from test_ops import NAMES, calls
+from op_calls import NAMES, calls
+from ops_cases import bits
 
 
 def strided(tensor: torch.Tensor, step: int, transposed: bool) -> torch.Tensor:

@@ -7,81 +7,20 @@ import pytest
 import torch
 
 from lyapcuda import ops
-from lyapcuda.ops import panel_reference
-from ops_support import BF16, F16, F32, F64, TAILS, assert_same_bits, surroundings, threads
-from panel_support import COUNTS
-from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
+from ops_cases import BF16, F16, F32, F64, TAILS, assert_same_bits, threads
+from panel_cases import COUNTS
+from quasi_newton_cases import (
+    KINDS,
+    check_descend,
+    newton_case,
+    rates_and_weights,
+    set_field,
+    step_arguments,
+    step_options,
+    stepped_bits,
+)
 
 STORAGE = [F32, F64, BF16, F16]
-
-
-def rates_and_weights(case, slopes, gain, max_lr):
-    """As csrc/newton.h has them; the weights by the oracle's float64."""
-    field = {
-        name: ops.panel_field(case.state, case.k, name)
-        for name in ("h_ema", "residual", "transform", "perturbation")
-    }
-    rest = field["h_ema"].abs()[-1] + field["residual"][-1]
-    curvatures = torch.cat([torch.maximum(field["h_ema"].abs(), rest), rest[None]])
-    rates = torch.where(curvatures * max_lr > 1, gain / curvatures, gain * max_lr)
-    along = (rates[:-1] - rates[-1]) * (field["transform"].T @ slopes)
-    return rates, field["transform"] @ (along / field["perturbation"] ** 2)
-
-
-def stepped_bits(case, weights, rate, options):
-    """θ after the step in the buffers' arithmetic, each operation rounded once."""
-    dtype = case.d.dtype
-
-    def number(value):
-        return torch.tensor(float(value), dtype=dtype)
-
-    out = []
-    for t, g, offset in zip(case.theta, case.g0, case.offsets, strict=True):
-        span = slice(offset, offset + t.numel())
-        theta = t.flatten().to(dtype)
-        u = g.flatten().to(dtype) + theta * number(options["weight_decay"])
-        if "buffer" in options:
-            held = options["buffer"][span]
-            u = u + held * number(options["momentum"]) if options.get("nesterov") else held
-        theta = theta - u * number(rate)
-        for weight, row in zip(weights, case.d[:, span], strict=True):
-            theta = theta - row * number(weight)
-        out.append(theta.to(t.dtype).view(t.shape))
-    return out
-
-
-def check(case, kind, gain=0.7, max_lr=10.0, **more):
-    options = step_options(case, kind)
-    generator = torch.Generator().manual_seed(case.k)
-    slopes = torch.randn(case.k, generator=generator, dtype=F64)
-    moved, expected_rates = panel_reference.panel_descend_(
-        *step_arguments(case), slopes, gain=gain, max_lr=max_lr, **options, **more
-    )
-    rates, weights = rates_and_weights(case, slopes, gain, max_lr)
-    expected = stepped_bits(case, weights, rates[-1], options)
-    untouched = [*case.g0, case.d, case.p, case.q, case.state]
-    before = [t.clone() for t in untouched]
-    around = [surroundings(t) for t in case.theta]
-    sizes = [t.double().abs() for t in case.theta]
-    used = ops.panel_descend_(
-        *step_arguments(case), slopes, gain=gain, max_lr=max_lr, **options, **more
-    )
-    torch.testing.assert_close(used, expected_rates, rtol=1e-15, atol=0)
-    torch.testing.assert_close(used, rates, rtol=1e-15, atol=0)
-    for now, then in zip(untouched, before, strict=True):
-        assert_same_bits(now, then)
-    assert all(map(torch.equal, map(surroundings, case.theta), around))
-    epsilon = torch.finfo(case.d.dtype).eps
-    for t, bits, oracle, size, offset in zip(
-        case.theta, expected, moved, sizes, case.offsets, strict=True
-    ):
-        rows = case.d[:, offset : offset + t.numel()].double().abs()
-        size = size * 2 + 4.0 + (weights.abs() @ rows).view(t.shape)
-        error = (t.double() - oracle).abs()
-        assert (error <= ((case.k + 8) * epsilon + torch.finfo(t.dtype).eps) * size).all()
-        # A weight's sum in another order may round the other way: then an element may, too.
-        near = 2 * torch.finfo(t.dtype).eps * size + 4 * epsilon * size
-        assert ((t.double() - bits.double()).abs() <= near).all()
 
 
 @pytest.mark.parametrize("size", TAILS[:-1])
@@ -89,7 +28,7 @@ def check(case, kind, gain=0.7, max_lr=10.0, **more):
 def test_every_size(storage, size):
     for kind in KINDS:
         for k in (1, 5):
-            check(newton_case(k, [size], storage, shift=size % 3), kind)
+            check_descend(newton_case(k, [size], storage, shift=size % 3), kind)
 
 
 @pytest.mark.parametrize("k", COUNTS)
@@ -97,7 +36,7 @@ def test_every_size(storage, size):
 def test_any_number_of_rows_and_segments(storage, k):
     sizes = [9, 0, (), (3, 0, 2), 4097, (33, 7), 1]
     for shift, kind in itertools.product((0, 1), KINDS):
-        check(newton_case(k, sizes, storage, shift=shift), kind)
+        check_descend(newton_case(k, sizes, storage, shift=shift), kind)
 
 
 @pytest.mark.parametrize("storage", STORAGE)

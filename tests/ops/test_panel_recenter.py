@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import (
+from ops_cases import (
     BF16,
     DTYPES,
     F16,
@@ -22,7 +22,7 @@ from ops_support import (
     surroundings,
     threads,
 )
-from panel_support import COUNTS, LARGE, TAILS, combined_bits, make_panel_case
+from panel_cases import COUNTS, LARGE, TAILS, combined_bits, make_panel_case
 
 
 def run(case, copies=None):

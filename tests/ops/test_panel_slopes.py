@@ -7,38 +7,18 @@ import pytest
 import torch
 
 from lyapcuda import ops
-from lyapcuda.ops import panel_reference
-from ops_support import BF16, F16, F32, F64, TAILS, assert_same_bits, surroundings, threads
-from panel_support import COUNTS
-from quasi_newton_support import KINDS, newton_case, set_field, step_arguments, step_options
+from ops_cases import BF16, F16, F32, F64, TAILS, assert_same_bits, threads
+from panel_cases import COUNTS
+from quasi_newton_cases import (
+    KINDS,
+    check_slopes,
+    newton_case,
+    set_field,
+    step_arguments,
+    step_options,
+)
 
 STORAGE = [F32, F64, BF16, F16]
-
-
-def check(case, kind, exact=False, **options):
-    options = step_options(case, kind, **options)
-    expected, expected_p = panel_reference.panel_slopes_(*step_arguments(case), **options)
-    untouched = [*case.theta, *case.g0, case.d, case.q, case.state]
-    before = [t.clone() for t in untouched]
-    around, held = surroundings(case.p), case.p.clone()
-    slopes = ops.panel_slopes_(*step_arguments(case), **options)
-    assert slopes.shape == (case.k,) and slopes.dtype == F64
-    for now, then in zip(untouched, before, strict=True):
-        assert_same_bits(now, then)
-    assert torch.equal(surroundings(case.p), around)
-    assert_same_bits(case.p[1:], held[1:])
-    assert_same_bits(case.p[0][~case.used()], held[0][~case.used()])
-    if kind:
-        size = expected_p.abs() + 3.0
-        error = (case.p[0].double() - expected_p).abs()
-        assert (error <= (0 if exact else 4 * torch.finfo(case.p.dtype).eps * size)).all()
-    if exact:
-        assert_same_bits(slopes, expected)
-    else:
-        # u is rounded to the buffers' dtype; then the sums are those of doubles.
-        size = case.d.double().abs().where(case.used(), torch.zeros(())).sum(1) * 6.0
-        assert ((slopes - expected).abs() <= 4 * torch.finfo(case.d.dtype).eps * size).all()
-    return slopes
 
 
 @pytest.mark.parametrize("size", TAILS[:-1])
@@ -46,7 +26,9 @@ def check(case, kind, exact=False, **options):
 def test_every_size_exactly(storage, size):
     for kind in KINDS:
         for k in (1, 5):
-            check(newton_case(k, [size], storage, exact=True, shift=size % 3), kind, exact=True)
+            check_slopes(
+                newton_case(k, [size], storage, exact=True, shift=size % 3), kind, exact=True
+            )
 
 
 @pytest.mark.parametrize("k", COUNTS)
@@ -54,7 +36,7 @@ def test_every_size_exactly(storage, size):
 def test_any_number_of_rows_and_segments(storage, k):
     sizes = [9, 0, (), (3, 0, 2), 4097, (33, 7), 1]
     for shift, kind in itertools.product((0, 1), KINDS):
-        check(newton_case(k, sizes, storage, shift=shift), kind)
+        check_slopes(newton_case(k, sizes, storage, shift=shift), kind)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lyapcuda import ops
-from ops_support import F64
-from panel_support import COUNTS
+from ops_cases import F64
+from panel_cases import COUNTS
 
 
 @pytest.mark.parametrize("k", COUNTS)

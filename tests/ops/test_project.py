@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lyapcuda import ops
 from lyapcuda.ops import panel_reference
-from ops_support import BF16, F32, F64, assert_same_bits, eps, surroundings, threads
-from panel_support import LARGE, ROWS, TAILS, close_sums, random_panel
+from ops_cases import BF16, F32, F64, assert_same_bits, eps, surroundings, threads
+from panel_cases import LARGE, ROWS, TAILS, close_sums, random_panel
 
 
 def inputs(m, n, dtype, shift=0, seed=0, exact=False):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lyapcuda import ops
 from lyapcuda.ops import reference
-from ops_support import (
+from ops_cases import (
     BF16,
     DTYPES,
     F16,

@@ -10,8 +10,8 @@ import simt_library
 from lyapcuda import ops
 from lyapcuda.ops import reference
 from lyapcuda.params.flat import FlatLayout
-from ops_support import F32, F64, assert_same_bits, make_case, state_with, threads
-from panel_support import make_panel_case
+from ops_cases import F32, F64, assert_same_bits, make_case, state_with, threads
+from panel_cases import make_panel_case
 
 SIZES = [9, 0, (), (3, 0, 2), 5001, (33, 7), 1]
 

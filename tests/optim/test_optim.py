@@ -12,12 +12,7 @@ from torch import nn
 
 import lyapcuda
 from nets import case
-
-
-def quadratic(spectrum):
-    theta = nn.Parameter(torch.ones(len(spectrum), dtype=torch.float64))
-    tensor = torch.tensor(spectrum, dtype=torch.float64)
-    return theta, lambda: 0.5 * (tensor * theta.square()).sum()
+from optim_cases import quadratic
 
 
 def test_the_step_is_one_over_h0():

@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import lyapcuda
 from nets import case
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 from sync import no_waiting
 
 

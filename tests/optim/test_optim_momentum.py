@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nets import case
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 
 KINDS = [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
 

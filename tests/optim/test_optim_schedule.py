@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 import lyapcuda
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 from sync import no_waiting
 
 SCHEDULERS = {

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import lyapcuda
 from nets import case
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 
 
 def test_measure_and_step_are_a_step_in_two_halves():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nets import case
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 
 
 def run(optimizer, closure, steps=4):

@@ -8,7 +8,7 @@ from torch import nn
 
 import lyapcuda
 from nets import case
-from optim_support import exact, quadratic
+from optim_cases import exact, quadratic
 
 
 def settle(optimizer, closure, times=60):

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from nets import SOLVED, case
-from test_truth import quadratic
+from nets import SOLVED, case, quadratic
 from truths import is_off, wanted
 
 METHODS = ("lanczos", "lobpcg", "lyapunov")

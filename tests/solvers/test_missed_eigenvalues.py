@@ -13,8 +13,7 @@ from lyapcuda.solvers.basis import Basis, Solution
 from lyapcuda.solvers.block import Block
 from lyapcuda.solvers.missed import Growth
 from lyapcuda.solvers.subspace_iteration import merged
-from nets import case
-from test_truth import quadratic
+from nets import case, quadratic
 from truths import is_off
 
 

@@ -12,17 +12,9 @@ from torch import nn
 
 import lyapcuda
 from lyapcuda.objective.evaluator import at_a_copy
-from nets import NAMES, Attention, WrittenOutAttention, case
-from noisy import Noisy, snapshot
-from test_evaluate import Square
-
-
-def dense(operator):
-    return operator @ torch.eye(operator.shape[0], dtype=operator.dtype)
-
-
-def exact(closure, params, **options):
-    return lyapcuda.HessianOperator(closure, params, mode="exact", **options)
+from nets import NAMES, Attention, Square, WrittenOutAttention, case
+from noisy import snapshot
+from operators import dense, exact
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,14 +165,6 @@ def test_groups_of_other_dtypes_and_weight_decays_in_the_users_order():
 
 
 # --- one fixed function --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def noisy():
-    torch.manual_seed(0)
-    model = Noisy()
-    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
-    return model, lambda: nn.functional.cross_entropy(model(x), y)
 
 
 def test_dropout_and_batchnorm_give_one_symmetric_operator():

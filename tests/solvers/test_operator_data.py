@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lyapcuda
 from nets import case
-from test_operator import dense, exact
+from operators import dense, exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

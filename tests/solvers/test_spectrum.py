@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from nets import NAMES, case
-from test_truth import quadratic
+from nets import NAMES, case, quadratic
 
 
 @pytest.mark.parametrize("name", NAMES)

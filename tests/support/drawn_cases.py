@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from ops_support import DTYPES, Case, assert_same_bits, bits, make_case, surroundings
-from panel_support import make_panel_case
+from ops_cases import DTYPES, Case, assert_same_bits, bits, make_case, surroundings
+from panel_cases import make_panel_case
 
 #: Around vectors, tiles and a panel's blocks; up to three segments of these.
 SIZES = st.one_of(

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 TABLE = ROOT / "docs" / "faults.md"
 COLUMNS = ["fault", "promised", "tests", "runs on"]
 PLACES = {"CPU", "emulated", "GPU"}
@@ -14,13 +15,27 @@ PLACES = {"CPU", "emulated", "GPU"}
 
 @dataclass(frozen=True)
 class Fault:
-    """A row: tests as "file.py::test_name", other files (C++ tests) by path, where they run."""
+    """A row: tests as "file.py::test_name" (`path_of`), C++ tests by path, and where they run."""
 
     name: str
     promised: str
     tests: tuple[str, ...]
     files: tuple[str, ...]
     places: frozenset[str]
+
+
+def path_of(test: str) -> Path:
+    """The file of a test named "file.py::test_name", wherever it lies in tests/.
+
+    Raises:
+        ValueError: there is none, or several of that name.
+    """
+    name = test.partition("::")[0]
+    match list(TESTS.rglob(name)):
+        case [path]:
+            return path
+        case found:
+            raise ValueError(f"docs/faults.md names {name}: {len(found)} files of tests/")
 
 
 def read(path: Path = TABLE) -> list[Fault]:

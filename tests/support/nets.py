@@ -1,4 +1,4 @@
-"""Small smooth nets with a dense Hessian in float64: the truth that estimates are held against."""
+"""Small losses whose Hessian is known in float64: smooth nets, and quadratics of any spectrum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
@@ -36,6 +37,20 @@ class Attention(nn.Module):
 
 class WrittenOutAttention(Attention):
     written_out = True
+
+
+class Square(torch.autograd.Function):
+    """x², with a backward that autograd can't look into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
 
 
 @dataclass
@@ -123,3 +138,14 @@ def _case(
         )
 
     return model, lambda: loss(model), loss
+
+
+def quadratic(spectrum: np.ndarray, seed: int, dtype=torch.float64):
+    """θ and the closure of ½·θᵀHθ, H with the given spectrum in a random basis; H as an array."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.standard_normal((len(spectrum), len(spectrum))))
+    matrix = (basis * spectrum) @ basis.T
+    matrix = (matrix + matrix.T) / 2
+    theta = nn.Parameter(torch.tensor(rng.standard_normal(len(spectrum)), dtype=dtype))
+    tensor = torch.tensor(matrix, dtype=dtype)
+    return theta, (lambda: 0.5 * theta @ tensor @ theta), matrix

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
-from ops_support import DTYPES, F32, F64, bits, guarded
+from ops_cases import DTYPES, F32, F64, bits, guarded
 
 #: Rows of a panel of separations: around the tiles of 4 × 3 rows, and the most there may be.
 COUNTS = [1, 2, 3, 5, 14, 32]
@@ -51,7 +51,7 @@ def close_sums(actual: Tensor, a: Tensor, b: Tensor) -> None:
 
 @dataclass
 class PanelCase:
-    """Everything the ops over panels take: as ops_support.Case, with k rows."""
+    """Everything the ops over panels take: as ops_cases.Case, with k rows."""
 
     q: Tensor
     d: Tensor

@@ -1,10 +1,10 @@
 """The ops of an extension built with sanitizers, called from Python as in their own tests.
 
-    python tests/sanitized.py build/asan/_C.so address     # or: build/tsan/_C.so thread
+    python tests/support/sanitized.py build/asan/_C.so address     # or: build/tsan/_C.so thread
 
 CMake (-DLYAPCUDA_SANITIZE=...) builds such an extension and runs this. AddressSanitizer and
 UndefinedBehaviorSanitizer: every op over all types, tails and views off alignment
-(ops_support.py, panel_support.py), hypothesis's examples (test_ops_hypothesis.py) and other strides
+(ops_cases.py, panel_cases.py), hypothesis's examples (test_ops_hypothesis.py) and other strides
 (test_ops_strides.py).
 ThreadSanitizer: the former with parallel_for on four threads of our own
 (csrc/tests/thread_shim.cpp); and once with a race put in, which has to be reported. All outputs
@@ -20,9 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-MODULES = ("ops_support.py", "panel_support.py")
-TEST_FILES = ("test_ops_hypothesis.py", "test_ops_strides.py")
+SUPPORT = Path(__file__).parent
+MODULES = ("ops_cases.py", "panel_cases.py")
+TEST_FILES = ("ops/test_ops_hypothesis.py", "ops/test_ops_strides.py")
 EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 #: The word by which a sanitizer's report is known.
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
@@ -57,7 +57,7 @@ def runtime(sanitizer: str) -> str:
 
 def start(arguments: list[str], sanitizer: str | None, extension: str = "", **more: str):
     """Runs Python with the arguments; under the sanitizer, with its extension."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), **more}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), **more}
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, *arguments]
     if sanitizer:
@@ -77,7 +77,7 @@ def start(arguments: list[str], sanitizer: str | None, extension: str = "", **mo
 
 def digests(module: str, sanitizer: str | None, extension: str = "", **more: str):
     code = f"import sanitized; {'sanitized.use(); ' if sanitizer else ''}"
-    code += f"import runpy; runpy.run_path({str(TESTS / module)!r}, run_name='__main__')"
+    code += f"import runpy; runpy.run_path({str(SUPPORT / module)!r}, run_name='__main__')"
     return start(["-c", code], sanitizer, extension, **more)
 
 
@@ -102,7 +102,7 @@ def main(extension: str, sanitizer: str) -> None:
             print(f"{module}: the race that was put in is reported")
         return
     code = "import sanitized; sanitized.use(); import pytest; import sys; sys.exit(pytest.main("
-    files = [str(TESTS / name) for name in TEST_FILES]
+    files = [str(SUPPORT.parent / name) for name in TEST_FILES]
     code += f"{['-q', '-s', '-p', 'no:cacheprovider', *files]!r}))"
     done = start(["-c", code], sanitizer, extension)
     if done.returncode or REPORTS[sanitizer] in done.stderr:

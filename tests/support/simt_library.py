@@ -33,7 +33,7 @@ from torch.utils import cpp_extension
 
 from lyapcuda import ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARIES = ("simt", "simt reverse", "cuda")
 #: The emulator as a GPU is reached, over copies of memory: a rehearsal of what tests do on one.
 COPIED = "simt copied"
@@ -80,7 +80,7 @@ def _sources() -> list[tuple[Path, list[str]]]:
     # The schemas, under the library's own name.
     schemas = (ROOT / "csrc" / "ops.cpp", ["-Dlyapcuda=lyapcuda_simt"])
     emulator = (ROOT / "csrc" / "simt" / "simt.cpp", [])
-    return [schemas, emulator, (ROOT / "tests" / "simt_switches.cpp", []), *cuda]
+    return [schemas, emulator, (Path(__file__).with_name("simt_switches.cpp"), []), *cuda]
 
 
 def _digest(*parts: bytes | str) -> str:

@@ -1,5 +1,5 @@
-// What tests/simt_library.py sets in the library that it builds.
-#include "../csrc/cuda/launch.h"
+// What tests/support/simt_library.py sets in the library that it builds.
+#include "../../csrc/cuda/launch.h"
 
 extern "C" __attribute__((visibility("default"))) void lyapcuda_simt_set(int reverse,
                                                                          int processors) {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lyapcuda
-from faults_support import bits
+from fault_cases import bits
 from lyapcuda.dynamics.benettin import advance
 from lyapcuda.dynamics.separation import Separation
 from lyapcuda.objective.evaluator import Gradients, at_a_copy
