@@ -3,9 +3,9 @@
     python bench/perturbation.py [--out bench/results/perturbation]
 
 Four nets (tests/support/nets.py), two seeds, both ends of the spectrum, frozen θ and data; the
-truth is the dense Hessian in float64. Δq is c·ε^(1/3)·max(‖θ‖, √N/100), ε of the parameters' dtype. Reported per
-c: the median and the largest relative error of h (the mean over both sides of θ), of the one-sided
-Rayleigh quotient, and how many intervals hold an exact eigenvalue.
+truth is the dense Hessian in float64. Δq is c·ε^(1/3)·max(‖θ‖, √N/100), ε of the parameters' dtype.
+Reported per c: the median and the largest relative error of h (the mean over both sides of θ), of
+the one-sided Rayleigh quotient, and how many intervals hold an exact eigenvalue.
 """
 
 from __future__ import annotations
