@@ -102,5 +102,5 @@ def bf16(rank: int) -> None:
         torch.testing.assert_close(found, truth, rtol=2e-2, atol=0)
 
 
-def test_16_bit_parameters():
+def test_16_bit_parameters_give_the_values_of_float32():
     on_ranks(2, bf16)

@@ -181,7 +181,7 @@ def test_momentum_formula_on_the_real_optimizer():
 
 @pytest.mark.parametrize("estimate", ["growth", "paper"])
 @pytest.mark.parametrize("which", ["LA", "SA"])
-def test_momentum_tracker(estimate, which):
+def test_a_tracker_with_momentum_converges_to_the_exact_curvature(estimate, which):
     theta, closure, _ = quadratic(np.concatenate([[-0.7], np.linspace(0, 3, 15)]), seed=8)
     tracker = lyapcuda.CurvatureTracker(
         [theta], which=which, estimate=estimate, momentum=0.6, beta=0.05

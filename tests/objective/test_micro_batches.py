@@ -283,7 +283,7 @@ def test_bad_arguments_are_named(options, error, message):
 Pair = namedtuple("Pair", "x y")
 
 
-def test_split_batch():
+def test_split_batch_cuts_every_tensor_alike():
     x, y = torch.arange(20).reshape(10, 2), torch.arange(10)
     rest, part = lyapcuda.split_batch((x, y), 0.3)
     assert torch.equal(torch.cat([rest[0], part[0]]), x) and part[1].tolist() == [7, 8, 9]

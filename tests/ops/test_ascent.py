@@ -17,7 +17,9 @@ from ops_cases import (
     F32,
     F64,
     GUARD,
+    KINDS,
     LARGE,
+    SUM,
     TAILS,
     ascent_options,
     assert_same_bits,
@@ -27,9 +29,6 @@ from ops_cases import (
     surroundings,
     threads,
 )
-
-SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
-KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
 
 
 def step(case, sign=1, d=None, **options):

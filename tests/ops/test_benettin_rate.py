@@ -122,7 +122,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("k", COUNTS)
-def test_hard_spectra(k, spectrum):
+def test_ritz_values_of_spectra_that_are_hard_to_take_apart(k, spectrum):
     values = SPECTRA[spectrum](k)
     curvature = torch.zeros(N, dtype=F64)
     curvature[:k] = values

@@ -6,7 +6,6 @@ is in test_cuda_binding_gpu.py.
 """
 
 import functools
-import itertools
 import math
 
 import pytest
@@ -23,6 +22,8 @@ from ops_cases import (
     F32,
     F64,
     GUARD,
+    KINDS,
+    SUM,
     ascent_options,
     assert_same_bits,
     make_case,
@@ -30,15 +31,11 @@ from ops_cases import (
     surroundings,
 )
 
-KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
-SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
-
-
 pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.mark.skipif("cuda" in simt_library.HERE, reason="the tests above run on it")
-def test_a_gpu():
+def test_there_is_a_gpu():
     pytest.skip(simt_library.missing("cuda"))
 
 

@@ -16,6 +16,7 @@ from ops_cases import (
     DTYPES,
     F32,
     F64,
+    KINDS,
     LARGE,
     assert_same_bits,
     make_case,
@@ -23,7 +24,6 @@ from ops_cases import (
 )
 from panel_cases import make_panel_case, panel_ascent_options, random_panel
 
-KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
 SIZES = [9, 0, (), (3, 0, 2), 1030, (33, 7), 1, *(k % 23 for k in range(20))]
 #: More than a launch takes.
 MANY = [k % 5 for k in range(simt_library.SEGMENTS * 5 // 4 + 9)]

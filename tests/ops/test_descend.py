@@ -10,10 +10,10 @@ from lyapcuda import ops
 from lyapcuda.ops import reference
 from ops_cases import (
     BF16,
-    F16,
     F32,
     F64,
     LARGE,
+    STORAGE,
     TAILS,
     assert_same_bits,
     eps,
@@ -22,15 +22,11 @@ from ops_cases import (
     surroundings,
     threads,
 )
-
-STORAGE = [F32, F64, BF16, F16]
+from quasi_newton_cases import KINDS
 
 
 def case_of(sizes, storage, **options):
     return make_case(sizes, F64 if storage == F64 else F32, storage, **options)
-
-
-KINDS = [{}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}]
 
 
 def check(case, exact, **options):

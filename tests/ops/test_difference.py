@@ -22,15 +22,12 @@ from ops_cases import (
     assert_same_bits,
     eps,
     make_case,
+    number,
     surroundings,
     threads,
 )
 
 KINDS = list(itertools.product((0.0, 0.0371), (0.0, -1.25)))  # weight_decay, keep
-
-
-def number(value):
-    return torch.tensor([value], dtype=F64)
 
 
 def difference_bits(out, plus, minus, v, scale, keep, weight_decay):

@@ -21,13 +21,10 @@ from ops_cases import (
     TAILS,
     assert_same_bits,
     make_case,
+    number,
     surroundings,
     threads,
 )
-
-
-def number(value):
-    return torch.tensor([value], dtype=F64)
 
 
 def displaced_bits(q, theta, offset, step):

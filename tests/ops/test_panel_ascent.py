@@ -17,6 +17,8 @@ from ops_cases import (
     F32,
     F64,
     GUARD,
+    KINDS,
+    SUM,
     assert_same_bits,
     make_case,
     surroundings,
@@ -30,10 +32,8 @@ from panel_cases import (
     close_sums,
     make_panel_case,
     panel_ascent_options,
+    zero_panel,
 )
-
-KINDS = list(itertools.product((False, True), (False, True)))  # realised, heavy
-SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
 
 
 def step(case, sign=1, d=None, g1=None, **options):
@@ -247,37 +247,36 @@ def test_the_version_of_what_is_written_counts():
     assert case.q._version == before[2]
 
 
-def new(rows=3, length=40, dtype=F32):
-    return torch.zeros(rows, length, dtype=dtype)
-
-
-WHOLE = new(7)
+WHOLE = zero_panel(7)
 HALVES = WHOLE.view(-1).view(BF16)[: 3 * 40].view(3, 40)
 WRONG = {
     "d in q": ({"q": WHOLE[:3], "d": WHOLE[1:4]}, "d: shares memory with q"),
     "d in g1": ({"g1": WHOLE[:3], "d": WHOLE[1:4]}, "d: shares memory with g1"),
-    "d in p": ({"p": WHOLE[:3], "d": WHOLE[1:4], "p_next": new()}, "d: shares memory with p"),
+    "d in p": (
+        {"p": WHOLE[:3], "d": WHOLE[1:4], "p_next": zero_panel()},
+        "d: shares memory with p",
+    ),
     "p_next in p": ({"p": WHOLE[:3], "p_next": WHOLE[1:4]}, "p_next: shares memory with p"),
     "d over g1 of another dtype": (
         {"g1": HALVES, "d": WHOLE[:3], "g0": [torch.ones(n, dtype=BF16) for n in (10, 12)]},
         "d: shares memory with g1, but is not the same elements",
     ),
-    "q dtype": ({"q": new(dtype=F16)}, "q: expected float32 or float64"),
+    "q dtype": ({"q": zero_panel(dtype=F16)}, "q: expected float32 or float64"),
     "q dim": ({"q": torch.zeros(40)}, "q: expected a contiguous 2-D"),
-    "q strided": ({"q": new(40, 3).T}, "q: expected a contiguous 2-D"),
-    "q rows": ({"q": new(33)}, "q: 33 rows, expected 1 to 32"),
-    "q empty": ({"q": new(0)}, "q: 0 rows"),
-    "d dtype": ({"d": new(dtype=F64)}, "d: dtype"),
-    "d rows": ({"d": new(2)}, "d: 2 rows, but q has 3"),
-    "d length": ({"d": new(3, 39)}, "d: rows of 39 elements, but q has rows of 40"),
+    "q strided": ({"q": zero_panel(40, 3).T}, "q: expected a contiguous 2-D"),
+    "q rows": ({"q": zero_panel(33)}, "q: 33 rows, expected 1 to 32"),
+    "q empty": ({"q": zero_panel(0)}, "q: 0 rows"),
+    "d dtype": ({"d": zero_panel(dtype=F64)}, "d: dtype"),
+    "d rows": ({"d": zero_panel(2)}, "d: 2 rows, but q has 3"),
+    "d length": ({"d": zero_panel(3, 39)}, "d: rows of 39 elements, but q has rows of 40"),
     "g0 count": ({"g0": [torch.zeros(10)]}, "g0: 1 tensors, but offsets has 2"),
     "g0 dtype": ({"g0": [torch.zeros(10, dtype=F64)] * 2}, r"g0\[0\]: dtype"),
     "g0 strided": ({"g0": [torch.zeros(10), torch.zeros(24)[::2]]}, r"g0\[1\]: expected"),
-    "g1 dtype": ({"g1": new(dtype=BF16)}, "g1: dtype BFloat16 differs from g0's Float"),
-    "g1 wide": ({"g1": new(dtype=F64)}, "g1: dtype Double can't go with a Float buffer"),
-    "g1 rows": ({"g1": new(4)}, "g1: 4 rows of 40, but q has 3 of 40"),
-    "g1 length": ({"g1": new(3, 41)}, "g1: 3 rows of 41, but q has 3 of 40"),
-    "g1 strided": ({"g1": new(40, 3).T}, "g1: expected a contiguous 2-D"),
+    "g1 dtype": ({"g1": zero_panel(dtype=BF16)}, "g1: dtype BFloat16 differs from g0's Float"),
+    "g1 wide": ({"g1": zero_panel(dtype=F64)}, "g1: dtype Double can't go with a Float buffer"),
+    "g1 rows": ({"g1": zero_panel(4)}, "g1: 4 rows of 40, but q has 3 of 40"),
+    "g1 length": ({"g1": zero_panel(3, 41)}, "g1: 3 rows of 41, but q has 3 of 40"),
+    "g1 strided": ({"g1": zero_panel(40, 3).T}, "g1: expected a contiguous 2-D"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
     "offset inside": ({"offsets": [0, 9]}, r"offsets\[1\]: 9 lies inside"),
     "state size": ({"state": ops.new_panel_state("cpu", 2)}, "state: expected 50 elements"),
@@ -288,11 +287,11 @@ WRONG = {
         {"theta": [torch.zeros(10, dtype=F16), torch.zeros(12, dtype=F16)]},
         r"theta\[0\]: dtype",
     ),
-    "p alone": ({"p": new()}, "p, p_next: give both"),
-    "p_next alone": ({"p_next": new()}, "p, p_next: give both"),
+    "p alone": ({"p": zero_panel()}, "p, p_next: give both"),
+    "p_next alone": ({"p_next": zero_panel()}, "p, p_next: give both"),
     "momentum alone": ({"momentum": 0.5}, "momentum: 0.5 needs p and p_next"),
-    "p rows": ({"p": new(2), "p_next": new()}, "p: 2 rows, but q has 3"),
-    "p_next dtype": ({"p": new(), "p_next": new(dtype=F64)}, "p_next: dtype"),
+    "p rows": ({"p": zero_panel(2), "p_next": zero_panel()}, "p: 2 rows, but q has 3"),
+    "p_next dtype": ({"p": zero_panel(), "p_next": zero_panel(dtype=F64)}, "p_next: dtype"),
 }
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from lyapcuda import ops
-from ops_cases import BF16, F16, F32, F64, TAILS, assert_same_bits, threads
+from ops_cases import (
+    BF16,
+    F32,
+    F64,
+    STORAGE,
+    TAILS,
+    assert_same_bits,
+    threads,
+)
 from panel_cases import COUNTS
 from quasi_newton_cases import (
     KINDS,
@@ -19,8 +27,6 @@ from quasi_newton_cases import (
     step_options,
     stepped_bits,
 )
-
-STORAGE = [F32, F64, BF16, F16]
 
 
 @pytest.mark.parametrize("size", TAILS[:-1])
@@ -93,7 +99,7 @@ def test_it_is_the_newton_step_of_a_quadratic():
         ({"h_ema": [8.0, 4.0], "residual": 0.0, "accepted": 0.0}, 10.0, [0.0, 0.0, 0.0]),
     ],
 )
-def test_rates(values, max_lr, rates):
+def test_rates_are_those_of_the_curvatures_and_bounded(values, max_lr, rates):
     values = {**values, "h_ema": torch.tensor(values["h_ema"], dtype=F64)}
     case = newton_case(2, [10], F32, **values)
     before = case.theta[0].clone()

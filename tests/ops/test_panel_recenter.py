@@ -22,7 +22,14 @@ from ops_cases import (
     surroundings,
     threads,
 )
-from panel_cases import COUNTS, LARGE, TAILS, combined_bits, make_panel_case
+from panel_cases import (
+    COUNTS,
+    LARGE,
+    TAILS,
+    combined_bits,
+    make_panel_case,
+    zero_panel,
+)
 
 
 def run(case, copies=None):
@@ -161,21 +168,20 @@ def test_the_version_of_what_is_written_counts():
     assert case.d._version == before[2]
 
 
-def new(rows=3, length=40, dtype=F32):
-    return torch.zeros(rows, length, dtype=dtype)
-
-
-WHOLE = new(7)
+WHOLE = zero_panel(7)
 WRONG = {
-    "q dtype": ({"q": new(dtype=BF16)}, "q: expected float32 or float64"),
+    "q dtype": ({"q": zero_panel(dtype=BF16)}, "q: expected float32 or float64"),
     "q dim": ({"q": torch.zeros(40)}, "q: expected a contiguous 2-D"),
-    "q rows": ({"q": new(33)}, "q: 33 rows, expected 1 to 32"),
-    "d dtype": ({"d": new(dtype=F64)}, "d: dtype"),
-    "d rows": ({"d": new(2)}, "d: 2 rows, but q has 3"),
-    "d strided": ({"d": new(40, 3).T}, "d: expected a contiguous 2-D"),
-    "copies dtype": ({"copies": new(dtype=F16)}, "copies: dtype Half differs from theta's Float"),
-    "copies rows": ({"copies": new(4)}, "copies: 4 rows of 40, but q has 3 of 40"),
-    "copies strided": ({"copies": new(40, 3).T}, "copies: expected a contiguous 2-D"),
+    "q rows": ({"q": zero_panel(33)}, "q: 33 rows, expected 1 to 32"),
+    "d dtype": ({"d": zero_panel(dtype=F64)}, "d: dtype"),
+    "d rows": ({"d": zero_panel(2)}, "d: 2 rows, but q has 3"),
+    "d strided": ({"d": zero_panel(40, 3).T}, "d: expected a contiguous 2-D"),
+    "copies dtype": (
+        {"copies": zero_panel(dtype=F16)},
+        "copies: dtype Half differs from theta's Float",
+    ),
+    "copies rows": ({"copies": zero_panel(4)}, "copies: 4 rows of 40, but q has 3 of 40"),
+    "copies strided": ({"copies": zero_panel(40, 3).T}, "copies: expected a contiguous 2-D"),
     "theta count": ({"theta": [torch.zeros(10)]}, "theta: 1 tensors, but offsets has 2"),
     "theta dtype": ({"theta": [torch.zeros(10, dtype=F64)] * 2}, r"theta\[0\]: dtype"),
     "offset beyond": ({"offsets": [0, 29]}, r"offsets\[1\]: 29"),
@@ -206,7 +212,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(wrong):
         "offsets": [0, 20],
         "state": ops.new_panel_state("cpu", 3, pending=1.0),
     }
-    ops.panel_recenter_(**{**arguments, "q": new(), "copies": new()})
+    ops.panel_recenter_(**{**arguments, "q": zero_panel(), "copies": zero_panel()})
     arguments |= replaced
     written = [arguments["q"], arguments["copies"]]
     before = [t.clone() for t in written]

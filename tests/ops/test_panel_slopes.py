@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from lyapcuda import ops
-from ops_cases import BF16, F16, F32, F64, TAILS, assert_same_bits, threads
+from ops_cases import (
+    BF16,
+    F64,
+    STORAGE,
+    TAILS,
+    assert_same_bits,
+    threads,
+)
 from panel_cases import COUNTS
 from quasi_newton_cases import (
     KINDS,
@@ -17,8 +24,6 @@ from quasi_newton_cases import (
     step_arguments,
     step_options,
 )
-
-STORAGE = [F32, F64, BF16, F16]
 
 
 @pytest.mark.parametrize("size", TAILS[:-1])

@@ -63,7 +63,7 @@ def test_a_row_of_a_panel_to_the_bit(dtype, k):
 
 
 @pytest.mark.parametrize("asked", [0.0, -1.0, 2.0, math.nan, math.inf])
-def test_nothing_is_lost(asked):
+def test_where_nothing_is_lost_nothing_is_written(asked):
     case, state = flat_case(F32, reseed=asked)
     q, p = case.q.clone(), case.p.clone()
     ops.reseed_(case.q, case.offsets, sizes_of(case), state, elements=10, p=case.p)

@@ -70,7 +70,7 @@ def test_a_warm_up_that_never_settles_says_so():
 
 
 @pytest.mark.parametrize("kind", ["ce", "mse"])
-def test_it_trains(kind):
+def test_training_lowers_the_loss(kind):
     truth = case("gelu_mlp", seed=3, kind=kind)
     optimizer = lyapcuda.LyapunovSGD(truth.model.parameters())
     losses = [float(optimizer.step(truth.closure)) for _ in range(60)]

@@ -148,7 +148,7 @@ def test_gradients_that_were_not_measured_must_be_finite_too(how, k):
     assert not torch.equal(theta, before) and bool(torch.isfinite(theta).all())
 
 
-def test_hooks_of_a_step():
+def test_hooks_of_torchs_optimizers_are_called_around_a_step():
     theta, closure = quadratic([4.0, 1.0])
     optimizer, seen = exact([theta]), []
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append("before"))

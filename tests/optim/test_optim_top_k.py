@@ -85,7 +85,7 @@ def test_it_is_the_pseudo_inverse_on_a_net():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["ce", "mse"])
-def test_it_trains(kind, dtype):
+def test_training_with_k_curvatures_lowers_the_loss(kind, dtype):
     truth = case("gelu_mlp", seed=3, kind=kind, dtype=dtype)
     optimizer = lyapcuda.LyapunovSGD(truth.model.parameters(), k=4, warmup_tol=0.2)
     losses = [float(optimizer.step(truth.closure)) for _ in range(40)]

@@ -11,7 +11,7 @@ from lyapcuda.params.saved_state import check_shapes, require_entries
 
 
 @pytest.mark.parametrize("saved", [None, [1], "text", torch.zeros(2)])
-def test_what_is_no_dictionary(saved):
+def test_what_is_no_dictionary_is_refused(saved):
     with pytest.raises(ValueError, match=f"expected a dictionary, got a {type(saved).__name__}"):
         require_entries(saved, "q")
 
@@ -24,7 +24,7 @@ def test_missing_entries_are_named():
         require_entries({}, "lr", of="a LyapunovSGD")
 
 
-def test_other_shapes_and_dtypes():
+def test_other_shapes_and_dtypes_are_refused():
     check_shapes("q", [torch.zeros(2), None], [torch.ones(2), None])
     for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), None):
         with pytest.raises(ValueError, match="q is .* another model"):

@@ -227,7 +227,7 @@ def test_the_zero_end_of_a_convex_loss():
         assert low <= 0.0 <= high
 
 
-def test_few_gradients():
+def test_one_gradient_an_iteration_and_three_besides():
     """Forward differences: a gradient an iteration, one at θ, two for what they are worth."""
     truth = case("gelu_mlp", seed=3)
     result = lyapcuda.eigsh(truth.closure, truth.model.parameters(), difference="forward")
@@ -266,7 +266,7 @@ def test_a_subset_by_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_parameters(dtype):
+def test_the_interval_of_16_bit_parameters_holds_the_value_of_float32(dtype):
     truth = case("gelu_mlp", seed=4)
     half = case("gelu_mlp", seed=4).model.to(dtype)
     with torch.no_grad():

@@ -92,7 +92,7 @@ SKIPPED = [
 
 
 @pytest.mark.parametrize(("name", "which", "k", "difference"), SKIPPED)
-def test_nothing_is_skipped(name, which, k, difference):
+def test_no_eigenvalue_is_skipped(name, which, k, difference):
     truth = case(name, seed=0)
     params = truth.model.parameters()
     result = lyapcuda.eigsh(truth.closure, params, k, which, difference=difference)

@@ -113,7 +113,7 @@ def test_eigsh_computes_the_loss_once_for_all_exact_products(counted):
     torch.testing.assert_close(result.eigenvalues, other.eigenvalues, rtol=1e-6, atol=0)
 
 
-def test_interface():
+def test_the_operator_is_square_linear_and_takes_vectors_and_matrices():
     truth = case("linear", 1, torch.float64)
     operator = lyapcuda.HessianOperator(truth.closure, truth.model.parameters())
     n = operator.shape[0]
@@ -243,7 +243,7 @@ def test_the_gradient_is_taken_again_where_the_parameters_have_moved():
     torch.testing.assert_close(operator @ v, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_at_a_copy_is_told():
+def test_a_closure_is_told_that_it_is_at_a_copy():
     truth = case("linear", 1)
     seen = []
 
@@ -317,7 +317,7 @@ def test_scaled_dot_product_attention():
         (dict(model=3), TypeError, "int"),
     ],
 )
-def test_bad_arguments(options, error, message):
+def test_bad_arguments_are_named(options, error, message):
     truth = case("linear", 1)
     with pytest.raises(error, match=message):
         lyapcuda.HessianOperator(truth.closure, truth.model.parameters(), **options)

@@ -78,7 +78,7 @@ def test_batches_of_any_kind(kind):
     torch.testing.assert_close(operator @ v, whole @ v, rtol=1e-6, atol=1e-6)
 
 
-def test_bad_data():
+def test_data_that_cant_be_streamed_is_named():
     model = nn.Linear(3, 1)
     x = torch.randn(10, 3)
 

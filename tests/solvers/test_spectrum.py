@@ -111,7 +111,7 @@ def test_reruns_are_bit_identical_and_leave_no_trace():
     assert all(p.grad is None for p in truth.model.parameters())
 
 
-def test_the_plot(tmp_path):
+def test_a_density_is_drawn_and_saved(tmp_path):
     truth = case("linear", seed=7)
     found = lyapcuda.spectral_density(truth.closure, truth.model.parameters(), draws=3, steps=10)
     figure = found.plot(tmp_path / "density.png")

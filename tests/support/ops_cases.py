@@ -16,6 +16,12 @@ from lyapcuda import ops
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 #: (dtype of the buffers, dtype of gradients and parameters beside them): all there are.
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (F64, F64)]
+#: dtypes of gradients and parameters.
+STORAGE = [F32, F64, BF16, F16]
+#: (realised, heavy): the kinds of steps.
+KINDS = list(itertools.product((False, True), (False, True)))
+#: The place of each sum.
+SUM = {name: i for i, name in enumerate(ops.SUM_FIELDS)}
 #: Around the 8 lanes of a vector and the 16384 elements of a block.
 TAILS = [0, 1, 7, 8, 9, 31, 33, 255, 257, 4097, 16383, 16385, 100003]
 #: Outputs of more elements than 2**21 are written around the cache.
@@ -38,6 +44,11 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     different = (bits(actual) != bits(expected)).sum()
     assert not different, f"{different} of {actual.numel()} elements differ"
+
+
+def number(value: float) -> Tensor:
+    """A scalar as the ops take it."""
+    return torch.tensor([value], dtype=F64)
 
 
 def guarded(size: int, dtype: torch.dtype, shift: int = 0) -> Tensor:

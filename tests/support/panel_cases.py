@@ -31,6 +31,10 @@ def guarded_panel(rows: int, n: int, dtype: torch.dtype, shift: int = 0) -> Tens
     return guarded(rows * n, dtype, shift).view(rows, n)
 
 
+def zero_panel(rows: int = 3, n: int = 40, dtype: torch.dtype = F32) -> Tensor:
+    return torch.zeros(rows, n, dtype=dtype)
+
+
 def random_panel(
     rows: int, n: int, dtype: torch.dtype, shift: int = 0, seed: int = 0, exact: bool = False
 ) -> Tensor:

@@ -10,7 +10,7 @@ import lyapcuda
 
 
 def wanted(eigenvalues: Tensor, k: int, which: str) -> Tensor:
-    """The exact values in the result's order, from ascending ones."""
+    """The exact values in a result's or a tracker's order, from ascending ones."""
     down = eigenvalues.flip(0)
     if which == "LA":
         return down[:k]

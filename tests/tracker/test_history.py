@@ -186,7 +186,7 @@ def test_a_history_of_another_capacity(problem, capacity):
     assert other.history().step.tolist() == list(range(11 - min(capacity, kept + 3), 11))
 
 
-def test_without_a_history(problem):
+def test_without_a_history_nothing_is_recorded_and_no_value_changes(problem):
     model, closures = problem
     tracker = lyapcuda.CurvatureTracker(model.parameters(), history=0)
     kept = lyapcuda.CurvatureTracker(model.parameters())
@@ -233,7 +233,7 @@ def test_a_history_that_does_not_fit_changes_nothing(problem, change, message):
     assert torch.equal(other.h, before) and other.history().step.tolist() == [1, 2]
 
 
-def test_columns():
+def test_columns_are_named_by_curvature():
     model = nn.Linear(4, 3)
     for options, names in [
         ({}, ["exponent", "beta", "h", "h_low", "h_high"]),

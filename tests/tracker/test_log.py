@@ -173,7 +173,7 @@ def test_a_new_log_writes_what_the_history_holds_already(problem, tmp_path):
     assert [row["lr"] for row in rows] == ["nan"] * 6 + ["0.1"] * 2
 
 
-def test_files_that_are_there(problem, tmp_path):
+def test_files_that_are_there_are_kept_replaced_or_gone_on_with(problem, tmp_path):
     tracker, path, other = problem.tracker(), tmp_path / "a.csv", tmp_path / "b.jsonl"
     problem.take(tracker, 3)
     path.write_text("mine\n")
@@ -289,7 +289,7 @@ def test_what_waits_is_written_when_the_run_fails(problem, tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_tensorboard(problem, own, tmp_path):
+def test_tensorboard_has_every_measurement(problem, own, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter

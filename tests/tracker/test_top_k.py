@@ -11,6 +11,7 @@ from torch import nn
 
 import lyapcuda
 from nets import NAMES, case, quadratic
+from truths import wanted
 
 
 def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 10000) -> None:
@@ -24,16 +25,6 @@ def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 
         best, since = (worst, 0) if worst < 0.98 * best else (best, since + 1)
         if worst < tol * float(tracker.h.abs().max()) or since > 200:
             return
-
-
-def wanted(eigenvalues, k: int, which: str):
-    """The exact values in the tracker's order."""
-    down = eigenvalues.flip(0)
-    if which == "LA":
-        return down[:k]
-    if which == "SA":
-        return eigenvalues[:k]
-    return torch.cat([down[: (k + 1) // 2], down[len(down) - k // 2 :]])
 
 
 # Seeds of nets whose wanted values stand apart from the rest: what is next to them sets the speed.
@@ -223,7 +214,7 @@ def test_a_step_costs_k_more_gradients_and_leaves_no_trace():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_parameters(dtype):
+def test_16_bit_parameters_give_the_values_of_float32(dtype):
     truth = case("gelu_mlp", seed=4)
     with torch.no_grad():
         for p in truth.model.parameters():

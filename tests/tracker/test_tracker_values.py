@@ -44,7 +44,7 @@ def test_weight_decay_is_part_of_the_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_parameters(dtype):
+def test_16_bit_parameters_keep_the_curvature(dtype):
     """θ + q is rounded; dividing by what was realised keeps the curvature right."""
     torch.manual_seed(0)
     spectrum = torch.linspace(0, 3, 400)
