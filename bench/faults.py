@@ -19,8 +19,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import fault_table  # noqa: E402
 
@@ -105,7 +104,8 @@ def main() -> int:
     tests = dict.fromkeys(test for fault in faults for test in fault.tests)
     recorder = Recorder()
     options = ["-q", "--no-header", *(["-m", "not slow"] if arguments.quick else []), *rest]
-    status = pytest.main([*options, *(f"{ROOT}/tests/{t}" for t in tests)], plugins=[recorder])
+    places = [f"{fault_table.path_of(t).parent}/{t}" for t in tests]
+    status = pytest.main([*options, *places], plugins=[recorder])
     total, lines = summary(faults, recorder.of)
     print("\n".join(lines))
     print(f"\n{total.faults} faults: {total.line()}")

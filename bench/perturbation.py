@@ -2,10 +2,10 @@
 
     python bench/perturbation.py [--out bench/results/perturbation]
 
-Four nets (tests/nets.py), two seeds, both ends of the spectrum, frozen θ and data; the truth is the
-dense Hessian in float64. Δq is c·ε^(1/3)·max(‖θ‖, √N/100), ε of the parameters' dtype. Reported per
-c: the median and the largest relative error of h (the mean over both sides of θ), of the one-sided
-Rayleigh quotient, and how many intervals hold an exact eigenvalue.
+Four nets (tests/support/nets.py), two seeds, both ends of the spectrum, frozen θ and data; the
+truth is the dense Hessian in float64. Δq is c·ε^(1/3)·max(‖θ‖, √N/100), ε of the parameters' dtype.
+Reported per c: the median and the largest relative error of h (the mean over both sides of θ), of
+the one-sided Rayleigh quotient, and how many intervals hold an exact eigenvalue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import lyapcuda
 from lyapcuda.dynamics.perturbation import default_perturbation
 from lyapcuda.params.flat import FlatLayout
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from nets import NAMES, case  # noqa: E402
 
 FACTORS = (0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0)

@@ -3,8 +3,8 @@
     python bench/solver_truth.py [--seeds 0:5] [--climbs 0:1] [--methods lanczos]
         [--out bench/results/solver_truth]
 
-The nets of tests/nets.py (linear, two MLPs, convolution, attention), cross-entropy and squared
-error in turn; k from 1 to 14 at every end; float32 with tol 1e-3 (once with the default
+The nets of tests/support/nets.py (linear, two MLPs, convolution, attention), cross-entropy and
+squared error in turn; k from 1 to 14 at every end; float32 with tol 1e-3 (once with the default
 differences, once with central ones) and float64 with tol 1e-6. The truth is the dense Hessian in
 float64 at the same parameters. Counted are, of all values returned,
 
@@ -35,7 +35,7 @@ import torch
 import lyapcuda
 from ops import cpu_name
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from nets import SOLVED, case  # noqa: E402
 from truths import is_off, wanted  # noqa: E402
 

@@ -2,8 +2,8 @@
 
     python bench/tf32.py [--out bench/results/tf32.md]
 
-First eigsh on small smooth nets (tests/nets.py, cross-entropy), against the dense Hessian in
-float64: with TF32 in all products, unknown to the package and known to it, and in plain float32.
+First eigsh on small smooth nets (tests/support/nets.py, cross-entropy), against the dense Hessian
+in float64: with TF32 in all products, unknown to the package and known to it, and in plain float32.
 Then a tracker's h0 at one θ by Δq, on nets trained for ten steps, against exact products in
 float32: the largest error among steps 50 to 90. `(!)`: an interval held no such eigenvalue.
 """
@@ -26,7 +26,7 @@ from lyapcuda.objective import tf32
 from lyapcuda.params.flat import FlatLayout
 from ops import cpu_name
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import precision_cases as cases  # noqa: E402
 
 ARITHMETIC = {

@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] ||
   { echo "test: no .venv here; run scripts/quickstart.sh first" >&2; exit 1; }
 export PATH="$PWD/.venv/bin:$PATH"
-python tests/simt_library.py
+python tests/support/simt_library.py
 processes=$(python -c 'import os; print(min(os.cpu_count() or 1, 8) + 1)')
 exec python -m pytest --numprocesses "$processes" --dist worksteal "$@"

@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 import simt_library  # noqa: E402
+from noisy import Noisy  # noqa: E402
 
 torch.set_num_threads(1)
 # A shell that runs the suite in the background (`&`, nohup) has SIGINT ignored.
@@ -27,3 +29,19 @@ def backend(request):
     else:
         with simt_library.use(request.param):
             yield request.param
+
+
+@pytest.fixture(scope="module", params=simt_library.HERE)
+def library(request):
+    """The ops of a module that asks for it are that library's: each in turn that can be had."""
+    with simt_library.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def noisy():
+    """A model whose evaluations leave traces, and its closure."""
+    torch.manual_seed(0)
+    model = Noisy()
+    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+    return model, lambda: nn.functional.cross_entropy(model(x), y)

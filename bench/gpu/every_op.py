@@ -19,9 +19,9 @@ from torch import Tensor
 from gpu.lines import Lines
 from gpu.processes import ROOT
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 from lyapcuda import ops  # noqa: E402
-from ops_support import DTYPES, Case, ascent_options, make_case, state_with  # noqa: E402
+from ops_cases import DTYPES, Case, ascent_options, make_case, state_with  # noqa: E402
 from simt_library import SEGMENTS  # noqa: E402
 
 #: Blocks take several tiles of these, the next one on its way meanwhile.

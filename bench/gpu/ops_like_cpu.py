@@ -22,10 +22,10 @@ from gpu.processes import ROOT
 from gpu.stages import OP_GROUPS
 from lyapcuda import ops
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 import simt_library  # noqa: E402
-from ops_support import assert_same_bits  # noqa: E402
-from test_cuda_binding import small_calls  # noqa: E402
+from op_calls import small_calls  # noqa: E402
+from ops_cases import assert_same_bits  # noqa: E402
 
 #: Numbers of elements: about a vector, several blocks, more tensors than a launch takes.
 SIZES = ([5, 33], [70001, 33, 4097], [k % 41 for k in range(simt_library.SEGMENTS + 6)])
@@ -52,7 +52,7 @@ def check(name: str, library: str, sizes: list[int]) -> None:
     """Raises AssertionError where the library leaves something else than the CPU does."""
     here, there = calls_of(name, sizes), calls_of(name, sizes)
     with simt_library.use(library):
-        found = getattr(ops._library, name)(**here)
+        found = getattr(ops.library.namespace, name)(**here)
     expected = getattr(torch.ops.lyapcuda, name)(**there)
     if expected is not None:
         assert_close(found, expected, "what it returns")

@@ -72,8 +72,8 @@ def stage_a(rehearse: bool) -> Iterator[Step]:
         ],
         at_once=4,
     )
-    files = [f"tests/test_cuda_binding{end}.py" for end in ("", "_panels", "_newton", "_again")]
-    gpu = ["tests/test_cuda_binding_gpu.py"]
+    files = [f"tests/ops/test_cuda_binding{end}.py" for end in ("", "_panels", "_newton", "_again")]
+    gpu = ["tests/ops/test_cuda_binding_gpu.py"]
     yield Step(
         [
             tests("tests: against the CPU", files, 100, rehearse, 10, FEW),

@@ -1,0 +1,66 @@
+"""The examples of docs/distributed.md run, on two ranks; the exchange it describes is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+import torch
+
+import lyapcuda
+from ranks import on_ranks
+from wrapped_nets import loss_of, setting
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def examples(rank: int, folder: str) -> None:
+    os.chdir(folder)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "distributed.md").read_text("utf-8"), re.S)
+    assert len(blocks) >= 5
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for block in blocks:
+            exec(compile(block, "docs/distributed.md", "exec"), names)
+    assert "DTensor" in printed.getvalue() and "RankError" not in printed.getvalue()
+    tracker, resumed = names["tracker"], names["resumed"]
+    assert int(resumed.steps) == 5 and torch.equal(tracker.h, resumed.h)
+
+
+def exchanges(rank: int) -> None:
+    """(numbers a rank) of every exchange of a step, after the first."""
+    sent: list[int] = []
+    gather = lyapcuda.params.ranks.Ranks._gather
+
+    def counted(self, message, timeout=None):
+        sent.append(message.numel())
+        return gather(self, message, timeout)
+
+    lyapcuda.params.ranks.Ranks._gather = counted
+    try:
+        for how in ("ddp", "fsdp"):
+            for options, numbers in (
+                ({}, 3 + 6),
+                ({"k": 8}, 10 + 16**2),
+                ({"k": 2, "momentum": 0.5}, 4 + 6**2),
+                ({"k": 3, "which": "BE"}, 5 + 4**2 + 6),
+            ):
+                model, x, y, tracker = setting(rank, how, **options)
+                for _ in range(3):
+                    sent.clear()
+                    tracker.step(lambda m=model, x=x, y=y: loss_of(m, x, y))
+                assert sent == [numbers], f"{how} {options}: {sent}"
+    finally:
+        lyapcuda.params.ranks.Ranks._gather = gather
+
+
+def on_two(rank: int, folder: str) -> None:
+    examples(rank, folder)
+    exchanges(rank)
+
+
+def test_the_examples_run_and_the_exchange_is_as_described(tmp_path):
+    on_ranks(2, on_two, str(tmp_path))

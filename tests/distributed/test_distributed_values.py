@@ -1,0 +1,106 @@
+"""DDP and FSDP2 on 2 and 3 ranks: the values of one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lyapcuda
+from ranks import equal_everywhere, on_ranks
+from wrapped_nets import BATCH, build, loss_of, wrap
+
+STEPS = 6
+
+
+def measured(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    make: Callable[[], object],
+    train: bool,
+    steps: int = STEPS,
+) -> Tensor:
+    """(steps, 3, k): h, residual and exponent at every step of a small training run."""
+    tracker = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rows = []
+    for _ in range(steps):
+        tracker.step(lambda: loss_of(model, x, y), leave_grad=train)
+        if train:
+            optimizer.step()
+        rows.append(
+            torch.stack(
+                [tracker.h.reshape(-1), tracker.residual.reshape(-1), tracker.exponent.reshape(-1)]
+            )
+        )
+    assert int(tracker.steps.max()) == steps and int(tracker.skipped.max()) == 0
+    return torch.stack(rows)
+
+
+def compare(rank: int, how: str, net: str, dtype: torch.dtype, options: dict, train: bool) -> float:
+    size = dist.get_world_size()
+    model, x, y = build(net, dtype, BATCH * size)
+    alone = copy.deepcopy(model)
+    make = lambda m: lambda: lyapcuda.CurvatureTracker(m.parameters(), **options)  # noqa: E731
+    truth = measured(alone, x, y, make(alone), train)
+    wrapped = wrap(model, how)
+    mine = slice(rank * BATCH, (rank + 1) * BATCH)
+    found = measured(wrapped, x[mine], y[mine], make(wrapped), train)
+    assert equal_everywhere(found)
+    scale = truth[:, 0].abs().max()
+    apart = (found[:, 0] - truth[:, 0]).abs().max() / scale
+    limit = 1e-9 if dtype == torch.float64 else 2e-3
+    assert apart < limit, f"{how} {net} {dtype} {options}: {float(apart):.2g}"
+    return float(apart)
+
+
+def many(rank: int, cases: list[tuple]) -> list[float]:
+    return [compare(rank, *case) for case in cases]
+
+
+F32, F64 = torch.float32, torch.float64
+CASES = [
+    ("ddp", "mlp", F64, {}, True),
+    ("ddp", "attention", F32, {"k": 3}, True),
+    ("ddp_view", "mlp", F32, {"k": 2, "which": "BE"}, False),
+    ("ddp_static", "mlp", F64, {"which": "SA", "momentum": 0.5}, True),
+    ("fsdp", "mlp", F64, {}, True),
+    ("fsdp", "mlp", F32, {}, True),
+    ("fsdp", "attention", F64, {"k": 3}, True),
+    ("fsdp", "attention", F32, {"k": 3, "which": "BE"}, False),
+    ("fsdp_root", "mlp", F64, {"k": 3, "momentum": 0.5, "weight_decay": 1e-2}, True),
+    ("fsdp_root", "mlp", F64, {"estimate": "paper", "k": 1}, True),
+]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_values_of_one_process(size):
+    on_ranks(size, many, CASES)
+
+
+def bf16(rank: int) -> None:
+    """bf16 parameters round θ + q and the gradients: near the float32 values of the same θ."""
+    batch, steps = 64, 30
+    model, x, y = build("mlp", torch.bfloat16, batch * dist.get_world_size())
+    wide = copy.deepcopy(model).float()
+    mine = slice(rank * batch, (rank + 1) * batch)
+
+    def late(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        make = lambda: lyapcuda.CurvatureTracker(net.parameters(), k=3)  # noqa: E731
+        found = measured(net, x, y, make, False, steps)
+        assert equal_everywhere(found)
+        return found[-10:, 0].mean(0)
+
+    truth = late(wide, x.float(), y.float())
+    for how in ("ddp", "fsdp"):
+        found = late(wrap(copy.deepcopy(model), how), x[mine], y[mine])
+        torch.testing.assert_close(found, truth, rtol=2e-2, atol=0)
+
+
+def test_16_bit_parameters_give_the_values_of_float32():
+    on_ranks(2, bf16)

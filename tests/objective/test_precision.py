@@ -1,0 +1,107 @@
+"""Trackers, LyapunovSGD and eigsh by the types of the loss, against exact Hessians.
+
+The cases and tolerances are in precision_cases.py; docs/precision.md has the errors measured.
+"""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lyapcuda
+import precision_cases as cases
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.objective.loss_graph import loss_epsilon
+from lyapcuda.params.flat import FlatLayout
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("name", cases.PRECISIONS)
+def test_values_are_those_of_the_exact_hessian(name):
+    cases.check(name, cases.PRECISIONS[name]())
+
+
+def test_every_case_is_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
+    for name in (*cases.PRECISIONS, *cases.COMPILERS):
+        assert f"| {name} |" in text, name
+
+
+# --- Δq follows the precision of the loss --------------------------------------------------------
+
+
+def autocast_case():
+    return cases.PRECISIONS["bfloat16 autocast"]()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_separation_grows_to_what_autocast_needs(k):
+    case = autocast_case()
+    layout = FlatLayout(case.model.parameters())
+    tracker = lyapcuda.CurvatureTracker(case.model.parameters(), k=k)
+    for _ in range(3):
+        tracker.step(case.closure)
+    (separation,) = tracker._started()
+    wanted = default_perturbation(layout, torch.finfo(BF16).eps)
+    assert wanted > 10 * default_perturbation(layout)
+    assert float(separation.value("perturbation")) == wanted
+    for copy in separation.place():
+        pairs = zip(copy, case.model.parameters(), strict=True)
+        assert sum(
+            float((c - p).detach().square().sum()) for c, p in pairs
+        ) ** 0.5 == pytest.approx(wanted, rel=1e-3)
+    separation.withdraw()
+
+
+def test_a_separation_of_the_users_stays_and_is_warned_about_where_too_small():
+    case = autocast_case()
+    tracker = lyapcuda.CurvatureTracker(case.model.parameters(), perturbation=1e-3)
+    with pytest.warns(UserWarning, match=r"perturbation=0.001 .*autocast"):
+        tracker.step(case.closure)
+    tracker.step(case.closure)  # once is enough
+    assert float(tracker._started()[0].value("perturbation")) == 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lyapcuda.CurvatureTracker(case.model.parameters(), perturbation=5e-2).step(case.closure)
+
+
+def test_a_resumed_tracker_keeps_the_separation_it_was_saved_with():
+    case = autocast_case()
+    saved, resumed = (lyapcuda.CurvatureTracker(case.model.parameters()) for _ in range(2))
+    for _ in range(3):
+        saved.step(case.closure)
+    resumed.load_state_dict(saved.state_dict())
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p.mul_(1.5)  # a fresh tracker would choose by another norm of θ
+    for tracker in (saved, resumed):
+        tracker.step(case.closure)
+    assert torch.equal(saved.state, resumed.state)
+
+
+def test_eigsh_under_autocast_does_not_call_rounding_converged():
+    """With the differences of float32 it was off by 120 % of h0, and said it had converged."""
+    case = autocast_case()
+    with pytest.warns(lyapcuda.ConvergenceWarning):
+        result = lyapcuda.eigsh(case.closure, case.model.parameters(), 3)
+    assert result.difference == "central" and not bool(result.converged.any())
+    with pytest.warns(lyapcuda.ConvergenceWarning):
+        forward = lyapcuda.eigsh(case.closure, case.model.parameters(), 3, difference="forward")
+    assert not bool(forward.converged.any())
+
+
+def test_the_precision_of_a_loss_is_that_of_its_coarsest_part():
+    model, x = nn.Linear(5, 2), torch.randn(3, 5)
+
+    def loss():
+        return model(x).square().mean()
+
+    assert loss_epsilon(loss()) == torch.finfo(torch.float32).eps
+    for dtype in (BF16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert loss_epsilon(loss()) == torch.finfo(dtype).eps
+    assert loss_epsilon(1.0) == loss_epsilon(loss().detach()) == 0.0
+    assert loss_epsilon(model.double()(x.double()).sum()) == torch.finfo(torch.float64).eps
