@@ -26,8 +26,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 import lyapcuda
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
+from examples.paper.data import BatchLoader, load
+from examples.paper.models import build
 from ops import cpu_name
 
 DECAY, LR, BATCH = 5e-4, 0.1, 512

@@ -34,8 +34,8 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 import lyapcuda
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
+from examples.paper.data import BatchLoader, load
+from examples.paper.models import build
 from ops import cpu_name
 
 BATCH, LR, TOL, KS = 512, 0.1, 1e-3, (1, 5)

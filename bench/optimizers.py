@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda import LyapunovSGD
-from lyapcuda.experiment.config import LOSSES
-from lyapcuda.experiment.data import BatchLoader, Dataset, load
-from lyapcuda.experiment.models import build
+from examples.paper.config import LOSSES
+from examples.paper.data import BatchLoader, Dataset, load
+from examples.paper.models import build
 from ops import cpu_name
 
 #: The paper's two-class models with their losses.

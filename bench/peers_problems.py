@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt import GPT
-from lyapcuda.experiment.data import BatchLoader
-from lyapcuda.experiment.data import load as load_data
-from lyapcuda.experiment.models import BasicBlock, build
+from examples.paper.data import BatchLoader
+from examples.paper.data import load as load_data
+from examples.paper.models import BasicBlock, build
 
 #: The first 64 kB of it are the GPT's text: every Python has it.
 TEXT = "argparse"

@@ -19,8 +19,8 @@ from torch import nn
 
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
+from examples.paper.data import BatchLoader, load
+from examples.paper.models import build
 from ops import cpu_name
 from tracking_accuracy import smooth
 

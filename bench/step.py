@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.experiment.models import build
+from examples.paper.models import build
 
 
 @pytest.mark.parametrize("form", ["plain", "tracked", "tracked, every=10", "LyapunovSGD"])

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
 from lyapcuda.dynamics.perturbation import default_perturbation
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
+from examples.paper.data import BatchLoader, load
+from examples.paper.models import build
 from lyapcuda.files import LineFile
 from lyapcuda.log import csv_line
 from lyapcuda.params.flat import FlatLayout

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lyapcuda
 from lyapcuda import ops
-from lyapcuda.experiment.models import build
+from examples.paper.models import build
 from lyapcuda.objective.random_states import RandomStates
 from ops import cpu_name
 

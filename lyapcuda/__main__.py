@@ -16,12 +16,12 @@ from typing import NoReturn
 
 import torch
 
-from lyapcuda.experiment import checkpoint
-from lyapcuda.experiment.config import ESTIMATES, LOSSES, SCHEDULE_NAMES, TrainConfig, require_same
-from lyapcuda.experiment.data import CLASSES, DIGITS
-from lyapcuda.experiment.models import MODELS
-from lyapcuda.experiment.paper import command as paper
-from lyapcuda.experiment.train import TrainResult, saved_config, train, usable_device
+from examples.paper import checkpoint
+from examples.paper.config import ESTIMATES, LOSSES, SCHEDULE_NAMES, TrainConfig, require_same
+from examples.paper.data import CLASSES, DIGITS
+from examples.paper.models import MODELS
+from examples.paper.figures import command as paper
+from examples.paper.train import TrainResult, saved_config, train, usable_device
 from lyapcuda.solvers.eigsh import METHODS, WHICH
 
 EXIT_DIVERGED = EXIT_NOT_CONVERGED = 1
@@ -232,7 +232,7 @@ def _add_eigs(parser: argparse.ArgumentParser) -> None:
 
 
 def _eigs(arguments: argparse.Namespace) -> int:
-    from lyapcuda.experiment import eigs, problem
+    from examples.paper import eigs, problem
 
     _set_threads(arguments.threads)
     device = str(usable_device(arguments.device))

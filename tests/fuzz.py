@@ -1,4 +1,4 @@
-"""Damaged files for the readers of lyapcuda.experiment: an error or a right answer, never a crash,
+"""Damaged files for the readers of examples.paper: an error or a right answer, never a crash,
 another exception, or anything run. For test_fuzz.py and bench/robustness.py.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lyapcuda.experiment import checkpoint, cifar
+from examples.paper import checkpoint, cifar
 from test_data import python2_batch
 
 #: What code in a file would have to do to be of any use.

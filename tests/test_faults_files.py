@@ -18,7 +18,7 @@ import lyapcuda
 import nets
 import simt_library
 from faults_support import bits, bowl, state_of, steps
-from lyapcuda.experiment import checkpoint
+from examples.paper import checkpoint
 from lyapcuda.files import replace_file
 
 NO_GPU = simt_library.missing("cuda")

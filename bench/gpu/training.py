@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gpt as gpt_model
 import lyapcuda
 from gpu.timing import Bench, Call
-from lyapcuda.experiment.models import build
+from examples.paper.models import build
 
 
 def whole_step(bench: Bench, name: str, model: nn.Module, closure: Callable[[], Tensor]) -> None:

@@ -14,7 +14,7 @@ from ..config import LOSSES, TrainConfig
 from ..data import BatchLoader, Dataset
 from ..models import build
 from ..train import usable_device
-from .figures import Spectrum
+from .table import Spectrum
 
 # Measurements at the initial weights, at most.
 _WARMUP = 10

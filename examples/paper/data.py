@@ -94,7 +94,7 @@ def load(source: str | Path, classes: Sequence[int] | None = None) -> Dataset:
     """Load a data set.
 
     Args:
-        source: ``digits``, or a CIFAR-10 folder (see :func:`lyapcuda.experiment.cifar.read_folder`;
+        source: ``digits``, or a CIFAR-10 folder (see :func:`examples.paper.cifar.read_folder`;
             a folder that is itself called ``digits`` is meant by ``./digits``).
         classes: labels to keep, which become 0, 1, ... in this order; default all ten.
 

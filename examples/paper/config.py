@@ -34,7 +34,7 @@ class TrainConfig:
     """The configuration of a run, checked when made.
 
     Attributes:
-        model: one of :data:`lyapcuda.experiment.models.MODELS`.
+        model: one of :data:`examples.paper.models.MODELS`.
         data: ``digits`` or a CIFAR-10 folder.
         loss: ``ce`` or ``mse``.
         schedule: ``constant``, ``cyclic`` or ``qn``.

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lyapcuda.experiment import checkpoint, plots
-from lyapcuda.experiment import train as train_module
-from lyapcuda.experiment.cifar import PIXELS, TEST_NAME, TRAIN_NAMES
-from lyapcuda.experiment.config import TrainConfig
-from lyapcuda.experiment.runlog import COLUMNS, READ_EVERY
-from lyapcuda.experiment.train import train
+from examples.paper import checkpoint, plots
+from examples.paper import train as train_module
+from examples.paper.cifar import PIXELS, TEST_NAME, TRAIN_NAMES
+from examples.paper.config import TrainConfig
+from examples.paper.runlog import COLUMNS, READ_EVERY
+from examples.paper.train import train
 from run_support import rows_of, snapshot, state_of
 
 pytest.importorskip("matplotlib")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lyapcuda.__main__ import main
-from lyapcuda.experiment import train as training
-from lyapcuda.experiment.config import TrainConfig
-from lyapcuda.experiment.data import Dataset, Split
-from lyapcuda.experiment.paper import run, summary
-from lyapcuda.experiment.paper.figures import FIGURES, Figure, Panel, Spectrum, scale_of
+from examples.paper import train as training
+from examples.paper.config import TrainConfig
+from examples.paper.data import Dataset, Split
+from examples.paper.figures import run, summary
+from examples.paper.figures.table import FIGURES, Figure, Panel, Spectrum, scale_of
 from run_support import rows_of, snapshot
 
 pytest.importorskip("matplotlib")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import Panel, Spectrum
+from .table import Panel, Spectrum
 
 #: What "follows" is taken to mean: α·h0 within this factor of 1, as the median of the last half.
 FOLLOWS = 1.25
@@ -38,7 +38,7 @@ def of_run(panel: Panel, columns: dict[str, np.ndarray], done: dict[str, Any]) -
 
     Args:
         panel: the panel.
-        columns: of its CSV, from :func:`lyapcuda.experiment.plots.read_columns`.
+        columns: of its CSV, from :func:`examples.paper.plots.read_columns`.
         done: what the run left: ``diverged``, ``accuracy``, ``exact`` (h0 or None).
 
     Returns:

@@ -11,9 +11,9 @@ from torch import nn
 
 import lyapcuda
 from lyapcuda.__main__ import main
-from lyapcuda.experiment import problem
-from lyapcuda.experiment.data import load
-from lyapcuda.experiment.models import build
+from examples.paper import problem
+from examples.paper.data import load
+from examples.paper.models import build
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..data import DIGITS, Dataset, load
 from ..train import CHECKPOINT, CSV, after, train, usable_device
 from . import draw, summary
-from .figures import FIGURES, Figure, Panel, Scale, Spectrum, scale_of
+from .table import FIGURES, Figure, Panel, Scale, Spectrum, scale_of
 from .spectrum import exact, first_epoch
 
 PANELS = "panels"
@@ -89,7 +89,7 @@ def run_figures(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the running panel is saved, and the same call goes on.
-        FileNotFoundError, ImportError: as :func:`lyapcuda.experiment.train.train`.
+        FileNotFoundError, ImportError: as :func:`examples.paper.train.train`.
         ValueError: an unknown figure, a value out of range, malformed data, ``out`` is a file or
             holds a panel of another configuration. Raised before anything is run.
     """

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lyapcuda.__main__ import main
-from lyapcuda.experiment.config import TrainConfig
-from lyapcuda.experiment.runlog import READ_EVERY
-from lyapcuda.experiment.train import train
+from examples.paper.config import TrainConfig
+from examples.paper.runlog import READ_EVERY
+from examples.paper.train import train
 from run_support import rows_of, snapshot, state_of
 
 pytest.importorskip("matplotlib")

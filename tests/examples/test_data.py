@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lyapcuda.experiment import cifar, data
+from examples.paper import cifar, data
 
 pytest.importorskip("sklearn")
 NAMES = (*cifar.TRAIN_NAMES, cifar.TEST_NAME)

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lyapcuda.experiment import plots
-from lyapcuda.experiment.runlog import COLUMNS
+from examples.paper import plots
+from examples.paper.runlog import COLUMNS
 
 pytest.importorskip("matplotlib")
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..data import DIGITS
-from .figures import FIGURES, Spectrum, scale_of
+from .table import FIGURES, Spectrum, scale_of
 
 ALL = "all"
 

@@ -26,7 +26,7 @@ class Panel:
     """A training run of the paper.
 
     Attributes:
-        model, loss, schedule: as in :class:`~lyapcuda.experiment.config.TrainConfig`.
+        model, loss, schedule: as in :class:`~examples.paper.config.TrainConfig`.
         lr: the constant rate.
         faithful: Algorithm 1 as printed, Δq = 0.05; else our default estimate and Δq.
         trains: False where the paper says that this setup does not train.

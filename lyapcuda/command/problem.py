@@ -114,7 +114,7 @@ def from_names(
     """Puts a problem together.
 
     Args:
-        model: one of :data:`lyapcuda.experiment.models.MODELS` (in evaluation mode), or
+        model: one of :data:`examples.paper.models.MODELS` (in evaluation mode), or
             ``package.module:factory``, a function of no arguments that returns a module, in the
             mode that it is to be measured in.
         data: ``digits``, a CIFAR-10 folder, or ``package.module:factory``, a function of no

@@ -13,7 +13,7 @@ import numpy as np
 from lyapcuda.files import replace_file
 
 from ..plots import BLUE, GREEN, ORANGE, PURPLE, draw_curves, new_figure
-from .figures import Figure, Panel, Spectrum
+from .table import Figure, Panel, Spectrum
 
 _DPI = 80
 _PANEL = (3.5, 2.5)  # inches

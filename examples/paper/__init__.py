@@ -1,7 +1,7 @@
 """The paper's experiments: models, data, schedules, training and plots.
 
 Needs the packages of the extra ``experiment``; each is imported where it is first needed.
-A run is started by :func:`lyapcuda.experiment.train.train`.
+A run is started by :func:`examples.paper.train.train`.
 """
 
 from .config import TrainConfig

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lyapcuda.experiment.config import mse
-from lyapcuda.experiment.models import MODELS, build
+from examples.paper.config import mse
+from examples.paper.models import MODELS, build
 
 
 @pytest.mark.parametrize("name", MODELS)
