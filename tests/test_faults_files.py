@@ -17,8 +17,8 @@ from torch import nn
 import lyapcuda
 import nets
 import simt_library
-from faults_support import bits, bowl, state_of, steps
 from examples.paper import checkpoint
+from faults_support import bits, bowl, state_of, steps
 from lyapcuda.files import replace_file
 
 NO_GPU = simt_library.missing("cuda")

@@ -1,6 +1,6 @@
 """The paper's experiments: models, data, schedules, training and plots.
 
-Needs the packages of the extra ``experiment``; each is imported where it is first needed.
+Needs the packages of the extra ``examples``; each is imported where it is first needed.
 A run is started by :func:`examples.paper.train.train`.
 """
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
+from lyapcuda.command.problem import LOSSES
 
-from .data import DIGITS, Dataset
+from .data import CLASSES, DIGITS, Dataset
 from .models import MODELS
 
 ESTIMATES = ("rayleigh", "growth", "paper", "schwarz")
 SCHEDULE_NAMES = ("constant", "cyclic", "qn")
 # Where a run may go on differently from how it began.
 _FREE_ON_RESUME = ("epochs", "max_steps", "device")
-
-
-def mse(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error of ``(n, classes)`` against the one-hot code of int64 ``(n,)`` labels."""
-    return F.mse_loss(outputs, F.one_hot(labels, outputs.shape[1]).to(outputs.dtype))
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "mse": mse}
 
 
 @dataclass(frozen=True)
@@ -181,3 +173,15 @@ def require_same(path: Path, before: TrainConfig, values: Mapping[str, Any]) -> 
             same = (value == DIGITS) == (old == DIGITS)
         if not same and name not in _FREE_ON_RESUME:
             raise ValueError(f"{path}: {name} was {old} in this run, got {value}")
+
+
+def classes_argument(text: str) -> tuple[int, ...]:
+    """The labels that an option such as ``--classes 0,1`` or ``--classes all`` names."""
+    if text == "all":
+        return tuple(range(CLASSES))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers like 0,1 or all, got {text!r}"
+        ) from None

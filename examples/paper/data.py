@@ -133,7 +133,7 @@ def _read_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "data=digits needs scikit-learn: pip install 'lyapcuda[experiment]'"
+            "data=digits needs scikit-learn: pip install 'lyapcuda[examples]'"
         ) from error
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[:, None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lyapcuda.command.picture import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure
 from lyapcuda.files import replace_file
 
 LOSS_NAMES = {"ce": "cross-entropy", "mse": "mean squared error"}
@@ -19,35 +20,7 @@ MODEL_TITLES = {
     "resnet0": "ResNet0",
     "resnet18": "ResNet-18",
 }
-# Okabe-Ito, so that the paper's blue, orange, red and green stay apart for every reader.
-BLUE, ORANGE, RED, GREEN = "#0072B2", "#E69F00", "#C8102E", "#009E73"
-PURPLE = "#8F3F97"
 _NEEDED = ("epoch", "exponent", "h_low", "h_high", "inverse_h", "lr", "loss")
-
-
-def require_matplotlib() -> None:
-    """Import matplotlib or say how to get it.
-
-    Raises:
-        ImportError: it is missing, naming the extra that brings it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'lyapcuda[experiment]'") from error
-
-
-def new_figure(width: float = 7.6, height: float = 4.6, dpi: int = 150) -> Any:
-    """An empty figure, in inches.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    require_matplotlib()
-    # Figure, not pyplot: no window system, no state shared with the caller's own plots.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=dpi)
 
 
 def title_of(model: str, loss: str, schedule: str) -> str:

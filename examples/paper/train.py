@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lyapcuda.command.picture import require_matplotlib
+from lyapcuda.command.problem import LOSSES
+from lyapcuda.command.program import usable_device
+
 from . import checkpoint, plots
-from .config import LOSSES, TrainConfig, require_same
+from .config import TrainConfig, require_same
 from .data import BatchLoader, Dataset, Split, load
 from .models import build
 from .runlog import RunLog, read_rows
@@ -104,13 +108,13 @@ def train(
     Raises:
         FileNotFoundError: the data, the checkpoint or its CSV is missing.
         FileExistsError: ``out`` holds another run, and ``overwrite`` wasn't given.
-        ImportError: a package of the extra ``experiment`` is missing.
+        ImportError: a package of the extra ``examples`` is missing.
         ValueError: malformed data or checkpoint, or one of another configuration.
         All of these are raised before any file is touched.
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    plots.require_matplotlib()
+    require_matplotlib()
     out = Path(out)
     resume = None if resume is None else Path(resume)
     _check_out(out, resume, overwrite)
@@ -323,23 +327,11 @@ def _check_same_run(
         )
 
 
-def usable_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device={name} can't be used: {reason}") from error
-    return device
-
-
 def _progress_bar(done: int, total: int) -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
-            "the progress bar needs tqdm: pip install 'lyapcuda[experiment]', or --no-progress"
+            "the progress bar needs tqdm: pip install 'lyapcuda[examples]', or --no-progress"
         ) from error
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)

@@ -13,17 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from . import checkpoint
-from .config import LOSSES, TrainConfig
-from .data import Dataset, Split
-from .data import load as load_data
-from .models import MODELS, build
-from .train import saved_config
+__all__ = ["LOSSES", "Problem", "from_names", "load_weights", "mse", "resolve"]
 
-__all__ = ["Problem", "from_checkpoint", "from_names", "resolve"]
 
-_BATCH = 1024  # of the built-in data: the mean over all of it is what counts
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of ``(n, classes)`` against the one-hot code of int64 ``(n,)`` labels, or
+    against targets of the outputs' own shape.
+
+    Raises:
+        ValueError: targets of another shape.
+    """
+    if not targets.dtype.is_floating_point:
+        targets = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"loss=mse: outputs of shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+        )
+    return F.mse_loss(outputs, targets)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "mse": mse}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Problem:
         model, loss, batches: the parts.
         weight_decay: counts as part of the loss.
         names: what each part was called, for reports.
+        device: where a batch is taken before the model sees it.
     """
 
     model: nn.Module
@@ -41,6 +53,7 @@ class Problem:
     batches: Iterable[Any]
     weight_decay: float
     names: dict[str, str]
+    device: str = "cpu"
 
     def closure(self, batch: Any) -> Tensor:
         """The loss of one batch."""
@@ -50,7 +63,18 @@ class Problem:
             raise ValueError(
                 f"data: expected batches of (inputs, targets), got a {type(batch).__name__}"
             ) from None
-        return self.loss(self.model(inputs), targets)
+        return self.loss(self.model(_to(inputs, self.device)), _to(targets, self.device))
+
+
+def _to(value: Any, device: str) -> Any:
+    """A tensor on a device; so the tensors of a list, a tuple or a dict."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to(item, device) for item in value)
+    return value
 
 
 def resolve(argument: str, path: str) -> Any:
@@ -82,112 +106,54 @@ def _called(argument: str, path: str) -> Any:
     return factory()
 
 
-def _built_in_batches(dataset: Dataset, samples: int | None) -> list[tuple[Tensor, Tensor]]:
-    split: Split = dataset.train
-    count = len(split) if samples is None else min(samples, len(split))
-    rows = range(0, count, _BATCH)
-    return [
-        (
-            dataset.standardise(split.images[i : min(i + _BATCH, count)]),
-            split.labels[i : min(i + _BATCH, count)],
-        )
-        for i in rows
-    ]
-
-
-def _loss(name: str) -> Callable[[Any, Any], Tensor]:
-    return LOSSES[name] if name in LOSSES else resolve("loss", name)
-
-
 def from_names(
     model: str,
     data: str,
     loss: str = "ce",
     *,
-    classes: tuple[int, ...] | None = None,
-    samples: int | None = None,
     weights: Path | None = None,
     weight_decay: float = 0.0,
-    seed: int = 0,
     device: str = "cpu",
 ) -> Problem:
     """Puts a problem together.
 
     Args:
-        model: one of :data:`examples.paper.models.MODELS` (in evaluation mode), or
-            ``package.module:factory``, a function of no arguments that returns a module, in the
+        model: ``package.module:factory``, a function of no arguments that returns a module, in the
             mode that it is to be measured in.
-        data: ``digits``, a CIFAR-10 folder, or ``package.module:factory``, a function of no
-            arguments that returns an iterable of (inputs, targets), the same at every pass.
+        data: ``package.module:factory``, a function of no arguments that returns an iterable of
+            (inputs, targets), the same at every pass.
         loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets).
-        classes: labels of the built-in data to keep; None for those that ``lyapcuda train`` takes.
-        samples: only the first so many rows of the built-in data.
         weights: a state_dict for the model, loaded with weights_only=True.
         weight_decay: counts as part of the loss.
-        seed: of the initialisation of a built-in model.
-        device: a torch device for built-in data and the model.
+        device: a torch device for the model and every batch.
 
     Raises:
         ValueError, OSError: naming the argument and its value.
     """
-    own_data = ":" in data and not Path(data).exists()
-    if classes is None and not own_data and model in MODELS:
-        classes = TrainConfig(model=model, data=data).default_classes()
-    dataset = None if own_data else load_data(data, classes)
-    if dataset is None and model in MODELS:
+    module = _called("model", model)
+    if not isinstance(module, nn.Module):
         raise ValueError(
-            f"model={model!r}: the built-in models are for the built-in data, not {data!r}; name a "
-            "factory"
+            f"model={model!r}: returned a {type(module).__name__}, expected a torch.nn.Module"
         )
-    if model in MODELS:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            shape = (dataset.in_channels, dataset.image_size, len(dataset.classes))
-            module = build(model, *shape).eval()
-    else:
-        module = _called("model", model)
-        if not isinstance(module, nn.Module):
-            raise ValueError(
-                f"model={model!r}: returned a {type(module).__name__}, expected a torch.nn.Module"
-            )
     if weights is not None:
-        module.load_state_dict(_state_dict(weights))
-    module = module.to(device)
-    batches = (
-        _called("data", data) if dataset is None else _built_in_batches(dataset.to(device), samples)
-    )
+        load_weights(module, weights)
+    loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
     names = {"model": model, "data": data, "loss": loss}
-    return Problem(module, _loss(loss), batches, weight_decay, names)
+    batches = _called("data", data)
+    return Problem(module.to(device), loss_of, batches, weight_decay, names, device)
 
 
-def _state_dict(path: Path) -> dict[str, Any]:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a state_dict from a file, with weights_only=True.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it can't be read, or is another model's.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a readable state_dict: {reason}") from error
-
-
-def from_checkpoint(path: Path, *, samples: int | None = None, device: str = "cpu") -> Problem:
-    """What a run of ``lyapcuda train`` had come to: its model, data, loss and weight decay.
-
-    Raises:
-        ValueError, OSError: not a checkpoint, or its data are gone.
-    """
-    saved = checkpoint.load(path)
-    config: TrainConfig = saved_config(path, saved)
-    dataset = load_data(config.data, config.classes)
-    config = config.resolved(dataset)
-    shape = (dataset.in_channels, dataset.image_size, len(dataset.classes))
-    model = build(config.model, *shape)
-    model.load_state_dict(saved["model"])
-    names = {"model": f"{config.model} of {path}", "data": config.data, "loss": config.loss}
-    return Problem(
-        model.to(device).eval(),
-        LOSSES[config.loss],
-        _built_in_batches(dataset.to(device), samples),
-        config.weight_decay,
-        names,
-    )
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a state_dict of this model: {reason}") from error

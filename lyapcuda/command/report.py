@@ -1,4 +1,4 @@
-"""``lyapcuda eigs``: eigenvalues of a model's Hessian as a table, JSON and a picture."""
+"""Eigenvalues of a problem's Hessian as a table, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 
 import lyapcuda
 from lyapcuda import EigenResult, SpectralDensity, TraceResult
+from lyapcuda.command.picture import BLUE, GREEN, new_figure
+from lyapcuda.command.problem import Problem
 from lyapcuda.files import finite, replace_file, write_json
 from lyapcuda.solvers.spectrum import check_samples, check_steps
-
-from .plots import BLUE, GREEN, new_figure
-from .problem import Problem
 
 __all__ = ["EigsReport", "measure"]
 

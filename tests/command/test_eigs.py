@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.__main__ import main
 from examples.paper import problem
 from examples.paper.data import load
 from examples.paper.models import build
+from lyapcuda.__main__ import main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

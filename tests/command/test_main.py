@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lyapcuda.__main__ import main
 from examples.paper.config import TrainConfig
 from examples.paper.runlog import READ_EVERY
 from examples.paper.train import train
+from lyapcuda.__main__ import main
 from run_support import rows_of, snapshot, state_of
 
 pytest.importorskip("matplotlib")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lyapcuda.__main__ import main
 from examples.paper import train as training
 from examples.paper.config import TrainConfig
 from examples.paper.data import Dataset, Split
 from examples.paper.figures import run, summary
 from examples.paper.figures.table import FIGURES, Figure, Panel, Spectrum, scale_of
+from lyapcuda.__main__ import main
 from run_support import rows_of, snapshot
 
 pytest.importorskip("matplotlib")

@@ -1,3 +1,4 @@
-"""The ten figures of the paper: `figures` says what each shows, `run` trains it, `summary` checks
-the paper's claims by numbers, `draw` makes the pictures; `command` is ``lyapcuda paper``.
+"""The ten figures of the paper: `table` says what each shows, `run` trains it, `summary` checks
+the paper's claims by numbers, `draw` makes the pictures; `command` is ``python -m examples.paper
+figures``.
 """

@@ -1,10 +1,12 @@
-"""``lyapcuda paper``."""
+"""``python -m examples.paper figures``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+
+from lyapcuda.command.program import EXIT_INTERRUPTED, set_threads
 
 from ..data import DIGITS
 from .table import FIGURES, Spectrum, scale_of
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="run these figures' panels anew")
     add("--draw-only", action="store_true", help="run nothing: draw the panels that are there")
     add("--no-progress", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
 
 
 def chosen(names: list[str]) -> list[int]:
@@ -57,6 +60,7 @@ def chosen(names: list[str]) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
+    set_threads(arguments.threads)
     numbers = chosen(arguments.figures or ([ALL] if arguments.list else []))
     if arguments.list:
         print(listing(numbers, arguments.data, arguments.quick))
@@ -82,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         run_figures(numbers, job, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print("lyapcuda: interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lyapcuda.command.picture import BLUE, GREEN, ORANGE, PURPLE, new_figure
 from lyapcuda.files import replace_file
 
-from ..plots import BLUE, GREEN, ORANGE, PURPLE, draw_curves, new_figure
+from ..plots import draw_curves
 from .table import Figure, Panel, Spectrum
 
 _DPI = 80

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 import lyapcuda
+from lyapcuda.command.picture import require_matplotlib
+from lyapcuda.command.program import usable_device
 from lyapcuda.files import finite, write_json
 
 from .. import plots
 from ..config import TrainConfig
 from ..data import DIGITS, Dataset, load
-from ..train import CHECKPOINT, CSV, after, train, usable_device
+from ..train import CHECKPOINT, CSV, after, train
 from . import draw, summary
-from .table import FIGURES, Figure, Panel, Scale, Spectrum, scale_of
 from .spectrum import exact, first_epoch
+from .table import FIGURES, Figure, Panel, Scale, Spectrum, scale_of
 
 PANELS = "panels"
 DONE = "panel.json"
@@ -96,7 +98,7 @@ def run_figures(
     for number in numbers:
         if number not in FIGURES:
             raise ValueError(f"FIG must be 1 to {max(FIGURES)}, got {number}")
-    plots.require_matplotlib()
+    require_matplotlib()
     usable_device(job.device)
     if job.out.exists() and not job.out.is_dir():
         raise ValueError(f"out must be a folder, got the file {job.out}")

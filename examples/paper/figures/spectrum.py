@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import lyapcuda
+from lyapcuda.command.problem import LOSSES
+from lyapcuda.command.program import usable_device
 
-from ..config import LOSSES, TrainConfig
+from ..config import TrainConfig
 from ..data import BatchLoader, Dataset
 from ..models import build
-from ..train import usable_device
 from .table import Spectrum
 
 # Measurements at the initial weights, at most.
