@@ -2,7 +2,7 @@
 
     python bench/cifar_mlp.py DIR [--out bench/results/NAME] [--device cpu]
 
-DIR is a CIFAR-10 folder, as for `python -m examples.paper train`. One epoch (19 steps of 512 pictures), SGD without
+DIR is a CIFAR-10 folder. One epoch (19 steps of 512 pictures), SGD without
 momentum, weight decay 5e-4, cross-entropy. Before it, the trackers see --warm minibatches at the
 initial θ, without training, as in the paper. At ten of the steps the largest eigenvalue of the
 Hessian of that minibatch's loss is computed by Lanczos (scipy's eigsh) on exact Hessian-vector

@@ -2,7 +2,7 @@
 
     python bench/gradient_counts.py DIR [--ncv 8 11 ...] [--out bench/results/gradient_counts]
 
-DIR is a CIFAR-10 folder, as for `python -m examples.paper train`. The MLP with three hidden layers of 200: with
+DIR is a CIFAR-10 folder. The MLP with three hidden layers of 200: with
 ReLU on planes and cars (695,002 parameters) and with GELU on the same two classes and on all ten;
 one frozen batch of 512, cross-entropy, at initialisation and after --steps steps of SGD (learning
 rate 0.1). The reference is scipy's eigsh (ARPACK) to 1e-6 over exact products (double

@@ -1,4 +1,4 @@
-"""Puts figures that `python -m examples.paper figures` ran into bench/results/paper: pictures, numbers, a report.
+"""Puts the paper's figures, as run, into bench/results/paper: pictures, numbers, a report.
 
     python -m examples.paper figures all --quick --data DIR --threads 1 --out runs/paper
     python bench/paper_report.py runs/paper [--out bench/results/paper]

@@ -2,7 +2,7 @@
 
     python bench/schwarz_perturbation.py DIR
 
-DIR is a CIFAR-10 folder, as for `python -m examples.paper train` (planes and cars). After 60 steps of SGD at batch
+DIR is a CIFAR-10 folder (planes and cars). After 60 steps of SGD at batch
 512 a minibatch is frozen, a tracker settles on it at the default Δq, and takes four more steps at
 each size: of their quotients, on both sides of θ in turns, the least and the largest are reported,
 over the largest eigenvalue of the exact Hessian (Lanczos, double backward).

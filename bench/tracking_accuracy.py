@@ -2,7 +2,7 @@
 
     python bench/tracking_accuracy.py DIR [--modes MODE ...] [--runs 0 1 2]
 
-CIFAR-10 planes/cars (a folder as for `python -m examples.paper train`), batch 512, SGD without momentum,
+CIFAR-10 planes/cars, batch 512, SGD without momentum,
 weight decay 5e-4, cross-entropy; three runs: an MLP of 3 layers of 200 at learning rates 0.1 and
 0.03, LeNet-1 at 0.05, with GELU (smooth: the exact Hessian is that of the differences). After one
 epoch of warm-up at the initial θ, trackers in every mode follow each run by their own measurements

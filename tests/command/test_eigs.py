@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import lyapcuda
-from examples.paper import problem
-from examples.paper.data import load
-from examples.paper.models import build
 from lyapcuda.__main__ import main
+from lyapcuda.command import problem
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 
 FACTORIES = """
     import torch
@@ -37,6 +33,9 @@ FACTORIES = """
 
     def one_tensor():
         return [torch.randn(3, 4).double()]
+
+    def odd_targets():
+        return [(torch.randn(40, 4).double(), torch.randn(40).double())]
 
     number = 3
 """
@@ -113,31 +112,6 @@ def test_the_same_by_module_name_as_json(factories, capsys):
     assert found["eigenvalues"] == pytest.approx(shifted, rel=1e-3)
 
 
-def test_built_in_model_and_data(tmp_path, capsys):
-    # Not "mse": each of its eigenvalues is there ten times, and rounding decides what is known.
-    run("--model", "linear", "--samples", "300", "-k", "2", "--out", str(tmp_path))
-    found = json.loads((tmp_path / "eigs.json").read_text())
-    dataset = load("digits")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build("linear", 1, 8, 10)
-    x, y = dataset.standardise(dataset.train.images[:300]), dataset.train.labels[:300]
-    loss = nn.functional.cross_entropy
-    reference = lyapcuda.eigsh(lambda: loss(model(x), y), model.parameters(), k=2, mode="exact")
-    assert found["parameters"] == 650
-    assert found["eigenvalues"] == pytest.approx(reference.eigenvalues.tolist(), rel=2e-3)
-
-
-def test_from_a_training_runs_checkpoint(tmp_path, capsys):
-    out = tmp_path / "run"
-    train = ["train", "--model", "linear", "--max-steps", "5", "--out", str(out), "--no-progress"]
-    assert main(train) == 0
-    capsys.readouterr()
-    run("--checkpoint", str(out / "checkpoint.pt"), "--samples", "200", "-k", "1", "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert "linear of" in found["model"] and found["eigenvalues"][0] > 0
-
-
 def test_weights_are_loaded(factories, capsys):
     arguments = ["--model", "my_net:net", "--data", "my_net:batches", "-k", "1", "--json"]
     run(*arguments)
@@ -183,23 +157,25 @@ def test_what_has_not_converged_is_said(factories, capsys):
         (["--model", "my_net:nothing"], ["model='my_net:nothing'", "nothing"]),
         (["--model", "my_net:number"], ["model='my_net:number'", "int"]),
         (["--model", "my_net:batches"], ["model='my_net:batches'", "list"]),
-        (["--data", "my_net:batches"], ["model='mlp'", "built-in"]),
-        (["--data", "nofolder"], ["nofolder"]),
-        (["--model", "my_net:net", "--data", "my_net:one_tensor"], ["data", "(inputs, targets)"]),
+        (["--data", "digits"], ["data='digits'", "file.py:name"]),
+        (["--data", "my_net:one_tensor"], ["data", "(inputs, targets)"]),
+        (["--data", "my_net:odd_targets", "--loss", "mse"], ["loss=mse", "(40, 3)", "(40,)"]),
         (["--loss", "huber"], ["loss='huber'"]),
         (["--weights", "none.pt"], ["none.pt"]),
-        (["--checkpoint", "none.pt"], ["none.pt"]),
-        (["--samples", "0"], ["samples", "0"]),
+        (["--weights", "other.pt"], ["other.pt", "state_dict of this model"]),
+        (["--threads", "0"], ["threads", "0"]),
         (["-k", "0"], ["k=0"]),
+        (["--method", "guess"], ["--method", "guess"]),
         (["--which", "XX"], ["--which", "XX"]),
         (["--tol", "-1"], ["tol=-1"]),
         (["--trace", "3"], ["samples=3"]),
-        (["--select", "nothing*", "--samples", "20"], ["select", "nothing*"]),
+        (["--select", "nothing*"], ["select", "nothing*"]),
         (["--device", "abacus"], ["device=abacus"]),
     ],
 )
 def test_errors_are_one_line_and_name_the_argument(factories, capsys, arguments, words):
-    run(*arguments, status=2)
+    torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
+    run("--model", "my_net:net", "--data", "my_net:batches", *arguments, status=2)
     error = capsys.readouterr().err.strip()
     assert error.startswith("lyapcuda: error:") and "\n" not in error
     assert all(word in error for word in words), error
@@ -209,3 +185,26 @@ def test_a_problem_needs_pairs():
     found = problem.Problem(nn.Linear(2, 2), nn.functional.cross_entropy, [], 0.0, {})
     with pytest.raises(ValueError, match=r"data: expected batches of \(inputs, targets\)"):
         found.closure(torch.zeros(3, 2))
+
+
+def test_a_model_and_its_data_are_required(factories, capsys):
+    run("--model", "my_net:net", status=2)
+    error = capsys.readouterr().err
+    assert error == "lyapcuda: error: the following arguments are required: --data\n"
+
+
+def test_a_batch_goes_to_the_models_device():
+    losses = []
+    model = nn.Linear(2, 3, device="meta")
+    found = problem.Problem(model, lambda *given: losses.append(given), [], 0.0, {}, "meta")
+    found.closure((torch.zeros(4, 2), {"labels": [torch.zeros(4)], "name": "first"}))
+    ((outputs, targets),) = losses
+    assert outputs.device.type == targets["labels"][0].device.type == "meta"
+    assert targets["name"] == "first"
+
+
+def test_mean_squared_errors_are_against_labels_or_values():
+    outputs = torch.randn(5, 3)
+    values, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    assert problem.mse(outputs, values) == (outputs - values).square().mean()
+    assert problem.mse(outputs, labels) == (outputs - torch.eye(3)[labels]).square().mean()

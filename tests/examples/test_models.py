@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from examples.paper.config import mse
 from examples.paper.models import MODELS, build
 
 
@@ -65,8 +64,3 @@ def test_initialisation_follows_the_global_seed():
 def test_build_refuses_by_name(arguments, words):
     with pytest.raises(ValueError, match=words):
         build(*arguments)
-
-
-def test_mse_is_against_one_hot_labels():
-    outputs, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
-    assert mse(outputs, labels) == (outputs - torch.eye(3)[labels]).square().mean()

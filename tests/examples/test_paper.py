@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from examples.paper import train as training
+from examples.paper.__main__ import main
 from examples.paper.config import TrainConfig
 from examples.paper.data import Dataset, Split
 from examples.paper.figures import run, summary
 from examples.paper.figures.table import FIGURES, Figure, Panel, Spectrum, scale_of
-from lyapcuda.__main__ import main
 from run_support import rows_of, snapshot
 
 pytest.importorskip("matplotlib")
@@ -94,7 +94,7 @@ def test_a_name_stands_for_one_run():
 
 def test_a_figure_is_run_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["paper", "4", "--quick", "--max-steps", "4", "--batch-size", "32", "--no-progress"]
+    command = ["figures", "4", "--quick", "--max-steps", "4", "--batch-size", "32", "--no-progress"]
     assert main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     panels = FIGURES[4].panels
@@ -157,7 +157,7 @@ def test_a_panel_that_is_there_is_not_run_again(tmp_path, monkeypatch, one_panel
 def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(
     tmp_path, monkeypatch, capsys, one_panel
 ):
-    command = ["paper", "1", "--max-steps", "9", "--no-progress", "--out"]
+    command = ["figures", "1", "--max-steps", "9", "--no-progress", "--out"]
     one_step = training._Run._one_step
 
     def interrupted(self):
@@ -223,9 +223,9 @@ def test_user_errors_are_one_line_and_change_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    assert main(["paper", "--no-progress", "--quick", *arguments]) == 2
+    assert main(["figures", "--no-progress", "--quick", *arguments]) == 2
     out, error = capsys.readouterr()
-    assert out == "" and error.count("\n") == 1 and error.startswith("lyapcuda: error: ")
+    assert out == "" and error.count("\n") == 1 and error.startswith("examples.paper: error: ")
     assert all(word in error for word in words), error
     assert snapshot(tmp_path) == {"file": b"mine"}
 
@@ -250,12 +250,12 @@ def test_a_folder_with_other_runs_is_refused_and_kept(tmp_path, one_panel):
 
 
 def test_the_list_says_what_each_figure_shows(capsys):
-    assert main(["paper", "--list"]) == 0
+    assert main(["figures", "--list"]) == 0
     printed = capsys.readouterr().out
     for number, figure in FIGURES.items():
         assert f"{number}: {figure.shows}" in printed and figure.claim in printed
         assert all(panel.name in printed for panel in figure.panels)
-    assert main(["paper", "--list", "3"]) == 0
+    assert main(["figures", "--list", "3"]) == 0
     assert capsys.readouterr().out.count("claim:") == 1
 
 
