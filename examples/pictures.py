@@ -1,4 +1,4 @@
-"""The picture of a tracked run."""
+"""The pictures of the examples."""
 
 from pathlib import Path
 
@@ -19,7 +19,9 @@ def draw_run(csv: Path, png: Path) -> None:
     band = {"color": "C1", "alpha": 0.2, "linewidth": 0, "label": "1/h0, interval"}
     top.fill_between(run["step"], 1 / high, 1 / low, **band)
     top.semilogy(run["step"], run["lr"], color="C3", label="learning rate")
-    top.semilogy(run["step"], run["lr"] / 2, "--", color="C3", linewidth=1, label="learning rate / 2")
+    top.semilogy(
+        run["step"], run["lr"] / 2, "--", color="C3", linewidth=1, label="learning rate / 2"
+    )
     usual = np.r_[run["exponent"], 1 / h[5:], run["lr"] / 2]
     usual = usual[np.isfinite(usual) & (usual > 0)]
     top.set_ylim(usual.min() / 2, min(usual.max(), 1e2) * 2)
@@ -30,5 +32,19 @@ def draw_run(csv: Path, png: Path) -> None:
         axes.grid(which="major", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(png, dpi=150)
+    plt.close(figure)
+
+
+def draw_losses(losses: dict[str, list[float]], png: Path) -> None:
+    """Draw the losses of every epoch, a curve under each name."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in losses.items():
+        axes.semilogy(range(1, len(values) + 1), values, label=name)
+    axes.set(xlabel="epoch", ylabel="training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(png, dpi=150)
     plt.close(figure)
