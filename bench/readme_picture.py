@@ -56,18 +56,21 @@ def draw(run: dict[str, np.ndarray], path: Path) -> None:
     top.fill_between(step, run["h_low"], run["h_high"], color="C0", alpha=0.25, linewidth=0)
     top.plot(step, run["h"], color="C0", linewidth=1.2)
     top.axhline(2 / LR, color="C3", linestyle="--", linewidth=1.2)
-    middle = int(0.12 * STEPS)
+    near = 180  # a step, where the label has room
     top.annotate("2 / learning rate", (0, 2 / LR), (4, 5), textcoords="offset points", color="C3")
     top.annotate(
         "h0, with its interval",
-        (middle, run["h"][middle]),
-        (10, -14),
+        (near, run["h"][near]),
+        (12, -10),
         textcoords="offset points",
         color="C0",
     )
-    top.set(ylabel="largest eigenvalue", ylim=(0, 3.2 / LR))
+    top.set(ylabel="largest eigenvalue", ylim=(0, 2.75 / LR))
     bottom.semilogy(step, run["loss"], color="C2", linewidth=1.2)
     bottom.set(xlabel="training step", ylabel="loss", xlim=(0, STEPS))
+    bottom.set_yticks([0.02, 0.05, 0.1], ["0.02", "0.05", "0.1"])
+    bottom.minorticks_off()
+    figure.align_ylabels()
     for axes in (top, bottom):
         axes.grid(which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from digits import images_and_labels, mlp
@@ -32,7 +31,7 @@ def train(name: str, epochs: int) -> list[float]:
     model = mlp()
     optimizer = OPTIMIZERS[name](model.parameters())
 
-    def closure(rows: Tensor) -> Tensor:
+    def closure(rows: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         loss = cross_entropy(model(x[rows]), y[rows])
         loss.backward()
