@@ -2,7 +2,7 @@
 
     python bench/cifar_mlp.py DIR [--out bench/results/NAME] [--device cpu]
 
-DIR is a CIFAR-10 folder, as for `lyapcuda train`. One epoch (19 steps of 512 pictures), SGD without
+DIR is a CIFAR-10 folder. One epoch (19 steps of 512 pictures), SGD without
 momentum, weight decay 5e-4, cross-entropy. Before it, the trackers see --warm minibatches at the
 initial θ, without training, as in the paper. At ten of the steps the largest eigenvalue of the
 Hessian of that minibatch's loss is computed by Lanczos (scipy's eigsh) on exact Hessian-vector
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 import lyapcuda
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
 from ops import cpu_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.data import BatchLoader, load  # noqa: E402
+from examples.paper.models import build  # noqa: E402
 
 DECAY, LR, BATCH = 5e-4, 0.1, 512
 TRACKERS = {

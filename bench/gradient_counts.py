@@ -2,7 +2,7 @@
 
     python bench/gradient_counts.py DIR [--ncv 8 11 ...] [--out bench/results/gradient_counts]
 
-DIR is a CIFAR-10 folder, as for `lyapcuda train`. The MLP with three hidden layers of 200: with
+DIR is a CIFAR-10 folder. The MLP with three hidden layers of 200: with
 ReLU on planes and cars (695,002 parameters) and with GELU on the same two classes and on all ten;
 one frozen batch of 512, cross-entropy, at initialisation and after --steps steps of SGD (learning
 rate 0.1). The reference is scipy's eigsh (ARPACK) to 1e-6 over exact products (double
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,9 +35,12 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 import lyapcuda
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
 from ops import cpu_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.data import BatchLoader, load  # noqa: E402
+from examples.paper.models import build  # noqa: E402
 
 BATCH, LR, TOL, KS = 512, 0.1, 1e-3, (1, 5)
 NETS = {

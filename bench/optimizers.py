@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda import LyapunovSGD
-from lyapcuda.experiment.config import LOSSES
-from lyapcuda.experiment.data import BatchLoader, Dataset, load
-from lyapcuda.experiment.models import build
 from ops import cpu_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.config import LOSSES  # noqa: E402
+from examples.paper.data import BatchLoader, Dataset, load  # noqa: E402
+from examples.paper.models import build  # noqa: E402
 
 #: The paper's two-class models with their losses.
 MODELS = {"linear": "mse", "mlp": "ce", "lenet1": "ce", "resnet0": "ce"}

@@ -1,6 +1,6 @@
-"""Puts figures that `lyapcuda paper` ran into bench/results/paper: pictures, numbers, a report.
+"""Puts the paper's figures, as run, into bench/results/paper: pictures, numbers, a report.
 
-    lyapcuda paper all --quick --data DIR --threads 1 --out runs/paper
+    python -m examples.paper figures all --quick --data DIR --threads 1 --out runs/paper
     python bench/paper_report.py runs/paper [--out bench/results/paper]
 
 The runs' CSVs and checkpoints stay where they are.

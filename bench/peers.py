@@ -5,7 +5,7 @@
 
 The second makes one report of several runs, the last one's where a problem is in more than one.
 
-DIR is a CIFAR-10 folder, as for `lyapcuda train`; without it the pictures are made up. Peers that
+DIR is a CIFAR-10 folder; without it the pictures are made up. Peers that
 aren't installed are listed as such: `pip install --constraint constraints.txt
 --no-build-isolation ".[peers]"`.
 

@@ -6,6 +6,7 @@ then starts from, so all of them see the same bits.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt import GPT
-from lyapcuda.experiment.data import BatchLoader
-from lyapcuda.experiment.data import load as load_data
-from lyapcuda.experiment.models import BasicBlock, build
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.data import BatchLoader  # noqa: E402
+from examples.paper.data import load as load_data  # noqa: E402
+from examples.paper.models import BasicBlock, build  # noqa: E402
 
 #: The first 64 kB of it are the GPT's text: every Python has it.
 TEXT = "argparse"

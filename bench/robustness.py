@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("support", "ops", "")]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("support", "ops", "")] + [str(ROOT)]
 FILES = {"bin": 40_000, "pickle": 50_000, "checkpoint": 10_000}
 
 

@@ -2,7 +2,7 @@
 
     python bench/schwarz_perturbation.py DIR
 
-DIR is a CIFAR-10 folder, as for `lyapcuda train` (planes and cars). After 60 steps of SGD at batch
+DIR is a CIFAR-10 folder (planes and cars). After 60 steps of SGD at batch
 512 a minibatch is frozen, a tracker settles on it at the default Δq, and takes four more steps at
 each size: of their quotients, on both sides of θ in turns, the least and the largest are reported,
 over the largest eigenvalue of the exact Hessian (Lanczos, double backward).
@@ -19,10 +19,13 @@ from torch import nn
 
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
 from ops import cpu_name
 from tracking_accuracy import smooth
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.data import BatchLoader, load  # noqa: E402
+from examples.paper.models import build  # noqa: E402
 
 CASES = (("mlp", "GELU", 0.03), ("mlp", "ReLU", 0.03), ("lenet1", "GELU", 0.05))
 PARTS = (1.0, 0.3, 0.1, 0.03)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.experiment.models import build
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.models import build  # noqa: E402
 
 
 @pytest.mark.parametrize("form", ["plain", "tracked", "tracked, every=10", "LyapunovSGD"])

@@ -2,7 +2,7 @@
 
     python bench/tracking_accuracy.py DIR [--modes MODE ...] [--runs 0 1 2]
 
-CIFAR-10 planes/cars (a folder as for `lyapcuda train`), batch 512, SGD without momentum,
+CIFAR-10 planes/cars, batch 512, SGD without momentum,
 weight decay 5e-4, cross-entropy; three runs: an MLP of 3 layers of 200 at learning rates 0.1 and
 0.03, LeNet-1 at 0.05, with GELU (smooth: the exact Hessian is that of the differences). After one
 epoch of warm-up at the initial θ, trackers in every mode follow each run by their own measurements
@@ -25,6 +25,7 @@ import csv
 import math
 import random
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ from torch import Tensor, nn
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
 from lyapcuda.dynamics.perturbation import default_perturbation
-from lyapcuda.experiment.data import BatchLoader, load
-from lyapcuda.experiment.models import build
 from lyapcuda.files import LineFile
 from lyapcuda.log import csv_line
 from lyapcuda.params.flat import FlatLayout
 from tracking_cost import RESULTS, TENTH, report
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.data import BatchLoader, load  # noqa: E402
+from examples.paper.models import build  # noqa: E402
 
 
 @dataclass(frozen=True)

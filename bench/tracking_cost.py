@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 
 import lyapcuda
 from lyapcuda import ops
-from lyapcuda.experiment.models import build
 from lyapcuda.objective.random_states import RandomStates
 from ops import cpu_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper.models import build  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 TENTH = 0.1

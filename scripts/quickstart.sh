@@ -15,7 +15,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 pip="python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
 # torch first: the extension is built against it (and not in isolation, which would fetch another).
 $pip torch numpy setuptools ninja
-$pip --no-build-isolation --editable ".[experiment,test]"
+$pip --no-build-isolation --editable ".[examples,test]"
 
 lyapcuda info
-lyapcuda train --out runs/quickstart --overwrite "$@"
+python examples/tracking.py --out runs/quickstart "$@"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 import gpt as gpt_model
 import lyapcuda
 from gpu.timing import Bench, Call
-from lyapcuda.experiment.models import build
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.paper.models import build  # noqa: E402
 
 
 def whole_step(bench: Bench, name: str, model: nn.Module, closure: Callable[[], Tensor]) -> None:

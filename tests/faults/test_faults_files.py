@@ -17,8 +17,8 @@ from torch import nn
 import lyapcuda
 import nets
 import simt_library
+from examples.paper import checkpoint
 from fault_cases import bits, bowl, state_of, steps
-from lyapcuda.experiment import checkpoint
 from lyapcuda.files import replace_file
 
 NO_GPU = simt_library.missing("cuda")

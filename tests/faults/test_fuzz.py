@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fuzz
-from lyapcuda.experiment import checkpoint
+from examples.paper import checkpoint
 
 
 @pytest.mark.parametrize(("kind", "count"), [("bin", 600), ("pickle", 1500), ("checkpoint", 300)])

@@ -1,4 +1,4 @@
-"""Damaged files for the readers of lyapcuda.experiment: an error or a right answer, never a crash,
+"""Damaged files for the readers of examples.paper: an error or a right answer, never a crash,
 another exception, or anything run. For test_fuzz.py and bench/robustness.py.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lyapcuda.experiment import checkpoint, cifar
-from test_data import python2_batch
+from cifar_files import python2_batch
+from examples.paper import checkpoint, cifar
 
 #: What code in a file would have to do to be of any use.
 _EVENTS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.", "shutil.")

@@ -1,0 +1,1 @@
+"""Examples that can be run as they are, and the paper's experiments."""

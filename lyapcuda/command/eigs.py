@@ -1,0 +1,96 @@
+"""``lyapcuda eigs``: eigenvalues of the Hessian of a model and data of your own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lyapcuda.command import report
+from lyapcuda.command.problem import Problem, from_names
+from lyapcuda.command.program import EXIT_NOT_CONVERGED, set_threads, usable_device
+from lyapcuda.solvers.eigsh import METHODS, WHICH
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.description = (
+        "Eigenvalues of the Hessian of a model's loss over all of its data; prints a table, and "
+        "with --out writes eigs.json and eigs.png."
+    )
+    add = parser.add_argument
+    factory = "module:factory"
+    add("--model", required=True, metavar=factory, help="a function that returns the module")
+    add("--data", required=True, metavar=factory, help="returns batches of (inputs, targets)")
+    add("--loss", default="ce", metavar="ce|mse|module:function", help="default ce")
+    add_measurement(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_measurement(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what to measure of a problem, and where to show it."""
+    add = parser.add_argument
+    add("--weights", type=Path, metavar="PATH", help="a state_dict for the model")
+    add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
+    add("-k", type=int, default=5, help="how many (default 5)")
+    add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
+    add("--method", default="lanczos", choices=METHODS, help="default lanczos")
+    add("--tol", type=float, default=1e-3, help="relative (default 1e-3)")
+    add("--maxiter", type=int, metavar="N", help="products at most")
+    add("--select", action="append", metavar="PATTERN", help="only parameters of such names")
+    add("--trace", type=int, metavar="N", help="also the trace, from N products")
+    add(
+        "--density", type=int, metavar="N", help="also the spectral density, N Lanczos steps a draw"
+    )
+    add("--seed", type=int, default=0, help="default 0")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
+    add("--out", type=Path, metavar="DIR", help="for eigs.json and eigs.png")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--no-progress", action="store_true", help="no progress bar")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    def problem(device: str) -> Problem:
+        return from_names(
+            arguments.model,
+            arguments.data,
+            arguments.loss,
+            weights=arguments.weights,
+            weight_decay=arguments.weight_decay,
+            device=device,
+        )
+
+    return measure(problem, arguments)
+
+
+def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) -> int:
+    """Measure a problem, made for a device, as :func:`add_measurement`'s arguments say.
+
+    Returns:
+        The exit status: 1 where an eigenvalue did not converge.
+    """
+    set_threads(arguments.threads)
+    found = report.measure(
+        problem(str(usable_device(arguments.device))),
+        k=arguments.k,
+        which=arguments.which,
+        tol=arguments.tol,
+        method=arguments.method,
+        maxiter=arguments.maxiter,
+        select=arguments.select,
+        seed=arguments.seed,
+        progress=not arguments.no_progress,
+        trace_samples=arguments.trace,
+        density_steps=arguments.density,
+    )
+    if arguments.json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        print(found.table())
+    if arguments.out is not None:
+        for path in found.write(arguments.out):
+            print(path, file=sys.stderr if arguments.json else sys.stdout)
+    return 0 if bool(found.result.converged.all()) else EXIT_NOT_CONVERGED

@@ -1,0 +1,159 @@
+"""A loss whose Hessian is wanted: a model, its data and its loss function, each by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["LOSSES", "Problem", "from_names", "load_weights", "mse", "resolve"]
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of ``(n, classes)`` against the one-hot code of int64 ``(n,)`` labels, or
+    against targets of the outputs' own shape.
+
+    Raises:
+        ValueError: targets of another shape.
+    """
+    if not targets.dtype.is_floating_point:
+        targets = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"loss=mse: outputs of shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+        )
+    return F.mse_loss(outputs, targets)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "mse": mse}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """loss(model(inputs), targets), averaged over ``batches`` of (inputs, targets).
+
+    Attributes:
+        model, loss, batches: the parts.
+        weight_decay: counts as part of the loss.
+        names: what each part was called, for reports.
+        device: where a batch is taken before the model sees it.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor]
+    batches: Iterable[Any]
+    weight_decay: float
+    names: dict[str, str]
+    device: str = "cpu"
+
+    def closure(self, batch: Any) -> Tensor:
+        """The loss of one batch."""
+        try:
+            inputs, targets = batch
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"data: expected batches of (inputs, targets), got a {type(batch).__name__}"
+            ) from None
+        return self.loss(self.model(_to(inputs, self.device)), _to(targets, self.device))
+
+
+def _to(value: Any, device: str) -> Any:
+    """A tensor on a device; so the tensors of a list, a tuple or a dict."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to(item, device) for item in value)
+    return value
+
+
+def resolve(argument: str, path: str) -> Any:
+    """The object that ``package.module:name`` or ``folder/file.py:name`` names.
+
+    Raises:
+        ValueError: there is none; names ``argument`` and the path.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"{argument}={path!r}: expected package.module:name or file.py:name")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return getattr(module, name)
+        if os.getcwd() not in sys.path:  # a console script's path lacks it
+            sys.path.insert(0, os.getcwd())
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"{argument}={path!r}: can't be loaded: {error}") from error
+
+
+def _called(argument: str, path: str) -> Any:
+    factory = resolve(argument, path)
+    if not callable(factory):
+        raise ValueError(f"{argument}={path!r}: a {type(factory).__name__}, expected a function")
+    return factory()
+
+
+def from_names(
+    model: str,
+    data: str,
+    loss: str = "ce",
+    *,
+    weights: Path | None = None,
+    weight_decay: float = 0.0,
+    device: str = "cpu",
+) -> Problem:
+    """Puts a problem together.
+
+    Args:
+        model: ``package.module:factory``, a function of no arguments that returns a module, in the
+            mode that it is to be measured in.
+        data: ``package.module:factory``, a function of no arguments that returns an iterable of
+            (inputs, targets), the same at every pass.
+        loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets).
+        weights: a state_dict for the model, loaded with weights_only=True.
+        weight_decay: counts as part of the loss.
+        device: a torch device for the model and every batch.
+
+    Raises:
+        ValueError, OSError: naming the argument and its value.
+    """
+    module = _called("model", model)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"model={model!r}: returned a {type(module).__name__}, expected a torch.nn.Module"
+        )
+    if weights is not None:
+        load_weights(module, weights)
+    loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
+    names = {"model": model, "data": data, "loss": loss}
+    batches = _called("data", data)
+    return Problem(module.to(device), loss_of, batches, weight_decay, names, device)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a state_dict from a file, with weights_only=True.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it can't be read, or is another model's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a state_dict of this model: {reason}") from error

@@ -1,0 +1,163 @@
+"""Eigenvalues of a problem's Hessian as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lyapcuda
+from lyapcuda import EigenResult, SpectralDensity, TraceResult
+from lyapcuda.command.picture import BLUE, GREEN, new_figure
+from lyapcuda.command.problem import Problem
+from lyapcuda.files import finite, replace_file, write_json
+from lyapcuda.solvers.spectrum import check_samples, check_steps
+
+__all__ = ["EigsReport", "measure"]
+
+JSON, PNG = "eigs.json", "eigs.png"
+
+
+@dataclass(frozen=True)
+class EigsReport:
+    """What was measured; `trace` and `density` where they were asked for."""
+
+    problem: Problem
+    which: str
+    result: EigenResult
+    trace: TraceResult | None
+    density: SpectralDensity | None
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """All in all, passes over the data counted as one each."""
+        parts = (self.result, self.trace, self.density)
+        return sum(part.gradient_evaluations for part in parts if part is not None)
+
+    def table(self) -> str:
+        """Eigenvalues with their error bars, for people."""
+        rows = ["  i   eigenvalue     residual   an eigenvalue lies in         converged"]
+        values = zip(
+            self.result.eigenvalues.tolist(),
+            self.result.residuals.tolist(),
+            self.result.interval.tolist(),
+            self.result.converged.tolist(),
+            strict=True,
+        )
+        for i, (value, residual, (low, high), converged) in enumerate(values):
+            bar = f"[{low:.6g}, {high:.6g}]"
+            word = "yes" if converged else "NO"
+            rows.append(f"{i:>3}   {value:<12.6g}   {residual:<8.2g}   {bar:<28}  {word}")
+        if self.trace is not None:
+            rows.append(f"trace {self.trace.trace:.6g} ± {self.trace.standard_error:.2g}")
+        rows.append(f"{self.gradient_evaluations} gradient evaluations")
+        return "\n".join(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is not finite becomes None."""
+        found: dict[str, Any] = {
+            **self.problem.names,
+            "which": self.which,
+            "method": self.result.method,
+            "parameters": self.result.eigenvectors.shape[1],
+            "eigenvalues": self.result.eigenvalues.tolist(),
+            "residuals": self.result.residuals.tolist(),
+            "interval": self.result.interval.tolist(),
+            "converged": self.result.converged.tolist(),
+            "iterations": self.result.iterations,
+            "gradient_evaluations": self.gradient_evaluations,
+            "lyapcuda": lyapcuda.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        if self.trace is not None:
+            found["trace"] = self.trace.trace
+            found["trace_standard_error"] = self.trace.standard_error
+        if self.density is not None:
+            found["density"] = {
+                name: getattr(self.density, name).tolist()
+                for name in ("grid", "density", "standard_error")
+            }
+        return finite(found)
+
+    def write(self, out: Path) -> tuple[Path, Path]:
+        """Writes eigs.json and eigs.png to a folder; returns their paths."""
+        figure = self._figure()
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / JSON, self.to_dict())
+        replace_file(out / PNG, lambda file: figure.savefig(file, format="png"))
+        return out / JSON, out / PNG
+
+    def _figure(self) -> Any:
+        panels = 1 if self.density is None else 2
+        figure = new_figure(height=4.0 * panels)
+        figure.set_layout_engine("constrained")
+        axes = figure.add_subplot(panels, 1, 1)
+        values = self.result.eigenvalues
+        axes.errorbar(
+            range(len(values)),
+            values,
+            yerr=self.result.residuals,
+            fmt="o",
+            color=BLUE,
+            capsize=3,
+            label="eigenvalue ± residual",
+        )
+        axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+        axes.set(xlabel="i", ylabel="eigenvalue", title=f"{self.problem.names['model']}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+        if self.density is not None:
+            self.density.draw(figure.add_subplot(panels, 1, 2), color=GREEN)
+        return figure
+
+
+def measure(
+    problem: Problem,
+    *,
+    k: int,
+    which: str,
+    tol: float,
+    method: str,
+    maxiter: int | None,
+    select: list[str] | None,
+    seed: int,
+    progress: bool,
+    trace_samples: int | None = None,
+    density_steps: int | None = None,
+) -> EigsReport:
+    """Eigenvalues, and the trace and the density where asked for, of a problem's Hessian."""
+    if trace_samples is not None:  # before the long part
+        check_samples(trace_samples)
+    if density_steps is not None:
+        check_steps(density_steps)
+    params = [
+        {
+            "params": list(problem.model.named_parameters()),
+            "weight_decay": problem.weight_decay,
+        }
+    ]
+    common: dict[str, Any] = {"data": problem.batches, "select": select, "model": problem.model}
+    result = lyapcuda.eigsh(
+        problem.closure,
+        params,
+        k=k,
+        which=which,
+        tol=tol,
+        method=method,
+        maxiter=maxiter,
+        seed=seed,
+        progress=progress,
+        **common,
+    )
+    trace = density = None
+    if trace_samples is not None:
+        trace = lyapcuda.trace(problem.closure, params, samples=trace_samples, seed=seed, **common)
+    if density_steps is not None:
+        density = lyapcuda.spectral_density(
+            problem.closure, params, steps=density_steps, seed=seed, **common
+        )
+    return EigsReport(problem, which, result, trace, density)

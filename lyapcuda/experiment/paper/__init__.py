@@ -1,3 +1,0 @@
-"""The ten figures of the paper: `figures` says what each shows, `run` trains it, `summary` checks
-the paper's claims by numbers, `draw` makes the pictures; `command` is ``lyapcuda paper``.
-"""

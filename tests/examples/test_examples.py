@@ -1,0 +1,88 @@
+"""The three examples, as a newcomer runs them but shorter."""
+
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("tracking", "eigenvalues", "optimizer")
+
+
+def output_of(name: str, *arguments: str) -> tuple[list[str], str]:
+    """The lines that an example prints, and what it says on standard error."""
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "MPLBACKEND": "agg"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.slow
+def test_tracking_writes_a_row_a_step_and_a_picture(tmp_path):
+    out = tmp_path / "new" / "run"
+    # The second run replaces the first.
+    for epochs in (2, 3):
+        arguments = ["--epochs", str(epochs), "--no-progress", "--out", str(out)]
+        lines, error = output_of("tracking", *arguments)
+        assert error == ""
+    assert sorted(path.name for path in out.iterdir()) == ["run.csv", "run.png"]
+    assert (out / "run.png").stat().st_size > 10_000
+    with (out / "run.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 34))
+    for row in rows:
+        names = ("loss", "exponent", "h", "h_low", "h_high", "lr")
+        assert all(math.isfinite(float(row[name])) for name in names)
+        assert float(row["h_low"]) <= float(row["h_high"]) and row["lr"] == "0.1"
+    assert re.fullmatch(
+        r"step 33: loss \S+, test accuracy \S+%, "
+        r"h0 \S+ \(an eigenvalue in \[\S+, \S+\]\), lr 0.1",
+        lines[-1],
+    )
+    assert float(re.search(r"loss (\S+),", lines[-1])[1]) == pytest.approx(
+        float(rows[-1]["loss"]), rel=1e-3
+    )
+
+
+def test_eigenvalues_prints_them_with_their_error_bars(tmp_path):
+    lines, _ = output_of("eigenvalues", "--steps", "20", "-k", "2", "--out", str(tmp_path / "new"))
+    number = r"-?[\d.e+-]+"
+    assert re.fullmatch(rf"loss {number} after 20 steps", lines[0])
+    values = []
+    for i, line in enumerate(lines[1:3]):
+        found = re.fullmatch(rf"eigenvalue {i}: ({number}), in \[({number}), ({number})\]", line)
+        value, low, high = map(float, found.groups())
+        assert low <= value <= high and high - low < 0.1 * value
+        values.append(value)
+    assert values[0] > values[1] > 0
+    assert re.fullmatch(rf"trace: {number} ± {number}", lines[3]) and len(lines) == 4
+    assert (tmp_path / "new" / "density.png").stat().st_size > 10_000
+
+
+def test_optimizer_prints_the_losses_of_every_epoch(tmp_path):
+    lines, error = output_of("optimizer", "--epochs", "3", "--out", str(tmp_path / "new"))
+    losses = {}
+    for line in lines:
+        name, _, values = line.partition(": ")
+        losses[name] = [float(value) for value in values.split()]
+    assert list(losses) == ["SGD, lr 0.1", "SGD, lr 0.3", "LyapunovSGD"] and error == ""
+    for values in losses.values():
+        assert len(values) == 3 and all(map(math.isfinite, values))
+    assert losses["LyapunovSGD"][2] < 0.5 * losses["LyapunovSGD"][0]
+    assert (tmp_path / "new" / "losses.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_says_how_to_run_it(name):
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    assert f"    python examples/{name}.py --out" in text.split('"""')[1]
