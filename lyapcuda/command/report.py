@@ -14,7 +14,8 @@ from lyapcuda import EigenResult, SpectralDensity, TraceResult
 from lyapcuda.command.picture import BLUE, GREEN, new_figure
 from lyapcuda.command.problem import Problem
 from lyapcuda.files import finite, replace_file, write_json
-from lyapcuda.solvers.spectrum import check_samples, check_steps
+from lyapcuda.solvers.density import check_steps
+from lyapcuda.solvers.trace import check_samples
 
 __all__ = ["EigsReport", "measure"]
 

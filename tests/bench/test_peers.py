@@ -218,10 +218,10 @@ def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
 
 
 def test_memory_is_given_back_in_whole_pages():
-    from lyapcuda.solvers.pages import release
+    from lyapcuda.solvers.basis import release_pages
 
     rows = torch.ones(3, 5000)
-    release(rows[1])
+    release_pages(rows[1])
     assert bool((rows[0] == 1).all()) and bool((rows[2] == 1).all())
     if sys.platform == "linux":
         assert int((rows[1] == 0).sum()) >= 5000 - 2 * 1024

@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import lyapcuda
-from lyapcuda.params.ranks import get_state_dict, set_state_dict
 from ranks import equal_everywhere, on_ranks
 from wrapped_nets import build, loss_of, wrap
 
@@ -32,6 +31,12 @@ def steps(model, tracker, count: int, rank: int = 0, size: int = 1) -> torch.Ten
     return torch.stack(rows)
 
 
+def started(owner) -> dict:
+    """The state of a tracker or of an optimizer, with tensors to load into."""
+    getattr(owner, "tracker", owner).start()
+    return owner.state_dict()
+
+
 def uninterrupted(options: dict) -> torch.Tensor:
     model, _, _ = build("mlp", torch.float64, SAMPLES)
     return steps(model, lyapcuda.CurvatureTracker(model.parameters(), **options), 9)
@@ -49,16 +54,16 @@ def stage(
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()  # what is loaded has to come from the file
-        state = {"model": get_model_state_dict(model), "tracker": get_state_dict(tracker)}
+        state = {"model": get_model_state_dict(model), "tracker": started(tracker)}
         dcp.load(state, checkpoint_id=f"{folder}/{done}")
         set_model_state_dict(model, state["model"])
-        set_state_dict(tracker, state["tracker"])
+        tracker.load_state_dict(state["tracker"])
         assert tracker.history().step.tolist() == list(range(1, done + 1))
     found = steps(model, tracker, 3, rank, size)
     assert equal_everywhere(found)
     truth = uninterrupted(options)[done : done + 3]
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
-    state = {"model": get_model_state_dict(model), "tracker": get_state_dict(tracker)}
+    state = {"model": get_model_state_dict(model), "tracker": started(tracker)}
     dcp.save(state, checkpoint_id=f"{folder}/{done + 3}")
 
 
@@ -95,16 +100,16 @@ def optimizer_goes_on(rank: int, how: str, options: dict, folder: str) -> None:
     alone, shared = new(single), new(model)
     optimizer_steps(single, alone, x, y, 3)
     optimizer_steps(model, shared, *part, 3)
-    state = {"model": get_model_state_dict(model), "optimizer": get_state_dict(shared)}
+    state = {"model": get_model_state_dict(model), "optimizer": started(shared)}
     dcp.save(state, checkpoint_id=folder)
     model = wrap(copy.deepcopy(single), how)
     shared = new(model)
     if options.get("momentum"):  # a fresh optimizer has no buffers yet to load into
         optimizer_steps(model, shared, *part, 1)
-    state = {"model": get_model_state_dict(model), "optimizer": get_state_dict(shared)}
+    state = {"model": get_model_state_dict(model), "optimizer": started(shared)}
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
-    set_state_dict(shared, state["optimizer"])
+    shared.load_state_dict(state["optimizer"])
     truth = optimizer_steps(single, alone, x, y, 2)
     found = optimizer_steps(model, shared, *part, 2)
     torch.testing.assert_close(found, truth, rtol=1e-7, atol=1e-9)

@@ -14,13 +14,16 @@ from truths import growth_of_curvature
 
 
 def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 10000) -> None:
-    """Steps until the residual is below tol·|h|, or has stopped falling (rounding is reached)."""
+    """Steps until the residual is below tol·|h|, or has stopped falling (rounding is reached).
+
+    Between two close eigenvalues it stands still for a while before it falls on.
+    """
     best, since = math.inf, 0
     for _ in range(at_most):
         tracker.step(closure)
         residual = float(tracker.residual)
         best, since = (residual, 0) if residual < 0.98 * best else (best, since + 1)
-        if residual < tol * abs(float(tracker.h)) or since > 100:
+        if residual < tol * abs(float(tracker.h)) or since > 300:
             return
 
 

@@ -103,9 +103,9 @@ def test_a_state_of_other_numbers_on_another_device_lands_on_the_trackers(tmp_pa
     tracker, _ = tracked()
     saved = through_a_file(tracker.state_dict(), tmp_path / "state.pt", map_location="cpu")
     other, closure = tracked(seed=5)
-    pointers = [part.q.data_ptr() for part in other._separations[0]._groups]
+    pointers = [part.q.data_ptr() for part in next(iter(other.separations))._groups]
     other.load_state_dict(saved)
-    assert [part.q.data_ptr() for part in other._separations[0]._groups] == pointers
+    assert [part.q.data_ptr() for part in next(iter(other.separations))._groups] == pointers
     before = bits(saved)
     steps(other, closure, 3)
     assert bits(saved) == before

@@ -10,7 +10,7 @@ from torch import nn
 import lyapcuda
 import nets
 from fault_cases import bits, bowl, curvatures, found, state_of, steps, surroundings
-from lyapcuda.objective.evaluator import at_a_copy
+from lyapcuda.objective.pointing import at_a_copy
 
 F32, F64 = torch.float32, torch.float64
 INF, NAN = math.inf, math.nan

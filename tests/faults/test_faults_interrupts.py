@@ -11,7 +11,7 @@ from torch import nn
 
 import lyapcuda
 from fault_cases import bits, state_of, steps, surroundings
-from lyapcuda.objective.evaluator import pointing_to
+from lyapcuda.objective.evaluator import Evaluator
 from lyapcuda.objective.interrupts import allowed, deferred
 
 PACKAGE = str(Path(lyapcuda.__file__).parent)
@@ -166,7 +166,7 @@ def test_ctrl_c_while_the_parameters_are_put_back():
         copies = [torch.zeros(2) for _ in parameters]
 
         def work(copies=copies):
-            with pointing_to(parameters, copies):
+            with Evaluator(parameters, list("abcd")).pointing_to(copies):
                 assert bits(parameters) != before
 
         try:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lyapcuda
-from lyapcuda.objective.evaluator import gradients
+from lyapcuda.objective.evaluator import Evaluator
 from lyapcuda.objective.isolation import modules_of
 from nets import Attention, Square, WrittenOutAttention
 from noisy import snapshot
@@ -95,7 +95,7 @@ def test_both_copies_see_the_same_function(noisy):
     parameters = list(model.parameters())
     names = [n for n, _ in model.named_parameters()]
     same = [[p.detach().clone() for p in parameters] for _ in range(2)]
-    found = gradients(closure, parameters, same, names=names, modules=modules_of(parameters))
+    found = Evaluator(parameters, names, modules_of(parameters)).gradients(closure, same)
     for copy, loss in zip(found.copies, found.losses, strict=True):
         for g0, g1 in zip(found.g0, copy, strict=True):
             assert torch.equal(g0, g1)

@@ -9,7 +9,7 @@ from torch import nn
 import lyapcuda
 from lyapcuda.dynamics.perturbation import separation_size
 from lyapcuda.solvers.basis import Basis
-from lyapcuda.solvers.difference_error import measure
+from lyapcuda.solvers.difference_error import truncation_along
 from truths import is_off
 
 N, LEAD = 200, 30.0
@@ -43,7 +43,7 @@ def test_the_measured_error_is_that_of_the_difference(difference, lead):
     seen = float(u @ (operator @ u))
     rows = Basis.empty(operator.layout, 2)
     operator.layout.scatter(u, rows.row(0))
-    found = measure(operator, rows[:1], rows[1:], seen)
+    found = truncation_along(operator, rows[:1], rows[1:], seen)
     assert found.length == pytest.approx(length, rel=0.02)
     assert found.error == pytest.approx(abs(seen - lead) / abs(lead), rel=0.1)
     # Nothing is left behind.
@@ -53,7 +53,7 @@ def test_the_measured_error_is_that_of_the_difference(difference, lead):
         assert found.central(step) == pytest.approx(found.error, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lanczos", "lobpcg", "lyapunov"])
+@pytest.mark.parametrize("method", ["lanczos", "lyapunov"])
 @pytest.mark.parametrize(("which", "lead"), [("LA", LEAD), ("SA", -LEAD), ("LM", LEAD)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sharp_bend_takes_a_smaller_separation(method, which, lead, dtype):

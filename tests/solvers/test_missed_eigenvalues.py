@@ -10,16 +10,18 @@ import lyapcuda
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers import ritz
 from lyapcuda.solvers.basis import Basis, Solution
-from lyapcuda.solvers.block import Block
-from lyapcuda.solvers.missed import Growth
+from lyapcuda.solvers.convergence import BlockCriterion, ConvergenceStatus, Criterion
+from lyapcuda.solvers.missed import KrylovGrowth
 from lyapcuda.solvers.subspace_iteration import merged
 from nets import case, quadratic
 from truths import is_off
 
 
-def run(matrix: np.ndarray, start: np.ndarray, steps: int, kept: int) -> tuple[Growth, np.ndarray]:
+def run(
+    matrix: np.ndarray, start: np.ndarray, steps: int, kept: int
+) -> tuple[KrylovGrowth, np.ndarray]:
     """Thick-restart Lanczos in NumPy, restarted once at half of the steps; its last basis."""
-    growth, basis = Growth(), [start / np.linalg.norm(start)]
+    growth, basis = KrylovGrowth(), [start / np.linalg.norm(start)]
     for step in range(steps):
         if step == steps // 2:
             v = np.stack(basis[:-1])
@@ -63,15 +65,15 @@ def test_what_the_start_vector_hardly_knew_is_looked_for():
     _, vectors = np.linalg.eigh(matrix)
     parts = vectors.T @ rng.standard_normal(len(matrix))
     parts[-2:] = 3.0, 0.06
-    goal = ritz.Goal(1, "LA", 1e-3, 1e-9, 1e-16, len(matrix))
-    verdicts = []
+    criterion = Criterion(1, "LA", 1e-3, 1e-9, 1e-16, len(matrix))
+    statuses = []
     for steps in (6, 12):
         growth, basis = run(matrix, vectors @ parts, steps, 3)
         found, s = np.linalg.eigh(basis[:-1] @ matrix @ basis[:-1].T)
         outside = np.abs(basis[-1] @ matrix @ basis[:-1].T @ s)
-        verdict = goal.judge(ritz.Ritz(found, s, outside, np.zeros_like(outside)))
-        verdicts += [verdict, goal.without_hidden(verdict, found, growth)]
-    early, early_looked, late, late_looked = verdicts
+        status = criterion.judge(ritz.Ritz(found, s, outside, np.zeros_like(outside)))
+        statuses += [status, criterion.without_hidden(status, found, growth)]
+    early, early_looked, late, late_looked = statuses
     # Residual and gap say that 2.0 is found; that nothing lies above it isn't known yet.
     assert early.values == pytest.approx([2.0], rel=1e-4) and early.done.all()
     assert not early_looked.done.any() and not early_looked.converged.any()
@@ -100,9 +102,9 @@ def test_no_eigenvalue_is_skipped(name, which, k, difference):
     assert not [i for i in range(k) if is_off(result, i, truth.eigenvalues)]
 
 
-# Where LOBPCG had called values converged that weren't the i-th: with "LM" it had lost the vectors
-# of the other end (of either sign) before they could show that they lie further out, and where the
-# differences' error just filled the tolerance, its own came on top.
+# Where a block method had called values converged that weren't the i-th: with "LM" it had lost the
+# vectors of the other end (of either sign) before they could show that they lie further out, and
+# where the differences' error just filled the tolerance, its own came on top.
 TAKEN_FOR = [
     ("tanh_mlp", "LM", 14, torch.float32, None),
     ("tanh_mlp", "LM", 14, torch.float32, "central"),
@@ -115,15 +117,16 @@ TAKEN_FOR = [
 
 
 @pytest.mark.filterwarnings("ignore::lyapcuda.ConvergenceWarning")
+@pytest.mark.parametrize("method", ["lanczos", "lyapunov"])
 @pytest.mark.parametrize(("name", "which", "k", "dtype", "difference"), TAKEN_FOR)
-def test_lobpcg_takes_no_other_value_for_a_wanted_one(name, which, k, dtype, difference):
+def test_no_other_value_is_taken_for_a_wanted_one(method, name, which, k, dtype, difference):
     truth = case(name, seed=40, dtype=dtype)
     result = lyapcuda.eigsh(
         truth.closure,
         truth.model.parameters(),
         k,
         which,
-        method="lobpcg",
+        method=method,
         seed=40,
         difference=difference,
         tol=1e-3 if dtype == torch.float32 else 1e-6,
@@ -149,9 +152,9 @@ def test_the_second_climb_goes_on_until_its_end_cannot_win():
     assert not [i for i in range(8) if is_off(result, i, truth.eigenvalues)]
 
 
-def grown() -> Block:
+def grown() -> BlockCriterion:
     """Two by magnitude; what is random at first has had its time."""
-    block = Block(ritz.Goal(2, "LM", 1e-3, 1e-9, 1e-16, 1000))
+    block = BlockCriterion(Criterion(2, "LM", 1e-3, 1e-9, 1e-16, 1000))
     early = block.judge(ritz_values([-4.9, -1.0, 0.0, 5.0, 6.0], [0.001, 0.2, 0.1, 1e-6, 1e-6]))
     # Nothing is known of the lower end yet, however small its residuals are.
     assert early.values.tolist() == [6.0, 5.0] and not early.done.any()
@@ -178,8 +181,10 @@ def test_an_end_is_followed_until_it_cannot_win():
 
 def test_both_errors_together_have_to_fit_the_tolerance():
     """The differences' error alone would, and so would the solver's."""
-    goal = ritz.Goal(1, "LA", 1e-3, 6e-4, 1e-7, 1000)
-    loose, tight = (Block(goal).judge(ritz_values([0.98, 1.0], [0.0, r])) for r in (25e-4, 1e-3))
+    criterion = Criterion(1, "LA", 1e-3, 6e-4, 1e-7, 1000)
+    loose, tight = (
+        BlockCriterion(criterion).judge(ritz_values([0.98, 1.0], [0.0, r])) for r in (25e-4, 1e-3)
+    )
     # 9e-4, and r²/0.02 besides; but r may be nothing but the differences' noise.
     assert loose.limited and not loose.converged.any()
     assert tight.done.all() and tight.converged.all()
@@ -193,27 +198,10 @@ def test_what_is_still_on_its_way_leaves_nothing_smaller_converged(residual, con
     for row, (value, r, done) in enumerate([(5.0, 1e-6, True), (-4.9, residual, False)]):
         vectors = Basis(layout, [torch.eye(2)[row : row + 1].clone()])
         numbers = (np.array([x]) for x in (0, value, r, r, 1e-9, done, done))
-        parts.append(Solution(ritz.Verdict(*numbers), vectors, 1))
-    verdict = merged(parts, ritz.Goal(1, "LM", 1e-3, 1e-9, 1e-16, 2)).verdict
-    assert verdict.values.tolist() == [5.0]
-    assert verdict.done.tolist() == [converged] == verdict.converged.tolist()
-
-
-def test_lobpcg_residuals_are_those_of_its_vectors():
-    """As a difference of squares, what orthonormality loses comes back as its square root."""
-    spectrum = np.concatenate([[-6.0, -5.9], np.linspace(-0.5, 0.5, 60), [4.9, 5.0, 5.05]])
-    theta, closure, _ = quadratic(spectrum, seed=3, dtype=torch.float32)
-    with pytest.warns(lyapcuda.ConvergenceWarning):
-        result = lyapcuda.eigsh(
-            closure, [theta], 3, "BE", method="lobpcg", mode="exact", tol=1e-9, maxiter=60
-        )
-    operator = lyapcuda.HessianOperator(closure, [theta], mode="exact")
-    for value, vector, residual in zip(
-        result.eigenvalues, result.eigenvectors, result.residuals, strict=True
-    ):
-        left = (operator @ vector).double() - value * vector.double()
-        # Rounding of the product itself: ε·‖H‖ for a few sums.
-        assert float(residual) == pytest.approx(float(left.norm()), rel=0.1, abs=3e-6)
+        parts.append(Solution(ConvergenceStatus(*numbers), vectors, 1))
+    status = merged(parts, Criterion(1, "LM", 1e-3, 1e-9, 1e-16, 2)).status
+    assert status.values.tolist() == [5.0]
+    assert status.done.tolist() == [converged] == status.converged.tolist()
 
 
 def test_verify_gives_a_random_vector_the_time_to_show():

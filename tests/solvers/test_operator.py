@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
-from lyapcuda.objective.evaluator import at_a_copy
+from lyapcuda.objective.pointing import at_a_copy
 from nets import NAMES, Attention, Square, WrittenOutAttention, case
 from noisy import snapshot
 from operators import dense, exact
@@ -77,7 +77,7 @@ def test_exact_products_share_one_graph_where_they_are_asked_to(counted):
     v = torch.ones(operator.shape[0], dtype=torch.float64)
     alone = operator @ v
     assert closure.calls == 1 and closure.graph() is None
-    with operator.keeping():
+    with operator.keeping_graph():
         assert torch.equal(operator @ v, alone) and torch.equal(operator @ v, alone)
         assert closure.calls == 2 and closure.graph() is not None
         before = params[0].detach().clone()
@@ -95,7 +95,7 @@ def test_the_graph_of_exact_products_is_gone_after_an_exception(counted):
     operator = exact(closure, params)
     v = torch.ones(operator.shape[0], dtype=torch.float64)
     handle = None
-    with pytest.raises(ZeroDivisionError), operator.keeping():
+    with pytest.raises(ZeroDivisionError), operator.keeping_graph():
         operator @ v
         handle = params[0].register_hook(lambda _: 1 / 0)
         operator @ v

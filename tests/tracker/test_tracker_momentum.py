@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lyapcuda
 from fault_cases import bits
-from lyapcuda.dynamics.benettin import advance
-from lyapcuda.dynamics.separation import Separation
-from lyapcuda.objective.evaluator import Gradients, at_a_copy
+from lyapcuda.dynamics.options import GrowthOptions
+from lyapcuda.dynamics.separations import Separations, ends_of
+from lyapcuda.objective.evaluator import Gradients
+from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.flat import FlatLayout
 
 F64 = torch.float64
@@ -136,18 +137,18 @@ def test_no_step_makes_a_buffer(backend, momentum, dtype):
     """Nothing in a step but the closure allocates what grows with N."""
     n = 4096
     theta = nn.Parameter(torch.ones(n, dtype=dtype))
-    options = {"sign": 1, "estimate": "growth", "perturbation": None, "beta": 0.1}
-    separation = Separation(FlatLayout([theta]), momentum=momentum, ema=0.9, seed=0, **options)
+    options = GrowthOptions(estimate="growth", beta=0.1, momentum=momentum)
+    separations = Separations(FlatLayout([theta]), ends_of("LA", 1, n), options)
     g0, loss = torch.ones_like(theta), torch.ones((), dtype=F64)
     for spoilt in (False, False, True, True, False):
         losses = [loss * math.nan if spoilt else loss]
         with Made() as made:
-            (placed,) = separation.place()
+            (placed,) = separations.place()
         g1 = placed[0].mul(2.0)
         with made:
-            advance([separation], Gradients([g0], [[g1]], loss, losses))
+            separations.advance(Gradients([g0], [[g1]], loss, losses))
         assert made.most < n / 8, made.most
-    assert float(separation.value("skipped")) == 2
+    assert float(separations.values("skipped")) == 2
 
 
 class Made(TorchDispatchMode):
