@@ -26,6 +26,14 @@ except ImportError:
         "with `pip install --no-build-isolation .`"
     )
 
+try:
+    import pybind11
+except ImportError:
+    sys.exit(
+        "lyapcuda: pybind11 is not installed here. It binds the extension's module: "
+        "`pip install 'pybind11>=2.13'` first"
+    )
+
 ROOT = Path(__file__).parent
 # The stable ABI of the oldest torch served: one build runs on every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -148,6 +156,7 @@ def extension() -> cpp_extension.CppExtension:
         return cpp_extension.CppExtension(
             "lyapcuda._C",
             sources("cpu"),
+            include_dirs=[pybind11.get_include()],
             depends=headers(),
             define_macros=DEFINES,
             extra_compile_args={"cxx": CXX_FLAGS},
@@ -157,6 +166,7 @@ def extension() -> cpp_extension.CppExtension:
     return cpp_extension.CUDAExtension(
         "lyapcuda._C",
         sources("cpu") + sources("cuda"),
+        include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=CUDA_DEFINES,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},

@@ -234,7 +234,7 @@ def measure(
     )
     tools = [t for t in arguments.tools or TOOLS if TOOLS[t].only in (None, name)]
     if name.startswith("resnet") and not arguments.tools:
-        tools = [t for t in tools if t not in ("lobpcg", "ours_scipy")]  # no time for them
+        tools = [t for t in tools if t != "ours_scipy"]  # no time for them
     with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
         # Peers first: should the time not do, they had more of it.
         order = sorted(tools, key=lambda tool: TOOLS[tool].ours)

@@ -21,7 +21,7 @@ from peers_problems import Problem, attention
 
 #: Each tool's own tolerance, which means something else to each of them.
 TOLERANCES = (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-#: Products of a Lanczos run, iterations of LOBPCG.
+#: Products of a Lanczos run.
 PRODUCTS = (*range(3, 21), 23, 26, 30, 35, 40, 50)
 #: (vectors kept, tolerance) of ARPACK: few vectors restart early.
 ARPACK = tuple((ncv, tol) for ncv in (None, 10) for tol in (0.1, 1e-2, 1e-3, 1e-4))
@@ -128,7 +128,8 @@ def _curvlinops(problem: Problem, k: int, setting: Setting, seed: int) -> Sequen
 
 def _scipy_over_ours(problem: Problem, k: int, setting: Setting, seed: int) -> Sequence[float]:
     operator = lyapcuda.HessianOperator(problem.loss, problem.parameters, model=problem.model)
-    operator.choose_difference(coarse=False)
+    if operator.needs_central:
+        operator = operator.central()
     return _arpack(operator.to_scipy(), np.float32, k, setting, seed)
 
 
@@ -171,10 +172,6 @@ def _products(count: int) -> str:
     return f"{count} products"
 
 
-def _iterations(count: int) -> str:
-    return f"{count} iterations"
-
-
 def _ncv(setting: Setting) -> str:
     ncv, tol = setting
     return f"tol={tol:g}" + ("" if ncv is None else f", ncv={ncv} (2k + 1 at least)")
@@ -197,15 +194,6 @@ TOOLS = {
         True,
         True,
         usual=16,
-    ),
-    "lobpcg": Tool(
-        "**lyapcuda**, lobpcg",
-        (),
-        PRODUCTS,
-        _iterations,
-        _by_count(method="lobpcg"),
-        True,
-        usual=10,
     ),
     "exact": Tool(
         "**lyapcuda**, lanczos, exact", (), PRODUCTS, _products, _by_count(mode="exact"), True, True

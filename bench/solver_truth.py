@@ -45,7 +45,7 @@ KINDS = {
     "float64": (torch.float64, dict(tol=1e-6)),
 }
 WHICH = ("LA", "SA", "LM", "BE")
-COUNTS = {"lanczos": (1, 2, 3, 5, 8, 14), "lobpcg": (1, 2, 3, 5, 8, 14), "lyapunov": (1, 3, 8)}
+COUNTS = {"lanczos": (1, 2, 3, 5, 8, 14), "lyapunov": (1, 3, 8)}
 
 
 @dataclass

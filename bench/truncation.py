@@ -22,7 +22,7 @@ import torch
 import lyapcuda
 from lyapcuda.dynamics.perturbation import separation_size
 from lyapcuda.solvers.basis import Basis
-from lyapcuda.solvers.difference_error import measure
+from lyapcuda.solvers.difference_error import truncation_along
 from ops import cpu_name
 from peers_problems import Problem, attention, load, prepare
 
@@ -44,8 +44,7 @@ def length(operator: lyapcuda.HessianOperator, vector: torch.Tensor, h0: float) 
     """Over which the curvature along a vector changes by as much as it is, in units of ‖θ‖."""
     pair = Basis.empty(operator.layout, 2)
     operator.layout.scatter(vector, pair.row(0))
-    operator.perturbation = separation_size(operator.layout, "forward")
-    return measure(operator, pair[:1], pair[1:], h0).length / operator.layout.norm()
+    return truncation_along(operator, pair[:1], pair[1:], h0).length / operator.layout.norm()
 
 
 def rows(name: str, problem: Problem, loss: float) -> list[str]:

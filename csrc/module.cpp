@@ -1,10 +1,4 @@
 // The Python module lyapcuda._C: importing it registers the ops; it tells how it was built.
-#define LYAPCUDA_TEXT_(x) #x
-#define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
-constexpr char kTargetVersion[] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
-// The pybind11 among torch 2.11's headers is an error beside it, and nothing here is of its ABI.
-#undef TORCH_TARGET_VERSION
-
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
@@ -16,6 +10,10 @@ constexpr char kTargetVersion[] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
 #include "panel_state.h"
 
 namespace py = pybind11;
+
+#define LYAPCUDA_TEXT_(x) #x
+#define LYAPCUDA_TEXT(x) LYAPCUDA_TEXT_(x)
+constexpr char kTargetVersion[] = LYAPCUDA_TEXT(TORCH_TARGET_VERSION);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled ops of lyapcuda (torch.ops.lyapcuda) and how they were built.";

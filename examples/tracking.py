@@ -45,7 +45,7 @@ def main() -> None:
         for _ in trange(args.epochs, unit="epoch", disable=args.no_progress):
             for rows in torch.randperm(len(y[TRAIN])).split(BATCH)[:BATCHES]:
                 optimizer.zero_grad()
-                loss = tracker.step(partial(loss_of, rows), leave_grad=True)
+                loss = tracker.backward(partial(loss_of, rows))
                 optimizer.step()
     draw_run(args.out / "run.csv", args.out / "run.png")
 

@@ -243,6 +243,17 @@ class CurvatureLog:
         TypeError, ValueError: naming the argument and its value.
         FileExistsError: a file is there and mode is "x".
         All of these before any file is touched.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> theta = torch.nn.Parameter(torch.ones(2))
+        >>> tracker = CurvatureTracker([theta])
+        >>> with CurvatureLog(tracker, folder / "run.csv"):
+        ...     for _ in range(3):
+        ...         _ = tracker.step(lambda: theta.square().sum())
+        >>> len((folder / "run.csv").read_text().splitlines())
+        4
     """
 
     def __init__(

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, positive, whole
-from lyapcuda.descent import Descent
+from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
-from lyapcuda.optimizer_groups import check_group, gain_as_lr, gain_to_device
-from lyapcuda.optimizer_state import WholeStateOptimizer
 from lyapcuda.params.collect import Parameters
-from lyapcuda.params.flat import FlatLayout
+from lyapcuda.params.flat import FlatGroup, FlatLayout
+from lyapcuda.params.ranks import Ranks
+from lyapcuda.params.saved_state import require_entries
+from lyapcuda.params.shards import local
+from lyapcuda.params.shards import whole as whole_tensor
 from lyapcuda.tracker import CurvatureTracker
 
-__all__ = ["LyapunovSGD"]
+__all__ = ["BUFFER", "LyapunovSGD"]
+
+#: A parameter's momentum in the optimizer's state, as torch.optim.SGD names it.
+BUFFER = "momentum_buffer"
+
+#: Entries of a state_dict beside torch.optim's.
+_OWN_STATE = ("tracker", "warm", "lr")
 
 
-class LyapunovSGD(WholeStateOptimizer):
+class LyapunovSGD(Optimizer):
     """The paper's quasi-Newton method (§3.1): θ ← θ − (gain/h0)·g, h0 measured at every step.
 
     With k > 1 (its "more sophisticated" variant) the step is gain/|h_i| along each of the k leading
@@ -69,9 +77,16 @@ class LyapunovSGD(WholeStateOptimizer):
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
+
+    Example:
+        >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = LyapunovSGD([theta], gain=1.0)
+        >>> for _ in range(20):
+        ...     loss = optimizer.step(lambda: theta[0].square() + 4.0 * theta[1].square())
+        >>> round(float(optimizer.lr), 3)  # 1/h0
+        0.125
     """
 
-    _OWN_STATE = ("tracker", "warm", "lr")
     # torch.amp.GradScaler.step then leaves `found_inf` here, instead of waiting for the device.
     _step_supports_amp_scaling = True
 
@@ -126,7 +141,7 @@ class LyapunovSGD(WholeStateOptimizer):
         self._fresh, self._other = True, False
         self._rates: Tensor | None = None
         super().__init__(params, defaults)
-        self._descent = Descent()
+        self._descent = _Descent()
         self.tracker = self._new_tracker()
 
     # --- groups ----------------------------------------------------------------------------------
@@ -138,26 +153,26 @@ class LyapunovSGD(WholeStateOptimizer):
         """As in torch.optim; after the first group the measurement starts again, warm-up
         included.
         """
-        super().add_param_group(gain_as_lr(param_group))
+        super().add_param_group(_gain_as_lr(param_group))
         group = self.param_groups[-1]
         try:
-            check_group(group, gain="gain")
+            _check_group(group, gain="gain")
             if not isinstance(group["lr"], Tensor):
                 positive("gain", group["lr"])
             layout = FlatLayout([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        gain_to_device(group, layout.device)
+        _gain_to_device(group, layout.device)
         if hasattr(self, "tracker"):
             self.tracker = self._new_tracker()
             self._warm = self._warmup_iterations == 0
             self._measured = False
-            self._descent = Descent()
+            self._descent = _Descent()
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
-            check_group(group)
+            _check_group(group)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -354,20 +369,245 @@ class LyapunovSGD(WholeStateOptimizer):
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "tracker": self.tracker.state_dict(),
-            "warm": self._warm,
-            "lr": self.rates.clone(),
-        }
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.optim's own keeps only what it knows.
+        return {**self.__dict__, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch.optim's own addition
+                    group.setdefault(name, value)  # saved by a version that had no such setting
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch.optim's, with the tracker's beside it; tensors are copies."""
+        added = self.register_state_dict_post_hook(_add_own_state, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            added.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the saved optimizer was; its state stays in the precision it was saved in.
+
+        Raises:
+            ValueError: the state of another optimizer, of other parameters, or damaged; nothing has
+                changed then.
+        """
+        saved: dict[str, Any] = {}
+
+        def keep(_: Optimizer, made: dict[str, Any]) -> None:
+            require_entries(made, *_OWN_STATE, "state", "param_groups", of="a LyapunovSGD")
+            saved.update(made)
+
+        before = self.state, self.param_groups  # torch.optim makes new ones
+        hooks = [
+            self.register_load_state_dict_pre_hook(keep),  # the last: what the others made of it
+            self.register_load_state_dict_post_hook(
+                lambda _: self._take_own_state(saved), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _take_own_state(self, saved: dict[str, Any]) -> None:
+        """After the groups and the state were loaded; raises before it changes anything else."""
         self._check_groups()
+        # torch.optim cast the state to the parameters' dtype.
+        numbers = [i for group in saved["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(numbers, parameters, strict=True):
+            for name, value in saved["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
         tracker = self._new_tracker()  # the groups' weight decay may be another now
         tracker.load_state_dict(saved["tracker"])
         for group in self.param_groups:
-            gain_to_device(group, group["params"][0].device)
-        self.tracker, self._descent = tracker, Descent()
+            _gain_to_device(group, group["params"][0].device)
+        self.tracker, self._descent = tracker, _Descent()
         # The next step has to measure.
         self._warm, self._measured = bool(saved["warm"]), False
         self._rates = saved["lr"].to(tracker.h.device)
+
+
+def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
+    # Each by itself, not as a view of a buffer that several share.
+    state = {
+        i: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
+        for i, entry in saved["state"].items()
+    }
+    own = (optimizer.tracker.state_dict(), optimizer._warm, optimizer.rates.clone())
+    return {**saved, "state": state, **dict(zip(_OWN_STATE, own, strict=True))}
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def _gain_as_lr(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with its "gain" as "lr", which is what schedulers act on."""
+    if not isinstance(group, dict) or "gain" not in group:
+        return group
+    if "lr" in group:
+        raise ValueError("params: a group with both gain and lr, which are the same")
+    return {**{name: v for name, v in group.items() if name != "gain"}, "lr": group["gain"]}
+
+
+def _check_group(group: dict[str, Any], gain: str = "lr") -> None:
+    """Raises a ValueError naming the setting and its value; ``gain``: what "lr" is called there."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(
+                f"{gain}: expected a number or a floating tensor of one element, got shape "
+                f"{tuple(lr.shape)} {lr.dtype}"
+            )
+    else:
+        if lr is None:
+            raise ValueError(f"{gain}=None: expected a positive finite number")
+        non_negative(gain, lr)
+    if group["max_lr"] is None:
+        raise ValueError("max_lr=None: expected a positive finite number")
+    positive("max_lr", group["max_lr"])
+    non_negative("weight_decay", group["weight_decay"])
+    fraction("momentum", group["momentum"])
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov=True: needs a momentum above 0")
+
+
+def _gain_to_device(group: dict[str, Any], device: torch.device) -> None:
+    """Where a group is capturable, a float64 tensor of its own on ``device`` holds its gain."""
+    if group["capturable"]:
+        group["lr"] = torch.as_tensor(group["lr"]).to(device, torch.float64, copy=True)
+
+
+# --- the step, group by group, on the compiled ops -----------------------------------------------
+
+
+class _Part:
+    """The parameters of a flat group that take part in a step, as the ops take them."""
+
+    def __init__(self, place: int, group: FlatGroup, indices: list[int]) -> None:
+        self.place, self.group = place, group
+        self.tensors = [group.tensors[i] for i in indices]
+        self.offsets = [group.offsets[i] for i in indices]
+        self.theta = group.segments_at(indices, self.tensors)
+        self.gradients = group.segments_at(indices, [p.grad for p in self.tensors])
+        self.rate: dict[str, float] = {}
+        self.options: dict[str, Any] = {}
+
+    def write_back(self) -> None:
+        for tensor, segment in zip(self.tensors, self.theta, strict=True):
+            held = local(tensor)
+            if segment.data_ptr() != held.data_ptr():  # not dense: it was a copy
+                held.copy_(segment.view_as(held))
+
+
+class _Descent:
+    """Steps against the gradients in ``.grad``, at the rates of a tracker's curvatures.
+
+    Holds the flat buffers of the momentum.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, tuple[Tensor, list[Tensor]]] = {}  # by place in the layout
+
+    def take(
+        self,
+        tracker: CurvatureTracker,
+        state: Tensor,
+        optimizer: Optimizer,
+        overflow: Tensor | None = None,
+    ) -> Tensor | None:
+        """Takes a step; nothing is read back to the host.
+
+        Args:
+            tracker: whose layout and directions are used.
+            state: its state, or a copy with other values.
+            optimizer: whose groups say how, and whose state gets the `BUFFER` of every parameter
+                with momentum.
+            overflow: a number above 0 where there must be no step.
+
+        Returns:
+            The rates of the first group (see the ops); None where there is no gradient at all.
+        """
+        parts = []
+        for place, group in enumerate(tracker.layout.groups):
+            # A parameter frozen since stays.
+            indices = [
+                i for i, p in enumerate(group.tensors) if p.requires_grad and p.grad is not None
+            ]
+            if indices:
+                group.check()
+                parts.append(_Part(place, group, indices))
+                self._set_up(parts[-1], optimizer, overflow)
+        if not parts:
+            return None
+        if tracker.k == 1:
+            rates = [self._plain(part, state) for part in parts]
+        else:
+            panels, ranks = tracker.separations.stepped, tracker.layout.ranks
+            rates = self._panels(parts, state, panels, ranks)
+        for part in parts:
+            part.write_back()
+        return rates[0]
+
+    def _set_up(self, part: _Part, optimizer: Optimizer, overflow: Tensor | None) -> None:
+        device, settings = part.group.device, optimizer.param_groups[part.group.number]
+        part.options["weight_decay"] = float(settings["weight_decay"])
+        if settings["momentum"]:
+            part.options["momentum"] = float(settings["momentum"])
+            part.options["nesterov"] = bool(settings["nesterov"])
+            part.options["buffer"] = self._buffer(part, optimizer.state)
+        lr, factor = settings["lr"], None
+        if isinstance(lr, Tensor):
+            lr, factor = 1.0, lr.detach().to(device, torch.float64)
+        if overflow is not None:
+            go = torch.where(overflow.to(device) == 0, 1.0, math.nan).double()
+            factor = go if factor is None else factor * go
+        if factor is not None:
+            part.options["factor"] = factor.reshape(1)
+        part.rate = {"gain": float(lr), "max_lr": float(settings["max_lr"])}
+
+    def _buffer(self, part: _Part, state: MutableMapping[Tensor, dict[str, Any]]) -> Tensor:
+        """The flat buffer whose views are the parameters' momentum."""
+        group = part.group
+        if part.place not in self._buffers:
+            flat = group.new_buffer()
+            views = zip(group.views(flat), group.tensors, strict=True)
+            self._buffers[part.place] = flat, [whole_tensor(view, like) for view, like in views]
+        flat, views = self._buffers[part.place]
+        for p, view in zip(group.tensors, views, strict=True):
+            held = state[p].get(BUFFER)
+            if held is view:
+                continue
+            if held is not None and local(held).data_ptr() != local(view).data_ptr():
+                local(view).copy_(local(held))  # loaded, or of another layout
+            state[p][BUFFER] = view
+        return flat
+
+    def _plain(self, part: _Part, state: Tensor) -> Tensor:
+        beside = {"offsets": part.offsets} if "buffer" in part.options else {}
+        call = (part.theta, part.gradients, state.to(part.group.device))
+        return ops.descend_(*call, **part.rate, **part.options, **beside)
+
+    def _panels(
+        self, parts: list[_Part], state: Tensor, panels: list[Tensor], ranks: Ranks | None
+    ) -> list[Tensor]:
+        calls, slopes = [], 0.0
+        for part in parts:
+            here = state.to(part.group.device)
+            call = (part.theta, part.gradients, part.offsets, panels[part.place], here)
+            slopes = slopes + ops.panel_slopes_(*call, **part.options).to(state.device)
+            calls.append(call)
+        slopes = slopes if ranks is None else ranks.sum(slopes)
+        return [
+            ops.panel_descend_(*call, slopes.to(part.group.device), **part.rate, **part.options)
+            for part, call in zip(parts, calls, strict=True)
+        ]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pybind11
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +110,7 @@ def ninja_file(
         f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]
     ]
     defines += ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    includes = [f"-I{path}" for path in (pybind11.get_include(), *cpp_extension.include_paths())]
     common = [*defines, *includes, f"-I{target.include}"]
     nvcc = [*common, *cpp_extension.COMMON_NVCC_FLAGS, "-Xcompiler", "-fPIC", "-ccbin", compiler]
     nvcc += [*setup["NVCC_FLAGS"], *architecture_flags(architectures)]

@@ -14,7 +14,7 @@ command -v "${CXX:-c++}" >/dev/null ||
 export PATH="$PWD/.venv/bin:$PATH"
 pip="python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
 # torch first: the extension is built against it (and not in isolation, which would fetch another).
-$pip torch numpy setuptools ninja
+$pip torch numpy setuptools ninja pybind11
 $pip --no-build-isolation --editable ".[examples,test]"
 
 lyapcuda info

@@ -31,6 +31,11 @@ def split_batch(batch: Any, fraction: float = 0.1) -> tuple[Any, Any]:
 
     Raises:
         ValueError: no tensors, tensors of different lengths, fewer than two samples.
+
+    Example:
+        >>> rest, part = split_batch((torch.arange(10), torch.arange(10)), fraction=0.2)
+        >>> part
+        (tensor([8, 9]), tensor([8, 9]))
     """
     proper_fraction("fraction", fraction)
     size = batch_size(batch, "batch")

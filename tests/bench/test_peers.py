@@ -169,7 +169,7 @@ def test_the_report_says_which_goals_were_met():
         "gradient": {"seconds": [0.1], "peak": 5},
         "tools": {
             "lanczos": {"1": outcome(0.7, 100)},
-            "lobpcg": {"1": outcome(0.9, 40)},
+            "lean": {"1": outcome(0.9, 40)},
             "pyhessian": {"1": outcome(2.0, 50)},
             "curvlinops": {"1": {**outcome(None, None), "status": "failed", "message": "E: no"}},
         },
