@@ -44,6 +44,7 @@ def length(operator: lyapcuda.HessianOperator, vector: torch.Tensor, h0: float) 
     """Over which the curvature along a vector changes by as much as it is, in units of ‖θ‖."""
     pair = Basis.empty(operator.layout, 2)
     operator.layout.scatter(vector, pair.row(0))
+    operator.gradient()  # which chooses Δq
     return truncation_along(operator, pair[:1], pair[1:], h0).length / operator.layout.norm()
 
 
