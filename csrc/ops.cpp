@@ -1,5 +1,5 @@
 // Schemas of torch.ops.lyapcuda. Every backend registers the same names; the fakes are in
-// lyapcuda/fakes.py, the fp64 oracles in lyapcuda/reference.py and lyapcuda/panel_reference.py.
+// lyapcuda/ops/fakes.py, the fp64 oracles in lyapcuda/ops/reference.py and panel_reference.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lyapcuda, m) {

@@ -51,7 +51,7 @@ def whole_step(bench: Bench, n: int, k: int) -> None:
         for name in ("again", "pending", "transform", "skipped", "rayleigh")
     }
 
-    def ours() -> None:  # as lyapcuda.benettin does it
+    def ours() -> None:  # as lyapcuda.dynamics.benettin does it
         ops.panel_recenter_(q, copies, d, [theta], [0], state)
         field["pending"].zero_()
         gram = ops.panel_ascent_(d, q, [g0], g1, [0], state)

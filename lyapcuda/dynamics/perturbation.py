@@ -79,7 +79,7 @@ def separation_size(
     precision).
 
     ``length``: where it is known, the distance over which the curvature changes by as much as it
-    is (`lyapcuda.truncation`).
+    is (`lyapcuda.solvers.difference_error`).
     """
     factor, power = _SIZES[difference]
     norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon

@@ -1,6 +1,4 @@
-"""The fakes of the compiled ops, of `lyapcuda.ops` and `lyapcuda.panel_ops`: the shapes that they
-return, for tracing.
-"""
+"""The fakes of the compiled ops: the shapes that they return, for tracing."""
 
 from __future__ import annotations
 

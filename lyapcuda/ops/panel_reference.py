@@ -1,6 +1,6 @@
-"""The fp64 oracle of every op in `lyapcuda.panel_ops`: the same names, plain arithmetic in float64.
+"""The fp64 oracle of every op in `lyapcuda.ops.panel`: the same names, plain arithmetic in float64.
 
-As in `lyapcuda.reference`, nothing is mutated: what an op writes is returned, in float64. The
+As in `lyapcuda.ops.reference`, nothing is mutated: what an op writes is returned, in float64. The
 eigenproblem and the factorisations are LAPACK's.
 """
 

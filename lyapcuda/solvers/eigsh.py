@@ -28,7 +28,7 @@ from lyapcuda.solvers.lanczos import lanczos
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
 from lyapcuda.solvers.result import EigenResult, warn_unless_converged
 from lyapcuda.solvers.ritz import WHICH
-from lyapcuda.solvers.subspace_iteration import MAX_COPIES, climb, copies
+from lyapcuda.solvers.subspace_iteration import MAX_BLOCK, block_size, subspace_iteration
 
 __all__ = ["METHODS", "eigsh"]
 
@@ -128,13 +128,15 @@ def eigsh(
                 for i, group in enumerate(layout.groups)
             ]
             starts = 1 if method == "lanczos" else rows
-            # Copies that ascend and ones that descend take the same rows to start from.
+            # Both ends take the same rows to start from.
             if found is None or (method == "lyapunov" and which in ("LM", "BE")):
                 fill_(basis[:starts], start, operator, generators)
             else:
                 refill_(basis, starts, found, generators, random=v0 is None)
             if method == "lyapunov":
-                return climb(operator.product, basis, criterion, maxiter=limit, report=report)
+                return subspace_iteration(
+                    operator.product, basis, criterion, maxiter=limit, report=report
+                )
             return lanczos(
                 operator.product,
                 basis,
@@ -194,9 +196,9 @@ def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, se
 def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
     """Rows of the basis."""
     if method == "lyapunov":
-        if k > MAX_COPIES:
-            raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_COPIES}")
-        return copies(k, n)
+        if k > MAX_BLOCK:
+            raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_BLOCK}")
+        return block_size(k, n)
     usual = 2 * k + 6 if n > 64 else n
     kept = min(n, MAX_ROWS, usual) if ncv is None else min(ncv, n)
     if kept > MAX_ROWS:

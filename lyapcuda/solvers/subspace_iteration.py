@@ -1,9 +1,9 @@
-"""Subspace iteration: k copies that climb side by side at a frozen θ (Benettin, paper App. C).
+"""Benettin subspace iteration at a frozen θ (paper, App. C), with Chebyshev rates.
 
-The ops of the trackers, over products instead of gradients: separations of norm 1, whose copies
-part as D = Q + βHQ. At a frozen θ the rates β may change from step to step: those of Chebyshev's
-polynomials, which keep everything small between the unwanted end and the last copy's value, make
-copies part as fast as the square root of the gaps, where one rate knows the gaps alone.
+It uses the ops of the trackers, over products instead of gradients: D = Q + βHQ, Q orthonormal. At
+a frozen θ the rates β may change from step to step. Those of Chebyshev's polynomials damp all that
+lies between the unwanted end and the last vector's value, so that convergence goes with the square
+root of the gaps, where a single rate goes with the gaps themselves.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lyapcuda.solvers.basis import Basis, Product, Report, Solution, on_host
 from lyapcuda.solvers.convergence import BlockCriterion, ConvergenceStatus, Criterion, ends
 from lyapcuda.solvers.ritz import order, rayleigh_ritz
 
-__all__ = ["MAX_COPIES", "climb", "copies", "merged", "subspace"]
+__all__ = ["MAX_BLOCK", "block_size", "merged", "one_end", "subspace_iteration"]
 
-#: How many copies the ops take.
-MAX_COPIES = 32
+#: Vectors of a block, at most.
+MAX_BLOCK = ops.MAX_PANEL
 
-# Copies that climb beside the wanted ones.
-_MORE = 2
+# Vectors beside the wanted ones.
+_GUARDS = 2
 # Nodes are at least so far from zero, relative to ‖H‖.
 _FLAT = 1e-4
 
 
-def subspace(
+def one_end(
     product: Product,
     basis: Basis,
     criterion: Criterion,
@@ -40,11 +40,11 @@ def subspace(
     report: Report,
     least: float = 0.0,
 ) -> Solution:
-    """Ascent (``which="LA"``) or descent ("SA") of k copies, a product each an iteration.
+    """Iterates for the upper (``which="LA"``) or the lower end ("SA"), a product a vector.
 
-    Arguments as for `lyapcuda.lanczos.lanczos`; ``basis`` has k rows or more, all of them start
-    vectors: more show where the next values lie, without which no error can be estimated. Values
-    that can't reach a magnitude of ``least`` count as done.
+    Arguments as for `lyapcuda.solvers.lanczos.lanczos`; ``basis`` has k rows or more, all of them
+    start vectors: more show where the next values lie, without which no error can be estimated.
+    Values that can't reach a magnitude of ``least`` count as done.
     """
     k, layout, block = len(basis), basis.layout, BlockCriterion(criterion, least)
     sign = {"LA": 1, "SA": -1}[criterion.which]
@@ -93,24 +93,24 @@ def subspace(
     return Solution(status, vectors, iteration, history)
 
 
-def copies(k: int, n: int) -> int:
-    """How many climb for k values."""
-    return min(k + _MORE, n, MAX_COPIES)
+def block_size(k: int, n: int) -> int:
+    """How many vectors are iterated for k values."""
+    return min(k + _GUARDS, n, MAX_BLOCK)
 
 
-def climb(
+def subspace_iteration(
     product: Product, basis: Basis, criterion: Criterion, *, maxiter: int, report: Report
 ) -> Solution:
-    """Copies that ascend, copies that descend, or some of both: arguments as for `subspace`."""
+    """Iterates for one end, or for both, one after the other: arguments as for `one_end`."""
     parts: list[Solution] = []
     least = 0.0
     for which, k in zip(("LA", "SA"), ends(criterion.which, criterion.k), strict=True):
         if not k:
             continue
-        rows = copies(k, basis.layout.numel)
+        rows = block_size(k, basis.layout.numel)
         start = Basis(basis.layout, [panel[:rows].clone() for panel in basis.panels])
         part = replace(criterion, which=which, k=k)
-        parts.append(subspace(product, start, part, maxiter=maxiter, report=report, least=least))
+        parts.append(one_end(product, start, part, maxiter=maxiter, report=report, least=least))
         if criterion.which == "LM":
             least = float(np.abs(parts[0].status.values).min())
     return parts[0] if len(parts) == 1 else merged(parts, criterion)

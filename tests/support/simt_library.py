@@ -248,7 +248,7 @@ def _library(namespace: Any) -> Iterator[None]:
 
 
 def use(name: str) -> AbstractContextManager[None]:
-    """Inside, `lyapcuda.ops` and `lyapcuda.panel_ops` call that library."""
+    """Inside, the ops of `lyapcuda.ops` are those of that library."""
     return _library(library(name))
 
 
