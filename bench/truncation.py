@@ -6,8 +6,8 @@ The problems of bench/peers.py (DIR as there). The leading eigenpair comes from 
 the GPT with attention by its plain formula); along it, the length is the distance over which the
 curvature changes by as much as it is (lyapcuda.solvers.difference_error). Then eigsh, k = 1,
 tol = 1e-3, with the Δq that the parameters' size and precision advise, given as `perturbation`, so
-that nothing checks it; and as it is by default, where what the differences are worth is measured along the vector that
-was found, and Δq follows.
+that nothing checks it; and as it is by default, where the truncation error is measured along the
+vector that was found, and Δq follows.
 """
 
 from __future__ import annotations
