@@ -39,8 +39,8 @@ def loss_epsilon(loss: Any) -> float:
     Under autocast that is bfloat16 or float16 beside float32 parameters; on CUDA it is TF32 where
     products take it (`lyapcuda.objective.tf32`). Seen are the results of the forward pass's
     functions and what compiled parts saved for the backward pass (before that has freed it); not
-    which 16-bit types a checkpointed part or a custom function used inside. On CUDA what is hidden counts as
-    products, which take TF32 where it is allowed.
+    which 16-bit types a checkpointed part or a custom function used inside. On CUDA what is hidden
+    counts as products, which take TF32 where it is allowed.
     """
     coarsest = 0.0
     for node in graph_nodes(loss):

@@ -123,7 +123,7 @@ def test_paper_mode_is_algorithm_1_as_printed(spectrum, which):
         [theta], estimate="paper", perturbation=5e-2, which=which, seed=4
     )
     mine = []
-    q = tracker._started()[0].vectors()[0][0].numpy().copy()  # its own first q, before it moves
+    q = tracker.separations.vectors()[0][0].numpy().copy()  # its own first q, before it moves
     for _ in range(40):
         tracker.step(closure)
         mine.append([float(v) for v in (tracker.exponent, tracker.beta, tracker.h)])

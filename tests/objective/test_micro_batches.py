@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
+from fault_cases import bits
 from noisy import Noisy, snapshot
 
 cross_entropy = nn.functional.cross_entropy
@@ -177,7 +178,7 @@ def test_an_exception_anywhere_leaves_everything_as_it_was(batch, mode, every, k
             step_with(tracker, mode, loss_of, batch)
         assert snapshot(model) == before
         assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
-        assert same(tracker.state_dict(), saved)
+        assert bits(tracker.state_dict()) == bits(saved)
 
 
 def restored(model, before):
@@ -186,17 +187,6 @@ def restored(model, before):
         dtype = {torch.float32: np.float32, torch.int64: np.int64}[tensor.dtype]
         array = np.frombuffer(value, dtype).copy().reshape(tensor.shape)
         tensor.data.copy_(torch.from_numpy(array))
-
-
-def same(a, b):
-    """Whether two nests of containers and tensors are bitwise alike (NaN like NaN)."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_gradients_of_untracked_parameters_are_averaged_onto_what_was_there(batch):

@@ -44,7 +44,7 @@ def test_the_separation_grows_to_what_autocast_needs(k):
     tracker = lyapcuda.CurvatureTracker(case.model.parameters(), k=k)
     for _ in range(3):
         tracker.step(case.closure)
-    (separation,) = tracker._started()
+    (separation,) = tracker.separations
     wanted = default_perturbation(layout, torch.finfo(BF16).eps)
     assert wanted > 10 * default_perturbation(layout)
     assert float(separation.value("perturbation")) == wanted
@@ -62,7 +62,7 @@ def test_a_separation_of_the_users_stays_and_is_warned_about_where_too_small():
     with pytest.warns(UserWarning, match=r"perturbation=0.001 .*autocast"):
         tracker.step(case.closure)
     tracker.step(case.closure)  # once is enough
-    assert float(tracker._started()[0].value("perturbation")) == 1e-3
+    assert tracker.perturbation == 1e-3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lyapcuda.CurvatureTracker(case.model.parameters(), perturbation=5e-2).step(case.closure)

@@ -37,7 +37,11 @@ def steps(tracker: lyapcuda.CurvatureTracker, closure: Callable[[], Any], count:
 
 
 def bits(value: Any) -> Any:
-    """Something to compare for equality to the bit: tensors in containers become bytes."""
+    """Something to compare for equality to the bit: tensors and floats in containers become text or
+    bytes (a NaN equals itself then).
+    """
+    if isinstance(value, float):
+        return value.hex()
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()

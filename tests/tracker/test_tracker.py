@@ -201,7 +201,7 @@ def test_state_of_another_model_is_refused_and_nothing_changes(problem):
         ({**tracker.state_dict(), "which": "SA"}, "which is 'SA'"),
         ({**tracker.state_dict(), "k": 3}, "k is 3"),
         ({"weights": 1}, "not the state"),
-        (None, "not the state"),
+        (None, "expected a dictionary"),
         ({**tracker.state_dict(), "calls": "three"}, "calls='three'"),
         ({**tracker.state_dict(), "separations": 7}, "separations=7"),
         ({**tracker.state_dict(), "separations": [{}] * 2}, "separations=.*has 1"),
