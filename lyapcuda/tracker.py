@@ -163,6 +163,8 @@ class CurvatureTracker:
         """Measures once and adds the gradient at θ to ``.grad``, as loss.backward() would.
 
         Random states, buffers and other parameters' gradients are what one plain evaluation leaves.
+        The gradient is added after the closure has returned: one that clears gradients itself, as
+        for torch.optim.LBFGS, belongs into ``step(closure, leave_grad=True)``, which replaces them.
 
         Args:
             closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
