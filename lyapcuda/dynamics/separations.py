@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Separations:
             for end in ends
         ]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Separation | Benettin]:
         return iter(self._of)
 
     # --- a step ----------------------------------------------------------------------------------
