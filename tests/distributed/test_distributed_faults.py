@@ -125,7 +125,7 @@ def deferred(rank: int) -> None:
             def closure(model=model, x=x, y=y):
                 loss = loss_of(model, x, y)
                 loss.backward()
-                if wrong and rank == 1 and not lyapcuda.objective.evaluator.at_a_copy():  # noqa: B023
+                if wrong and rank == 1 and not lyapcuda.objective.pointing.at_a_copy():  # noqa: B023
                     raise ValueError("out of coffee")
                 return loss
 
