@@ -27,6 +27,19 @@ def buckets(rank: int) -> None:
     assert same(before, snapshot(model, tracker)[: len(before)])
 
 
+def added(rank: int) -> None:
+    """tracker.backward adds what loss.backward() adds, also where gradients lie in buckets."""
+    for how in ("ddp", "ddp_view", "fsdp"):
+        model, x, y, tracker = setting(rank, how)
+        closure = lambda model=model, x=x, y=y: loss_of(model, x, y)  # noqa: E731
+        closure().backward()
+        once = [p.grad.clone() for p in model.parameters()]
+        for number in (2, 3):
+            tracker.backward(closure)
+            for p, gradient in zip(model.parameters(), once, strict=True):
+                torch.testing.assert_close(p.grad, number * gradient)
+
+
 def buffers(rank: int) -> None:
     """Running statistics, which DDP broadcasts in every forward pass, are put back."""
     torch.manual_seed(rank)
@@ -121,6 +134,7 @@ def joined(rank: int) -> None:
 
 def on_two(rank: int) -> None:
     buckets(rank)
+    added(rank)
     buffers(rank)
     by_hand(rank)
     copied(rank)
