@@ -39,14 +39,14 @@ def main() -> None:
         optimizer.step()
     print(f"loss {loss:.4g} after {args.steps} steps")
 
-    # A closure and the parameters are all that is needed; the products come from gradients.
-    params = list(model.parameters())
-    found = lyapcuda.eigsh(loss_of_all, params, k=args.k)
+    # The Hessian at these weights; its products with vectors come from gradients.
+    hessian = lyapcuda.HessianOperator(loss_of_all, model.parameters())
+    found = lyapcuda.eigsh(hessian, k=args.k)
     for i, (value, (low, high)) in enumerate(zip(found.eigenvalues, found.interval, strict=True)):
         print(f"eigenvalue {i}: {value:.5g}, in [{low:.5g}, {high:.5g}]")
-    trace = lyapcuda.trace(loss_of_all, params, samples=30)
+    trace = lyapcuda.trace(hessian, samples=30)
     print(f"trace: {trace.trace:.4g} ± {trace.standard_error:.2g}")
-    density = lyapcuda.spectral_density(loss_of_all, params)
+    density = lyapcuda.spectral_density(hessian)
     density.plot(args.out / "density.png")
 
 

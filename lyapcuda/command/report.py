@@ -141,10 +141,11 @@ def measure(
             "weight_decay": problem.weight_decay,
         }
     ]
-    common: dict[str, Any] = {"data": problem.batches, "select": select, "model": problem.model}
+    hessian = lyapcuda.HessianOperator(
+        problem.closure, params, data=problem.batches, select=select, model=problem.model
+    )
     result = lyapcuda.eigsh(
-        problem.closure,
-        params,
+        hessian,
         k=k,
         which=which,
         tol=tol,
@@ -152,13 +153,10 @@ def measure(
         maxiter=maxiter,
         seed=seed,
         progress=progress,
-        **common,
     )
     trace = density = None
     if trace_samples is not None:
-        trace = lyapcuda.trace(problem.closure, params, samples=trace_samples, seed=seed, **common)
+        trace = lyapcuda.trace(hessian, samples=trace_samples, seed=seed)
     if density_steps is not None:
-        density = lyapcuda.spectral_density(
-            problem.closure, params, steps=density_steps, seed=seed, **common
-        )
+        density = lyapcuda.spectral_density(hessian, steps=density_steps, seed=seed)
     return EigsReport(problem, which, result, trace, density)

@@ -7,8 +7,8 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -379,15 +379,13 @@ class HessianOperator:
         self._shared.buffers, self._shared.origin = [], []
         self._shared.versions, self._shared.holds_gradient = None, False
 
-    @contextmanager
-    def keeping_graph(self) -> Iterator[None]:
-        """Inside, exact products over one batch keep autograd's graph from one to the next.
+    def keeping_graph(self) -> AbstractContextManager[None]:
+        """Returns a context in which exact products over one batch share autograd's graph.
 
         That takes about half of the time, for the memory of the activations, which are freed at
         the end.
         """
-        with self.objective.keeping_graph():
-            yield
+        return self.objective.keeping_graph()
 
     def central(self, length: float = math.inf) -> HessianOperator:
         """Returns the same Hessian by central differences; this operator stays what it is.
