@@ -117,8 +117,8 @@ class LyapunovSGD(Optimizer):
                 f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
             )
         whole("k", k)
-        if k > ops.MAX_PANEL:
-            raise ValueError(f"k={k}: expected at most {ops.MAX_PANEL}")
+        if k > ops.MAX_K:
+            raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
         if k > 1 and estimate is not None:
             choice("estimate", estimate, ops.OF_QUOTIENTS)
         if estimate is None:
@@ -351,7 +351,7 @@ class LyapunovSGD(Optimizer):
         state = self.tracker.state if state is None else state
         if self.tracker.k == 1:
             return state[ops.STATE_FIELDS.index("accepted")]
-        return ops.panel_field(state, self.tracker.k, "accepted")
+        return ops.state_field(state, self.tracker.k, "accepted")
 
     @torch.no_grad()
     def _descend(self, overflow: Tensor | None) -> None:
@@ -604,7 +604,7 @@ class _Descent:
         for part in parts:
             here = state.to(part.group.device)
             call = (part.theta, part.gradients, part.offsets, panels[part.place], here)
-            slopes = slopes + ops.panel_slopes_(*call, **part.options).to(state.device)
+            slopes = slopes + ops.slopes_(*call, **part.options).to(state.device)
             calls.append(call)
         slopes = slopes if ranks is None else ranks.sum(slopes)
         return [

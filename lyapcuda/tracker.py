@@ -483,7 +483,7 @@ class CurvatureTracker:
         """The scalars as one device vector (a live view).
 
         With k = 1 its fields are `lyapcuda.ops.STATE_FIELDS`, else those of
-        `lyapcuda.ops.panel_fields`; for "BE" it is the upper end's.
+        `lyapcuda.ops.state_fields`; for "BE" it is the upper end's.
         """
         return self.separations.state
 

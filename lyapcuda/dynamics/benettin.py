@@ -59,14 +59,14 @@ class Benettin:
             "realised": any(group.rounds for group in layout.groups),
             "rotate": options.estimate in ops.OF_QUOTIENTS,
         }
-        self._fields = ops.panel_fields(k)
+        self._fields = ops.state_fields(k)
         self._groups = [_GroupPanel(group, k, options.momentum) for group in layout.groups]
         self._copies = Copies(layout)
         self._perturbation = options.perturbation
         size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
-        self.state = ops.new_panel_state(
+        self.state = ops.new_state(
             layout.device, k, perturbation=size, beta=options.first_rate
         )
 
@@ -114,7 +114,7 @@ class Benettin:
         for part in self._groups:
             group = part.group
             state = state_on(self.state, group.device)
-            ops.panel_recenter_(
+            ops.recenter_(
                 part.q,
                 part.copies,
                 part.d,
@@ -161,7 +161,7 @@ class Benettin:
                 moved["theta"] = group.segments(group.tensors)
             if part.p is not None:
                 moved.update(momentum=self._options["momentum"], p=part.p, p_next=part.p_next)
-            gram = ops.panel_ascent_(
+            gram = ops.ascent_(
                 part.d,
                 part.q,
                 group.segments(group.own(found.g0)),

@@ -43,8 +43,8 @@ def ends_of(which: str, k: int, numel: int) -> list[End]:
     if which == "BE" and k < 2:
         raise ValueError(f'k={k}: which="BE" needs at least 2, one eigenvalue from either end')
     ks = [k] if which != "BE" else [(k + 1) // 2, k // 2]
-    if max(ks) > ops.MAX_PANEL:
-        raise ValueError(f"k={k}: at most {ops.MAX_PANEL} from either end of the spectrum")
+    if max(ks) > ops.MAX_K:
+        raise ValueError(f"k={k}: at most {ops.MAX_K} from either end of the spectrum")
     return [End(end, each) for end, each in zip(ENDS[which], ks, strict=True)]
 
 
@@ -70,7 +70,7 @@ def scalar_fields(k: int) -> dict[str, slice]:
     """
     if k == 1:
         return {name: slice(i, i + 1) for i, name in enumerate(ops.STATE_FIELDS)}
-    table = ops.panel_fields(k)
+    table = ops.state_fields(k)
     end = table["r"][0]
     return {
         name: slice(offset, offset + math.prod(shape))

@@ -23,7 +23,7 @@ from lyapcuda.solvers.ritz import order, rayleigh_ritz
 __all__ = ["MAX_BLOCK", "block_size", "merged", "one_end", "subspace_iteration"]
 
 #: Vectors of a block, at most.
-MAX_BLOCK = ops.MAX_PANEL
+MAX_BLOCK = ops.MAX_K
 
 # Vectors beside the wanted ones.
 _GUARDS = 2
@@ -54,9 +54,9 @@ def one_end(
     # What the ops call the gradient at θ and θ itself: products are differences already.
     origin = [panel.new_zeros(panel.shape[1]) for panel in basis.panels]
     device = layout.device
-    state = ops.new_panel_state(device, k, perturbation=1.0, beta=0.0)
+    state = ops.new_state(device, k, perturbation=1.0, beta=0.0)
     beta, transform, again, pending = (
-        ops.panel_field(state, k, name) for name in ("beta", "transform", "again", "pending")
+        ops.state_field(state, k, name) for name in ("beta", "transform", "again", "pending")
     )
     finite = torch.zeros(1, dtype=torch.float64, device=device)
     history: list[tuple[np.ndarray, np.ndarray]] = []
@@ -68,7 +68,7 @@ def one_end(
             beta.fill_(1.0 / norm if norm > 0 else 0.0)
         gram = torch.zeros(2 * k, 2 * k, dtype=torch.float64, device=device)
         for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
-            part = ops.panel_ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
+            part = ops.ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
             gram += part.to(device)
         host = on_host(gram)
         block.scale = max(block.scale, _largest(host[k:, k:]))
@@ -84,7 +84,7 @@ def one_end(
         second = [ops.gram(d, d, gate=again.to(d.device)).to(device) for d in moved.panels]
         ops.benettin_refine_(state, torch.stack(second).sum(0), k)
         for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
-            ops.panel_recenter_(q, d, d, [zero], [0], state.to(q.device))
+            ops.recenter_(q, d, d, [zero], [0], state.to(q.device))
         pending.zero_()
         beta.fill_(_rate(iteration, block.scale, sign * ritz.values))
     vectors = Basis.empty(layout, criterion.k)
