@@ -47,9 +47,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                 std::to_string(lyapcuda::kMaxK));
         }
         py::dict fields;
-#define LYAPCUDA_FIELD(kind, name, ...) \
-  fields[#name] =                       \
-      py::make_tuple(lyapcuda::state_offset(lyapcuda::kind::name, k), py::make_tuple(__VA_ARGS__));
+#define LYAPCUDA_FIELD(kind, name, ...)                                           \
+  fields[#name] = py::make_tuple(lyapcuda::state_offset(lyapcuda::kind::name, k), \
+                                 py::make_tuple(__VA_ARGS__));
 #define LYAPCUDA_SCALAR(name) LYAPCUDA_FIELD(StateScalar, name)
 #define LYAPCUDA_VECTOR(name) LYAPCUDA_FIELD(StateVector, name, k)
 #define LYAPCUDA_MATRIX(name) LYAPCUDA_FIELD(StateMatrix, name, k, k)

@@ -10,8 +10,8 @@ void combine(const Launcher&, const Tensor& out, const Tensor& panel, const doub
   if (gate != nullptr && *gate == 0.0) return;
   const int64_t rows = panel.size(0), columns = out.size(0);
   const std::vector<T> coefficients(matrix, matrix + rows * columns);
-  const CombineArguments<T> all{written<T>(out), read<T>(panel), coefficients.data(),
-                                rows,            columns,        out.size(1)};
+  const CombineArguments<T> all{written<T>(out), read<T>(panel), coefficients.data(), rows,
+                                columns,         out.size(1)};
   const Blocks blocks({out.size(1)}, kPanelBlock);
   blocks.for_each_run(rows + columns, [&](int64_t, const auto& visit) {
     Aligned<T> tile(rows * combine_tile(rows));

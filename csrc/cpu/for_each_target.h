@@ -6,10 +6,10 @@
 
 #define LYAPCUDA_ELEMENT
 namespace lyapcuda::cpu::baseline {
-#include "simd.inc"
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
 #include "elementwise.inc"
+#include "simd.inc"
 #include LYAPCUDA_SOURCE
 }  // namespace lyapcuda::cpu::baseline
 
@@ -23,10 +23,10 @@ namespace lyapcuda::cpu::baseline {
 #endif
 #define LYAPCUDA_AVX2  // __AVX2__ doesn't follow the pragma in g++
 namespace lyapcuda::cpu::avx2 {
-#include "simd.inc"
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
 #include "elementwise.inc"
+#include "simd.inc"
 #include LYAPCUDA_SOURCE
 }  // namespace lyapcuda::cpu::avx2
 #undef LYAPCUDA_AVX2
@@ -41,9 +41,9 @@ namespace lyapcuda::cpu::avx2 {
        ? &::lyapcuda::cpu::avx2::__VA_ARGS__                   \
        : &::lyapcuda::cpu::baseline::__VA_ARGS__)
 // function<type>, both of the instruction set.
-#define LYAPCUDA_DISPATCH_OF(function, ...)                                                \
-  (::lyapcuda::cpu::target() == ::lyapcuda::cpu::Target::kAvx2                             \
-       ? &::lyapcuda::cpu::avx2::function<::lyapcuda::cpu::avx2::__VA_ARGS__>              \
+#define LYAPCUDA_DISPATCH_OF(function, ...)                                   \
+  (::lyapcuda::cpu::target() == ::lyapcuda::cpu::Target::kAvx2                \
+       ? &::lyapcuda::cpu::avx2::function<::lyapcuda::cpu::avx2::__VA_ARGS__> \
        : &::lyapcuda::cpu::baseline::function<::lyapcuda::cpu::baseline::__VA_ARGS__>)
 
 #else

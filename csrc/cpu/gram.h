@@ -9,8 +9,9 @@ void products(const Launcher&, const Tensor& a, const Tensor& b, const double* g
   const int64_t rows = a.size(0), columns = b.size(0), length = a.size(1);
   std::fill_n(out, rows * columns, 0.0);
   if (length == 0 || (gate != nullptr && *gate == 0.0)) return;
-  const GramArguments<T> arguments{read<T>(a), read<T>(b), rows, columns, length,
-                                   a.const_data_ptr() == b.const_data_ptr() && rows == columns};
+  const GramArguments<T> arguments{
+      read<T>(a), read<T>(b), rows,
+      columns,    length,     a.const_data_ptr() == b.const_data_ptr() && rows == columns};
   const Blocks blocks({length}, kPanelBlock);
   std::vector<double> partial(blocks.runs() * rows * columns, 0.0);
   blocks.for_each_run(rows + columns, [&](int64_t run, const auto& visit) {

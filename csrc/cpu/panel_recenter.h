@@ -21,11 +21,10 @@ void panel_recenter(const Launcher&, const PanelRecenterCall& call) {
     Aligned<T> tile(k * combine_tile(k));
     visit([&](int64_t segment, int64_t begin, int64_t length, int64_t) {
       const int64_t at = call.offsets[segment] + begin;
-      const PanelRecenterArguments<T, P> arguments{
-          {q + at, d + at, coefficients.data(), k, k, row},
-          copies + at,
-          theta[segment] + begin,
-          pending};
+      const PanelRecenterArguments<T, P> arguments{{q + at, d + at, coefficients.data(), k, k, row},
+                                                   copies + at,
+                                                   theta[segment] + begin,
+                                                   pending};
       LYAPCUDA_DISPATCH(panel_recenter_block<T, P>)(arguments, length, tile.data());
     });
   });
@@ -37,7 +36,8 @@ void panel_recenter_momentum(const Launcher& launcher, const Tensor& p, const Te
                              const Tensor& state) {
   const double* const values = read<double>(state);
   if (values[state_offset(StateScalar::pending)] == 0.0) return;
-  combine<T>(launcher, p, p_next, values + state_offset(StateMatrix::transform, p.size(0)), nullptr);
+  combine<T>(launcher, p, p_next, values + state_offset(StateMatrix::transform, p.size(0)),
+             nullptr);
 }
 
 }  // namespace lyapcuda::cpu

@@ -21,9 +21,8 @@ void slopes(const Launcher&, const SlopesCall& call) {
       const int64_t at = call.offsets[segment] + begin;
       const DirectionArguments<T, P> arguments{theta[segment] + begin, gradient[segment] + begin,
                                                buffer == nullptr ? nullptr : buffer + at};
-      LYAPCUDA_DISPATCH(slopes_block<T, P, kMomentum>)(arguments,
-                                                       PanelRows<T>{panel + at, rows, length}, n,
-                                                       scalars, partial.data() + run * k);
+      LYAPCUDA_DISPATCH(slopes_block<T, P, kMomentum>)(
+          arguments, PanelRows<T>{panel + at, rows, length}, n, scalars, partial.data() + run * k);
     });
   });
   tree_sum(partial.data(), blocks.runs(), k);

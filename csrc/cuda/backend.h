@@ -65,6 +65,6 @@ void elementwise(const Launcher& launcher, const char* name, const Lists<P, kLis
 }  // namespace lyapcuda::cuda
 
 // Runs the elementwise op that is named last.
-#define LYAPCUDA_ELEMENTWISE(launcher, name, lists, arguments, out, ...)                      \
-  ::lyapcuda::cuda::elementwise<::lyapcuda::kernels::__VA_ARGS__>(launcher, name, lists,      \
+#define LYAPCUDA_ELEMENTWISE(launcher, name, lists, arguments, out, ...)                 \
+  ::lyapcuda::cuda::elementwise<::lyapcuda::kernels::__VA_ARGS__>(launcher, name, lists, \
                                                                   arguments, out)

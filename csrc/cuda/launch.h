@@ -21,8 +21,8 @@
 #include <vector>
 
 #include "../kernels/segments.cuh"
-#include "../simt/simt.h"
 #include "../ops/checks.h"
+#include "../simt/simt.h"
 #include "build.h"
 #include "errors.h"
 

@@ -14,15 +14,10 @@ void slopes(const Launcher& launcher, const SlopesCall& call) {
       lists_of<P>(call.theta, call.offsets, read<P>(call.theta), read<P>(call.gradient));
   const Tensor partial = scratch_rows(launcher, call.state, lists.count(), kHeld, k);
   double* const first = written<double>(partial);
-  kernels::SlopesArguments<T> arguments{read<T>(call.panel),
-                                        call.panel.size(1),
-                                        k,
-                                        written<T>(call.buffer),
-                                        read<double>(call.state),
-                                        read<double>(call.factor),
-                                        call.options.weight_decay,
-                                        call.options.momentum,
-                                        nullptr};
+  kernels::SlopesArguments<T> arguments{
+      read<T>(call.panel),       call.panel.size(1),       k,
+      written<T>(call.buffer),   read<double>(call.state), read<double>(call.factor),
+      call.options.weight_decay, call.options.momentum,    nullptr};
   kernels::with_rows<16, 33>(k + 1, [&](auto most) {
     const int64_t count = for_each_launch(
         launcher, lists, kHeld,

@@ -36,7 +36,7 @@ struct SlopesArguments {
 template <class T, class P, Momentum kMomentum, int kRows>
 __global__ void __launch_bounds__(kThreads, 4)
     slopes(const __grid_constant__ DirectionSegments<P> table,
-                 const __grid_constant__ SlopesArguments<T> a) {
+           const __grid_constant__ SlopesArguments<T> a) {
   constexpr int kLength = kSlopesLength<T, kRows>;
   static_assert(kLength <= kThreads);
   using Memory = Tile<T, kRows>;  // rows of the panel; u in the last

@@ -50,8 +50,8 @@ struct Ascent {
 
   template <class A>
   LYAPCUDA_INLINE bool aligned(const A& is) const {
-    return is(a.d) && is(a.q) && is(a.g1) && is(Listed<0>{}) &&
-           (!kRealised || is(Listed<1>{})) && (!kMomentum || (is(a.p) && is(a.p_next)));
+    return is(a.d) && is(a.q) && is(a.g1) && is(Listed<0>{}) && (!kRealised || is(Listed<1>{})) &&
+           (!kMomentum || (is(a.p) && is(a.p_next)));
   }
 };
 
@@ -129,7 +129,7 @@ namespace {
 
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vector<int64_t> offsets,
                Tensor state, int64_t sign, double weight_decay,
-               std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
+               std::optional<std::vector<Tensor> > theta, double momentum, std::optional<Tensor> p,
                std::optional<Tensor> p_next) {
   const Device device = device_of(q, "q");
   check_panel(q, "q", kMaxK, device);
@@ -169,9 +169,16 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
                        p_next, static_cast<double>(sign), weight_decay, momentum, out});
         return;
       }
-      const AscentArguments<T, P, kRealised, kMomentum> arguments{
-          {}, written<T>(d), read<T>(q), read<P>(g1), read<T>(p), written<T>(p_next),
-          read<double>(state), static_cast<double>(sign), weight_decay, momentum};
+      const AscentArguments<T, P, kRealised, kMomentum> arguments{{},
+                                                                  written<T>(d),
+                                                                  read<T>(q),
+                                                                  read<P>(g1),
+                                                                  read<T>(p),
+                                                                  written<T>(p_next),
+                                                                  read<double>(state),
+                                                                  static_cast<double>(sign),
+                                                                  weight_decay,
+                                                                  momentum};
       // θ's list is not read where it isn't given.
       const auto lists = lists_of<P>(g0, offsets, read<P>(g0), read<P>(theta ? *theta : g0));
       LYAPCUDA_ELEMENTWISE(launcher, "ascent_", lists, arguments, out,

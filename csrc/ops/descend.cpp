@@ -52,7 +52,7 @@ template <class T>
 struct DescendArguments : ElementwiseArguments {
   static constexpr int kBlocks = 5;
 
-  T* buffer;  // flat, where there is momentum
+  T* buffer;                     // flat, where there is momentum
   const double *state, *factor;  // factor may be null
   double gain, max_lr, weight_decay, momentum;
   double* used;  // the learning rate taken
@@ -96,7 +96,7 @@ namespace {
 
 Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor state, double gain,
                 double max_lr, double weight_decay, double momentum, bool nesterov,
-                std::optional<Tensor> buffer, std::optional<std::vector<int64_t>> offsets,
+                std::optional<Tensor> buffer, std::optional<std::vector<int64_t> > offsets,
                 std::optional<Tensor> factor, std::optional<Tensor> panel,
                 std::optional<Tensor> slopes) {
   const Device device = device_of(state, "state");
@@ -137,9 +137,14 @@ Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor 
                        buffer, factor, written<double>(used)});
         return;
       }
-      const DescendArguments<T> arguments{{},     written<T>(buffer), read<double>(state),
-                                          read<double>(factor),       gain,
-                                          max_lr, weight_decay,       momentum,
+      const DescendArguments<T> arguments{{},
+                                          written<T>(buffer),
+                                          read<double>(state),
+                                          read<double>(factor),
+                                          gain,
+                                          max_lr,
+                                          weight_decay,
+                                          momentum,
                                           written<double>(used)};
       const auto lists = lists_of<P>(theta, places, written<P>(theta), read<P>(gradient));
       LYAPCUDA_ELEMENTWISE(launcher, "descend_", lists, arguments, nullptr,

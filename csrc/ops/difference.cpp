@@ -66,17 +66,18 @@ void difference_(Tensor out, std::vector<Tensor> plus, std::vector<Tensor> minus
   if (plus.empty()) return;
 
   const Launcher launcher(device, scale);
-  with_buffer_and_storage(out.scalar_type(), plus[0].scalar_type(), [&](auto* buffer, auto* stored) {
-    using T = std::remove_pointer_t<decltype(buffer)>;
-    using P = std::remove_pointer_t<decltype(stored)>;
-    const DifferenceArguments<T> arguments{
-        {}, written<T>(out), read<T>(v), read<double>(scale), weight_decay};
-    const auto lists = lists_of<P>(plus, offsets, read<P>(plus), read<P>(minus));
-    with_flags(weight_decay != 0.0, [&](auto decays) {
-      LYAPCUDA_ELEMENTWISE(launcher, "difference_", lists, arguments, nullptr,
-                           Difference<T, P, decltype(decays)::value>);
-    });
-  });
+  with_buffer_and_storage(
+      out.scalar_type(), plus[0].scalar_type(), [&](auto* buffer, auto* stored) {
+        using T = std::remove_pointer_t<decltype(buffer)>;
+        using P = std::remove_pointer_t<decltype(stored)>;
+        const DifferenceArguments<T> arguments{
+            {}, written<T>(out), read<T>(v), read<double>(scale), weight_decay};
+        const auto lists = lists_of<P>(plus, offsets, read<P>(plus), read<P>(minus));
+        with_flags(weight_decay != 0.0, [&](auto decays) {
+          LYAPCUDA_ELEMENTWISE(launcher, "difference_", lists, arguments, nullptr,
+                               Difference<T, P, decltype(decays)::value>);
+        });
+      });
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 //
 // A source has two parts. The first, its arithmetic, is compiled once an instruction set of the
 // CPU, and once for CUDA, in namespaces of their own; LYAPCUDA_ELEMENT is defined there. It is
-// written in values that are eight lanes on the CPU (cpu/simd.inc), and one or several elements of a
-// thread on CUDA (kernels/pack.cuh). The second part has the schema, the checks and the outputs.
+// written in values that are eight lanes on the CPU (cpu/simd.inc), and one or several elements of
+// a thread on CUDA (kernels/pack.cuh). The second part has the schema, the checks and the outputs.
 #pragma once
 
 #if defined(__CUDACC__) || defined(LYAPCUDA_SIMT)
@@ -28,17 +28,15 @@
 
 // Registers an op of this backend; the schema once, with the CPU's or the emulator's.
 #ifdef __CUDACC__
-#define LYAPCUDA_OP(name, schema)                                   \
-  STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, CUDA, m) {            \
-    m.impl(#name, TORCH_BOX(&lyapcuda::LYAPCUDA_BACKEND::name));    \
+#define LYAPCUDA_OP(name, schema)                                \
+  STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, CUDA, m) {         \
+    m.impl(#name, TORCH_BOX(&lyapcuda::LYAPCUDA_BACKEND::name)); \
   }
 #else
-#define LYAPCUDA_OP(name, schema)                                   \
-  STABLE_TORCH_LIBRARY_FRAGMENT(LYAPCUDA_LIBRARY, m) {              \
-    m.def(#name schema);                                            \
-  }                                                                 \
-  STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, CPU, m) {             \
-    m.impl(#name, TORCH_BOX(&lyapcuda::LYAPCUDA_BACKEND::name));    \
+#define LYAPCUDA_OP(name, schema)                                             \
+  STABLE_TORCH_LIBRARY_FRAGMENT(LYAPCUDA_LIBRARY, m) { m.def(#name schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(LYAPCUDA_LIBRARY, CPU, m) {                       \
+    m.impl(#name, TORCH_BOX(&lyapcuda::LYAPCUDA_BACKEND::name));              \
   }
 #endif
 

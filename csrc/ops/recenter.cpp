@@ -109,25 +109,27 @@ void recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
   if (theta.empty()) return;
 
   const Launcher launcher(device, state);
-  with_buffer_and_storage(
-      q.scalar_type(), copies.scalar_type(), [&](auto* buffer, auto* storage) {
-        using T = std::remove_pointer_t<decltype(buffer)>;
-        using P = std::remove_pointer_t<decltype(storage)>;
-        if (k > 1) {
-          panel_recenter<T, P>(launcher, {q, copies, d, state, theta, offsets});
-          if (p) panel_recenter_momentum<T>(launcher, *p, *p_next, state);
-          return;
-        }
-        with_flags(p.has_value(), [&](auto heavy) {
-          constexpr bool kHeavy = decltype(heavy)::value;
-          const RecenterArguments<T, P, kHeavy> arguments{
-              {}, written<T>(q), written<P>(copies), read<T>(d), written<T>(p), read<T>(p_next),
-              read<double>(state)};
-          LYAPCUDA_ELEMENTWISE(launcher, "recenter_",
-                               lists_of<P>(theta, offsets, read<P>(theta)), arguments, nullptr,
-                               Recenter<T, P, kHeavy>);
-        });
-      });
+  with_buffer_and_storage(q.scalar_type(), copies.scalar_type(), [&](auto* buffer, auto* storage) {
+    using T = std::remove_pointer_t<decltype(buffer)>;
+    using P = std::remove_pointer_t<decltype(storage)>;
+    if (k > 1) {
+      panel_recenter<T, P>(launcher, {q, copies, d, state, theta, offsets});
+      if (p) panel_recenter_momentum<T>(launcher, *p, *p_next, state);
+      return;
+    }
+    with_flags(p.has_value(), [&](auto heavy) {
+      constexpr bool kHeavy = decltype(heavy)::value;
+      const RecenterArguments<T, P, kHeavy> arguments{{},
+                                                      written<T>(q),
+                                                      written<P>(copies),
+                                                      read<T>(d),
+                                                      written<T>(p),
+                                                      read<T>(p_next),
+                                                      read<double>(state)};
+      LYAPCUDA_ELEMENTWISE(launcher, "recenter_", lists_of<P>(theta, offsets, read<P>(theta)),
+                           arguments, nullptr, Recenter<T, P, kHeavy>);
+    });
+  });
 }
 
 }  // namespace

@@ -12,8 +12,7 @@ struct ReseedRow {
   T *row, *p;
   Reseed lost;
 
-  LYAPCUDA_INLINE explicit ReseedRow(const Arguments& a)
-      : row(a.panel), p(a.p), lost(a.lost()) {
+  LYAPCUDA_INLINE explicit ReseedRow(const Arguments& a) : row(a.panel), p(a.p), lost(a.lost()) {
     row += lost.row * a.n;
     if (p != nullptr) p += lost.row * a.n;
   }
@@ -83,8 +82,8 @@ void reseed_(Tensor panel, std::vector<int64_t> offsets, std::vector<int64_t> si
   const Launcher launcher(device, state);
   with_buffer_and_storage(panel.scalar_type(), panel.scalar_type(), [&](auto* buffer, auto*) {
     using T = std::remove_pointer_t<decltype(buffer)>;
-    const ReseedArguments<T> arguments{
-        {}, written<T>(panel), written<T>(p), length, k, read<double>(state), elements, seed};
+    const ReseedArguments<T> arguments{{}, written<T>(panel),   written<T>(p), length,
+                                       k,  read<double>(state), elements,      seed};
     const Lists<T, 1> lists{sizes, offsets, {std::vector<T*>(sizes.size(), arguments.panel)}};
     LYAPCUDA_ELEMENTWISE(launcher, "reseed_", lists, arguments, nullptr, ReseedRow<T>);
   });

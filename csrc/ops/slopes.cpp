@@ -51,9 +51,9 @@ Tensor slopes_(std::vector<Tensor> theta, std::vector<Tensor> gradient,
     using T = std::remove_pointer_t<decltype(arithmetic)>;
     using P = std::remove_pointer_t<decltype(storage)>;
     with_momentum(momentum_kind(buffer.has_value(), nesterov), [&](auto kind) {
-      slopes<T, P, decltype(kind)::value>(launcher, {theta, gradient, offsets, panel, state,
-                                                     options, buffer, factor,
-                                                     written<double>(out)});
+      slopes<T, P, decltype(kind)::value>(
+          launcher,
+          {theta, gradient, offsets, panel, state, options, buffer, factor, written<double>(out)});
     });
   });
   return out;

@@ -54,12 +54,11 @@ inline void check_parameters(const std::vector<Tensor>& theta, const std::vector
 }
 
 // A step along θ and the rows of a panel, which lie beside it, as does the buffer.
-inline void check_panel_step(const std::vector<Tensor>& theta,
-                                const std::vector<Tensor>& gradient,
-                                const std::vector<int64_t>& offsets, const Tensor& panel,
-                                const Tensor& state, const StepOptions& options,
-                                const std::optional<Tensor>& buffer,
-                                const std::optional<Tensor>& factor, const Device& device) {
+inline void check_panel_step(const std::vector<Tensor>& theta, const std::vector<Tensor>& gradient,
+                             const std::vector<int64_t>& offsets, const Tensor& panel,
+                             const Tensor& state, const StepOptions& options,
+                             const std::optional<Tensor>& buffer,
+                             const std::optional<Tensor>& factor, const Device& device) {
   check_parameters(theta, gradient, device);
   check_panel(panel, "panel", kMaxK, device);
   check_segments(theta, "theta", offsets, panel, device);

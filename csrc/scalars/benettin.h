@@ -5,8 +5,8 @@
 
 #include "dense_algebra.h"
 #include "ritz.h"
-#include "state.h"
 #include "stacked_gram.h"
+#include "state.h"
 
 namespace lyapcuda {
 
@@ -28,8 +28,7 @@ LYAPCUDA_HOST_DEVICE inline void ask_reseed(const State& state, int row) {
 
 // `lost`: the separation that is why, or k.
 template <class Team>
-LYAPCUDA_HOST_DEVICE inline void benettin_refuse(const Team& team, const State& state,
-                                                 int lost) {
+LYAPCUDA_HOST_DEVICE inline void benettin_refuse(const Team& team, const State& state, int lost) {
   if (team.rank != 0) return;
   state(StateScalar::accepted) = 0.0;
   state(StateScalar::pending) = 0.0;
@@ -66,8 +65,7 @@ LYAPCUDA_HOST_DEVICE inline bool orthonormalise(const Team& team, int k, const N
 }
 
 // β of the next step; one thread.
-LYAPCUDA_HOST_DEVICE inline void benettin_control(const State& state,
-                                                  const BenettinScratch& s,
+LYAPCUDA_HOST_DEVICE inline void benettin_control(const State& state, const BenettinScratch& s,
                                                   const GrowthOptions& options, bool parted) {
   double& beta = state(StateScalar::beta);
   if (!parted) {

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "dense_algebra.h"
-#include "state.h"
 #include "stacked_gram.h"
+#include "state.h"
 
 namespace lyapcuda {
 
@@ -114,8 +114,7 @@ LYAPCUDA_HOST_DEVICE inline double ritz_residual(const BenettinScratch& s, int i
 // The Ritz values and their error bars, direction by direction.
 template <class Team>
 LYAPCUDA_HOST_DEVICE inline void take_ritz(const Team& team, const State& state,
-                                           const BenettinScratch& s,
-                                           const GrowthOptions& options) {
+                                           const BenettinScratch& s, const GrowthOptions& options) {
   for (int i = team.rank; i < state.k; i += team.size) {
     const double ritz = s.ritz[i], residual = ritz_residual(s, i);
     const Bar bar = error_bar(ritz, residual, state(StateVector::rayleigh, i),
