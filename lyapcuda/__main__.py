@@ -38,7 +38,7 @@ def _parser() -> program.Parser:
 
 def _info(arguments: argparse.Namespace) -> int:
     from lyapcuda.extension import gpus_here
-    from lyapcuda.ops.flat import build_info
+    from lyapcuda.ops import build_info
 
     rows = {str(name): value for name, value in build_info().items()}
     rows |= {

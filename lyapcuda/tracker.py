@@ -17,7 +17,13 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.dynamics.options import GrowthOptions
-from lyapcuda.dynamics.separations import ENDS, Separations, ends_of, schwarz_quotient
+from lyapcuda.dynamics.separations import (
+    ENDS,
+    Separations,
+    ends_of,
+    per_value,
+    schwarz_quotient,
+)
 from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
@@ -39,7 +45,7 @@ from lyapcuda.params.shards import compute_epsilon
 
 __all__ = ["CurvatureTracker"]
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 class CurvatureTracker:
@@ -291,7 +297,6 @@ class CurvatureTracker:
             self._separations.adapt(self._coarsest or 0.0, bool(self._smooth))
             self._separations.advance(evaluated.found)
         except BaseException as error:
-            self._separations.withdraw()
             if before is not None and isinstance(error, RankError):
                 before.restore()
                 before.restore_gradients()
@@ -480,10 +485,8 @@ class CurvatureTracker:
 
     @property
     def state(self) -> Tensor:
-        """The scalars as one device vector (a live view).
-
-        With k = 1 its fields are `lyapcuda.ops.STATE_FIELDS`, else those of
-        `lyapcuda.ops.panel_fields`; for "BE" it is the upper end's.
+        """What the steps decide, as one device vector (a live view): the fields are those of
+        ``lyapcuda.ops.state_fields(k)``. For "BE" it is the upper end's, of its share of k.
         """
         return self.separations.state
 
@@ -495,17 +498,18 @@ class CurvatureTracker:
 
     def _values(self, name: str) -> Tensor:
         """A value for every eigenvalue: 0-dim for k = 1, else (k,)."""
-        shape = () if self.k == 1 else (self.k,)
         if self._separations is None:
-            return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
-        return self._separations.values(name).reshape(shape)
+            return per_value(self._unmeasured(self.k, math.nan))
+        return per_value(self._separations.values(name))
 
     def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
         """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""
-        shape = (2,) if self.which == "BE" else ()
         if self._separations is None:
-            return torch.full(shape, unmeasured, dtype=torch.float64, device=self._layout.device)
-        return self._separations.scalars(name).reshape(shape)
+            return per_value(self._unmeasured(len(self._ends), unmeasured))
+        return per_value(self._separations.scalars(name))
+
+    def _unmeasured(self, count: int, value: float) -> Tensor:
+        return torch.full((count,), value, dtype=torch.float64, device=self._layout.device)
 
     @property
     def h(self) -> Tensor:

@@ -1,49 +1,28 @@
 """The compiled ops, `torch.ops.lyapcuda.*`.
 
-`flat` has those over flat buffers, `panel` those over k of them at once. `fakes` has
-their shapes for tracing, `reference` and `panel_reference` an fp64 oracle for each.
+`state` has the numbers that a step decides, `step` the ops of a step of k separations, `newton`
+those of a quasi-Newton step, `products` those of H·v, `panel` matrices of vectors. `library` looks
+them up. `reference` has an fp64 oracle of each, by the same name.
 """
 
-from lyapcuda.ops.fakes import register_fakes
-from lyapcuda.ops.flat import (
+from lyapcuda.ops.library import build_info, register_fakes
+from lyapcuda.ops.newton import descend_, slopes_
+from lyapcuda.ops.panel import combine_, gram, project_
+from lyapcuda.ops.products import difference_, displace_
+from lyapcuda.ops.state import (
     ESTIMATES,
+    MAX_K,
     OF_QUOTIENTS,
-    STATE_FIELDS,
-    SUM_FIELDS,
-    ascent_,
-    build_info,
-    descend_,
-    difference_,
-    displace_,
-    exponent_,
     new_state,
-    recenter_,
-    reseed_,
-    secant_,
-    stream_copy_,
+    state_field,
+    state_fields,
 )
-from lyapcuda.ops.panel import (
-    MAX_PANEL,
-    benettin_,
-    benettin_refine_,
-    combine_,
-    gram,
-    new_panel_state,
-    panel_ascent_,
-    panel_descend_,
-    panel_field,
-    panel_fields,
-    panel_recenter_,
-    panel_slopes_,
-    project_,
-)
+from lyapcuda.ops.step import ascent_, benettin_, benettin_refine_, recenter_, reseed_
 
 __all__ = [
     "ESTIMATES",
-    "MAX_PANEL",
+    "MAX_K",
     "OF_QUOTIENTS",
-    "STATE_FIELDS",
-    "SUM_FIELDS",
     "ascent_",
     "benettin_",
     "benettin_refine_",
@@ -52,22 +31,15 @@ __all__ = [
     "descend_",
     "difference_",
     "displace_",
-    "exponent_",
     "gram",
-    "new_panel_state",
     "new_state",
-    "panel_ascent_",
-    "panel_descend_",
-    "panel_field",
-    "panel_fields",
-    "panel_recenter_",
-    "panel_slopes_",
     "project_",
     "recenter_",
     "register_fakes",
     "reseed_",
-    "secant_",
-    "stream_copy_",
+    "slopes_",
+    "state_field",
+    "state_fields",
 ]
 
 register_fakes("lyapcuda")

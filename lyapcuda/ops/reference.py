@@ -1,7 +1,8 @@
 """The fp64 oracle of every op: the same names and arguments, plain arithmetic in float64.
 
 Slow and simple on purpose. Nothing is mutated: what an op writes is returned, in float64, before
-any rounding to the buffers' dtypes. Tests hold every backend against these.
+any rounding to the buffers' dtypes. The eigenproblem and the factorisations are LAPACK's. Tests
+hold every backend against these.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda import _C
-from lyapcuda.ops.flat import ESTIMATES, STATE_FIELDS, SUM_FIELDS
+from lyapcuda.ops.state import ESTIMATES, state_field, state_fields
 
-_INDEX = {name: i for i, name in enumerate(STATE_FIELDS)}
+# --- a step --------------------------------------------------------------------------------------
+
+
+def _multiple(state: Tensor, k: int) -> float:
+    """What q and p are to be taken times: the transform for k = 1, else they are as they lie."""
+    return float(state_field(state, 1, "transform")) if k == 1 else 1.0
 
 
 def ascent_(
     q: Tensor,
     g0: Sequence[Tensor],
-    g1: Sequence[Tensor],
+    g1: Tensor,
     offsets: Sequence[int],
     state: Tensor,
     *,
@@ -32,30 +37,34 @@ def ascent_(
     momentum: float = 0.0,
     p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns (d, p_next, sums); elements of q outside the segments are NaN in d and p_next."""
-    scale, beta = (float(state[_INDEX[name]]) for name in ("scale", "beta"))
-    d = torch.full_like(q, float("nan"), dtype=torch.float64)
-    p_next = None if p is None else torch.full_like(d, float("nan"))
-    sums = torch.zeros(len(SUM_FIELDS), dtype=torch.float64)
+    """Returns (d, p_next, gram); elements outside the segments are NaN in d and p_next."""
+    k = q.shape[0]
+    times, rate = _multiple(state, k), sign * float(state_field(state, k, "beta"))
+    d = torch.full_like(q, math.nan, dtype=torch.float64)
+    p_next = None if p is None else torch.full_like(d, math.nan)
+    rows = (2 + (theta is not None) + (p is not None)) * k
+    gram = torch.zeros(rows, rows, dtype=torch.float64)
     for i, offset in enumerate(offsets):
         span = slice(offset, offset + g0[i].numel())
-        carried = scale * q[span].double()
+        carried = times * q[:, span].double()
         moved = carried
         if theta is not None:
             # Rounding is part of the definition here: done as recenter_ does it, in q's dtype.
             here = theta[i].flatten()
-            theta1 = (here.to(q.dtype) + (scale * q[span]).to(q.dtype)).to(here.dtype)
-            moved = theta1.double() - here.double()
-        y = g1[i].double().flatten() - g0[i].double().flatten() + weight_decay * moved
+            there = (here.to(q.dtype) + (times * q[:, span]).to(q.dtype)).to(here.dtype)
+            moved = (there.to(q.dtype) - here.to(q.dtype)).double()
+        y = g1[:, span].double() - g0[i].double().flatten() + weight_decay * moved
         w = y
         if p is not None:
-            w = momentum * scale * p[span].double() + y
-            p_next[span] = w
-        d[span] = carried + sign * beta * w
-        pairs = [(d[span], d[span]), (moved, moved), (moved, y), (y, y)]
-        pairs += [(carried, moved), (carried, y)]
-        sums += torch.stack([(a * b).sum() for a, b in pairs])
-    return d, p_next, sums
+            w = momentum * times * p[:, span].double() + y
+            p_next[:, span] = w
+        d[:, span] = carried + rate * w
+        stack = [carried, y]
+        stack += [moved] if theta is not None else []
+        stack += [d[:, span]] if p is not None else []
+        panel = torch.cat(stack)
+        gram += panel @ panel.T
+    return d, p_next, gram
 
 
 def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate: str) -> float:
@@ -72,38 +81,6 @@ def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate:
         return math.expm1(exponent) / rate * heavy
     except (ZeroDivisionError, OverflowError):
         return float("nan")
-
-
-def secant_(state: Tensor, sums: Tensor, *, sign: int = 1) -> Tensor:
-    """Returns the state with β set from the secant."""
-    s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
-    v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
-    if _usable(v):
-        _secant_rate(s, *_quotient(v), sign)
-    return torch.tensor(list(s.values()), dtype=torch.float64)
-
-
-def _usable(v: dict[str, float]) -> bool:
-    return all(map(math.isfinite, v.values())) and v["qq"] > 0 and v["carried_q"] > 0
-
-
-def _quotient(v: dict[str, float]) -> tuple[float, float, float]:
-    """ρ, its residual, and the secant ‖y‖/‖q‖."""
-    rayleigh = v["carried_y"] / v["carried_q"]
-    variance = (v["yy"] - 2 * rayleigh * v["qy"] + rayleigh * rayleigh * v["qq"]) / v["qq"]
-    return rayleigh, math.sqrt(max(variance, 0.0)), math.sqrt(v["yy"] / v["qq"])
-
-
-def _secant_rate(
-    s: dict[str, float], rayleigh: float, residual: float, secant: float, sign: int
-) -> None:
-    seen = secant if sign > 0 else abs(rayleigh) + residual
-    if seen == 0 or not math.isfinite(seen) or not math.isfinite((math.e - 1) / seen):
-        return
-    s["bound"] = max(seen, (0.98 if sign > 0 else 1.0) * s["bound"])
-    if sign * rayleigh < 0 and residual < abs(rayleigh):
-        s["guard"] = max(s["guard"], secant)
-    s["beta"] = min((math.e - 1) / max(s["bound"], s["guard"]), 1e38)  # what float32 holds
 
 
 def schwarz_bar(rayleigh: float, residual: float) -> tuple[float, float]:
@@ -135,78 +112,223 @@ def error_bar(
     return rayleigh, residual + apart
 
 
-def exponent_(
+def _unpack(state: Tensor, k: int) -> dict[str, Tensor]:
+    return {name: state_field(state, k, name).clone() for name in state_fields(k)}
+
+
+def _pack(fields: dict[str, Tensor]) -> Tensor:
+    return torch.cat([field.flatten() for field in fields.values()])
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor; None where there is none, or a pivot is rounding."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) or bool((factor.diag() ** 2 <= 1e-12 * matrix.diag()).any()):
+        return None
+    return factor
+
+
+def _lost(matrix: Tensor) -> int:
+    """The first row that lies in the span of those before, by the same pivots; k: none does."""
+    left = matrix.clone()
+    for p, pivot in enumerate(matrix.diag().tolist()):
+        if not float(left[p, p]) > 1e-12 * pivot:
+            return p
+        left = left - torch.outer(left[:, p], left[p]) / left[p, p]
+    return len(matrix)
+
+
+def _ask_reseed(s: dict[str, Tensor], row: int, k: int) -> None:
+    s["reseed"].fill_(row + 1.0 if row < k else 0.0)
+    s["reseeds"] += float(row < k)
+
+
+def _forms(matrix: Tensor, vectors: Tensor) -> Tensor:
+    return ((matrix @ vectors) * vectors).sum(0)
+
+
+def ritz(a: Tensor, b: Tensor, sign: int) -> tuple[Tensor, Tensor] | None:
+    """Values and vectors of a·u = λ·b·u, the wanted end first; the largest entry positive."""
+    factor = _cholesky(b)
+    if factor is None:
+        return None
+    half = torch.linalg.solve_triangular(factor, a, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    values, z = torch.linalg.eigh((whitened + whitened.T) / 2)
+    if sign > 0:
+        values, z = values.flip(0), z.flip(1)
+    u = torch.linalg.solve_triangular(factor.T, z, upper=True)
+    peaks = u.gather(0, u.abs().argmax(0, keepdim=True))
+    return values, u * torch.where(peaks < 0, -1.0, 1.0)
+
+
+def benettin_(
     state: Tensor,
-    sums: Tensor,
+    gram: Tensor,
     losses: Tensor,
+    k: int,
     *,
     sign: int = 1,
     estimate: int = 0,
     momentum: float = 0.0,
+    realised: bool = False,
     control: bool = True,
     alternate: bool = True,
+    rotate: bool = True,
     ema: float = 0.0,
 ) -> Tensor:
     """Returns the state after the step."""
-    s = dict(zip(STATE_FIELDS, state.tolist(), strict=True))
-    v = dict(zip(SUM_FIELDS, sums.tolist(), strict=True))
+    s = _unpack(state, k)
     name = {number: key for key, number in ESTIMATES.items()}[estimate]
-    s["reseed"] = 0.0
-    if not (_usable(v) and all(map(math.isfinite, losses.flatten().tolist()))):
-        s.update(accepted=0.0, committed=0.0, skipped=s["skipped"] + 1)
-        if all(map(math.isfinite, [*v.values(), *losses.flatten().tolist()])):
-            s.update(reseed=1.0, reseeds=s["reseeds"] + 1)
-        return torch.tensor(list(s.values()), dtype=torch.float64)
-    rayleigh, residual, secant = _quotient(v)
-    h, width = error_bar(rayleigh, residual, s["rayleigh"], s["residual"], name, alternate)
-    beta = s["beta"]
-    s.update(center=h, width=width, rayleigh=rayleigh, residual=residual)
-    if v["dd"] > 1e-14 * v["qq"]:
-        lam = 0.5 * math.log(v["dd"] / v["qq"])
-        if name in ("growth", "paper"):
-            measured = curvature_of_growth(lam, sign * beta, momentum, name)
-            h = measured if math.isfinite(measured) else h
+
+    def block(i: int, j: int) -> Tensor:
+        return gram[i * k : (i + 1) * k, j * k : (j + 1) * k]
+
+    def refused(lost: int = k) -> Tensor:
+        out = _unpack(state, k)
+        _ask_reseed(out, lost, k)
+        for field in ("accepted", "pending", "again"):
+            out[field].zero_()
+        out["skipped"] += 1
+        return _pack(out)
+
+    moved = 2 if realised else 0
+    if not (bool(gram.isfinite().all()) and bool(losses.isfinite().all())):
+        return refused()
+    cc, cy, yy = block(0, 0), block(0, 1), block(1, 1)
+    cm, my, mm = block(0, moved), block(moved, 1), block(moved, moved)
+    good = (cc.diag() > 0) & (cm.diag() > 0)
+    if not bool(good.all()):
+        return refused(good.tolist().index(False))
+    pairs = ritz((cy + cy.T) / 2, (cm + cm.T) / 2, sign)
+    if pairs is None:
+        return refused(_lost((cm + cm.T) / 2))
+    values, u = pairs
+    size = _forms(mm, u)
+    squares = _forms(yy, u) - 2 * values * _forms(my, u) + values**2 * size
+    residual = (squares.clamp(min=0) / size).sqrt()
+    secant = (_forms(yy, u) / size).sqrt()
+    v = u / u.norm(dim=0) if rotate else torch.eye(k, dtype=torch.float64)
+    before = _forms(cc, v)
+    if not bool((before > 0).all()):
+        return refused()
+
+    past = s["rayleigh"].tolist(), s["residual"].tolist()
+    bars = [
+        error_bar(*numbers, name, alternate)
+        for numbers in zip(values.tolist(), residual.tolist(), *past, strict=True)
+    ]
+    s["center"], s["width"] = torch.tensor(bars, dtype=torch.float64).unbind(1)
+    s["rayleigh"], s["residual"] = values, residual
+
+    beta = float(s["beta"])
+    rate = sign * beta
+    last = 2 + realised
+    dd = block(last, last) if momentum else cc + rate * (cy + cy.T) + rate**2 * yy
+    dd = v.T @ dd @ v
+    factor = _cholesky((dd + dd.T) / 2)
+    met = factor is None
+    h = s["center"].clone()
+    if not met:
+        s["r"] = factor.T
         side = -1.0 if alternate else 1.0
-        s.update(exponent=lam, scale=side * s["perturbation"] / math.sqrt(v["dd"]), committed=1.0)
-        if control and name == "paper":
-            s["beta"] = beta / lam if lam and abs(beta / lam) <= 1e38 else beta
-        elif control:
-            _secant_rate(s, rayleigh, residual, secant, sign)
-    else:
-        s["committed"] = 0.0
-        s["beta"] = 0.5 * beta if control else beta
-        if not control:
-            s.update(reseed=1.0, reseeds=s["reseeds"] + 1)
+        scaled = v * (side * float(s["perturbation"]))
+        s["transform"] = torch.linalg.solve_triangular(s["r"], scaled, upper=True, left=False)
+        if beta != 0:
+            s["exponent"] = (s["r"].diag() / before.sqrt()).log()
+            if name in ("growth", "paper"):
+                for i in range(k):
+                    found = curvature_of_growth(float(s["exponent"][i]), rate, momentum, name)
+                    h[i] = found if math.isfinite(found) else h[i]
+    spread = 0.0 if met else float(dd.diag().max() / s["r"].diag().square().min())
+    s["pending"].fill_(float(not met))
+    s["again"].fill_(float(spread > 1e6))
     s["h"] = h
-    s["h_ema"] = ema * s["h_ema"] + (1 - ema) * h if math.isfinite(s["h_ema"]) else h
-    s.update(accepted=1.0, steps=s["steps"] + 1)
-    return torch.tensor(list(s.values()), dtype=torch.float64)
+    s["h_ema"] = torch.where(s["h_ema"].isfinite(), ema * s["h_ema"] + (1 - ema) * h, h)
+    if control:
+        s["beta"].fill_(_next_rate(s, values, residual, secant, sign, name, met))
+    again = met and not control
+    _ask_reseed(s, int(v[:, _lost((dd + dd.T) / 2)].abs().argmax()) if again else k, k)
+    s["accepted"].fill_(1.0)
+    s["steps"] += 1
+    return _pack(s)
+
+
+def _next_rate(
+    s: dict[str, Tensor],
+    values: Tensor,
+    residual: Tensor,
+    secant: Tensor,
+    sign: int,
+    name: str,
+    met: bool,
+) -> float:
+    """β of the next step; takes the secants into bound and guard."""
+    beta = float(s["beta"])
+    if met:
+        return beta / 2
+    if name == "paper":
+        exponent = float(s["exponent"][0])
+        return beta / exponent if beta and exponent and abs(beta / exponent) <= 1e38 else beta
+    seen = secant if sign > 0 else values.abs() + residual
+    largest = float(seen.max())
+    if largest == 0 or not math.isfinite((math.e - 1) / largest):
+        return beta
+    settled = (sign * values < 0) & (residual < values.abs())
+    guard = max([float(s["guard"]), *secant[settled].tolist()])
+    bound = max(largest, (0.98 if sign > 0 else 1.0) * float(s["bound"]))
+    s["guard"].fill_(guard)
+    s["bound"].fill_(bound)
+    return min((math.e - 1) / max(bound, guard), 1e38)
+
+
+def benettin_refine_(state: Tensor, gram: Tensor, k: int) -> Tensor:
+    """Returns the state after the second pass."""
+    s = _unpack(state, k)
+    if float(s["again"]) == 0:
+        return state.clone()
+    s["again"].zero_()
+    square = float(s["perturbation"]) ** 2
+    factor = _cholesky(gram / square) if bool(gram.isfinite().all()) else None
+    if factor is None:
+        s["pending"].zero_()
+        if bool(gram.isfinite().all()):
+            _ask_reseed(s, _lost(gram / square), k)
+        return _pack(s)
+    s["r"] = factor.T @ s["r"]
+    s["transform"] = torch.linalg.inv(factor.T)
+    s["exponent"] = s["exponent"] + factor.diag().log()
+    return _pack(s)
 
 
 def recenter_(
     q: Tensor,
-    q_previous: Tensor,
+    d: Tensor,
     theta: Sequence[Tensor],
     offsets: Sequence[int],
     state: Tensor,
     *,
     p: Tensor | None = None,
-    p_previous: Tensor | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Returns (theta1, q, p)."""
-    q, p = q.clone(), None if p is None else p.clone()
-    if float(state[_INDEX["committed"]]) == 0:
-        for t, offset in zip(theta, offsets, strict=True):
-            span = slice(offset, offset + t.numel())
-            q[span] = q_previous[span]
-            if p is not None:
-                p[span] = p_previous[span]
-    scale = float(state[_INDEX["scale"]])
-    theta1 = [
-        t.double() + scale * q[offset : offset + t.numel()].double().reshape(t.shape)
-        for t, offset in zip(theta, offsets, strict=True)
-    ]
-    return theta1, q, p
+    p_next: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns (q, copies, p); elements outside the segments stay in q and p, and are NaN in
+    copies.
+    """
+    k = q.shape[0]
+    transform, pending = (state_field(state, k, name) for name in ("transform", "pending"))
+    take = bool(pending) if k > 1 else not bool(pending)
+    # k = 1: the last step is taken back, as it lies.
+    matrix = transform.T if k > 1 else torch.ones(1, 1, dtype=torch.float64)
+    q, p = q.double().clone(), None if p is None else p.double().clone()
+    copies = torch.full_like(q, math.nan)
+    for here, offset in zip(theta, offsets, strict=True):
+        span = slice(offset, offset + here.numel())
+        if take:
+            q[:, span] = matrix @ d[:, span].double()
+        if take and p is not None:
+            p[:, span] = matrix @ p_next[:, span].double()
+        copies[:, span] = here.double().flatten() + _multiple(state, k) * q[:, span]
+    return q, copies, p
 
 
 def reseed_(
@@ -218,17 +340,15 @@ def reseed_(
     elements: int,
     seed: int = 0,
 ) -> Tensor:
-    """Returns the panel, or flat buffer, with the lost row replaced (in its own dtype)."""
-    panel = panel.clone()
-    fields = _C.panel_fields(len(panel)) if panel.dim() == 2 else None
-    places = fields and {name: offset for name, (offset, _) in fields.items()}
-    s = {n: float(state[i]) for n, i in (places or _INDEX).items()}
+    """Returns the panel with the lost row replaced (in its own dtype)."""
+    panel, k = panel.clone(), len(panel)
+    s = {name: float(state_field(state, k, name)) for name in ("reseed", "steps", "skipped")}
     if not s["reseed"]:
         return panel
-    row = panel[int(s["reseed"]) - 1] if panel.dim() == 2 else panel
-    norm = s["perturbation"]
-    if panel.dim() == 1 and s["scale"] and math.isfinite(norm / s["scale"]):
-        norm = abs(norm / s["scale"])
+    row, norm = panel[int(s["reseed"]) - 1], float(state_field(state, k, "perturbation"))
+    times = _multiple(state, k)
+    if times and math.isfinite(norm / times):
+        norm = abs(norm / times)
     size = norm / math.sqrt(7.0 / 12.0 * elements)
     whole, step = (1 << 64) - 1, 0x9E3779B97F4A7C15
 
@@ -246,7 +366,10 @@ def reseed_(
     return panel
 
 
-def direction(
+# --- the quasi-Newton step -----------------------------------------------------------------------
+
+
+def _direction(
     theta: Sequence[Tensor],
     gradient: Sequence[Tensor],
     *,
@@ -270,8 +393,43 @@ def direction(
     return us, following
 
 
-def learning_rate(h: float, gain: float, max_lr: float) -> float:
+def _learning_rate(h: float, gain: float, max_lr: float) -> float:
     return gain / h if h * max_lr > 1 else gain * max_lr
+
+
+def _rates(state: Tensor, k: int, gain: float, max_lr: float) -> list[float] | None:
+    """Along the k vectors, and off them; None where there is no step."""
+    fields = _unpack(state, k)
+    h = fields["h_ema"].abs()
+    if not float(fields["accepted"]) or not math.isfinite(gain) or not bool(h.isfinite().all()):
+        return None
+    rest = float(h[-1] + fields["residual"][-1])
+    curvatures = [max(float(value), rest) for value in h]
+    off = rest if float(fields["pending"]) else max(curvatures)
+    return [_learning_rate(value, gain, max_lr) for value in [*curvatures, off]]
+
+
+def slopes_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    offsets: Sequence[int],
+    panel: Tensor,
+    state: Tensor,
+    *,
+    buffer: Tensor | None = None,
+    factor: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (slopes, buffer)."""
+    k = panel.shape[0]
+    slopes = torch.zeros(k, dtype=torch.float64)
+    if _rates(state, k, 1.0 if factor is None else float(factor), 1.0) is None:
+        return slopes, None if buffer is None else buffer.double()
+    us, following = _direction(theta, gradient, buffer=buffer, offsets=offsets, **options)
+    if float(state_field(state, k, "pending")):
+        for u, offset in zip(us, offsets, strict=True):
+            slopes += panel[:, offset : offset + u.numel()].double() @ u.flatten()
+    return slopes, following
 
 
 def descend_(
@@ -281,20 +439,55 @@ def descend_(
     *,
     gain: float = 1.0,
     max_lr: float = 10.0,
-    factor: Tensor | None = None,
     buffer: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    factor: Tensor | None = None,
+    panel: Tensor | None = None,
+    slopes: Tensor | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Returns (theta, lr, buffer)."""
-    h = float(state[_INDEX["h_ema"]])
-    times = 1.0 if factor is None else float(factor)
-    if float(state[_INDEX["accepted"]]) == 0 or not math.isfinite(h + times):
+    """Returns (theta, rates, buffer)."""
+    gain *= 1.0 if factor is None else float(factor)
+    if panel is None:
+        rates = _rate(state, gain, max_lr)
+    else:
+        rates = _rates(state, len(panel), gain, max_lr)
+        rates = rates if bool(slopes.isfinite().all()) else None
+    if rates is None:
+        none = torch.zeros(() if panel is None else len(panel) + 1, dtype=torch.float64)
         stays = None if buffer is None else buffer.double()
-        return [t.double() for t in theta], torch.zeros((), dtype=torch.float64), stays
-    lr = learning_rate(h, gain * times, max_lr)
-    us, following = direction(theta, gradient, buffer=buffer, **options)
-    moved = [t.double() - lr * u for t, u in zip(theta, us, strict=True)]
-    return moved, torch.tensor(lr, dtype=torch.float64), following
+        return [t.double() for t in theta], none, stays
+    us, following = _direction(
+        theta, gradient, buffer=buffer, offsets=offsets, advance=panel is None, **options
+    )
+    steps = [rates[-1] * u for u in us]
+    if panel is not None and float(state_field(state, len(panel), "pending")):
+        weights = _weights(state, rates, slopes)
+        for step, offset in zip(steps, offsets, strict=True):
+            rows = panel[:, offset : offset + step.numel()].double()
+            step += (weights @ rows).view(step.shape)
+    moved = [t.double() - step for t, step in zip(theta, steps, strict=True)]
+    found = torch.tensor(rates, dtype=torch.float64)
+    return moved, found[0] if panel is None else found, following
+
+
+def _rate(state: Tensor, gain: float, max_lr: float) -> list[float] | None:
+    """The one rate of a step without eigenvectors; None where there is no step."""
+    h = float(state_field(state, 1, "h_ema"))
+    if not float(state_field(state, 1, "accepted")) or not math.isfinite(h + gain):
+        return None
+    return [_learning_rate(h, gain, max_lr)]
+
+
+def _weights(state: Tensor, rates: list[float], slopes: Tensor) -> Tensor:
+    """What the rows of the panel are taken times in a step."""
+    k = len(slopes)
+    transform, size = state_field(state, k, "transform"), state_field(state, k, "perturbation")
+    extra = torch.tensor([rate - rates[-1] for rate in rates[:-1]], dtype=torch.float64)
+    return transform @ (extra * (transform.T @ slopes) / size**2)
+
+
+# --- H·v by differences of gradients --------------------------------------------------------------
 
 
 def displace_(
@@ -320,7 +513,6 @@ def difference_(
     offsets: Sequence[int],
     scale: Tensor,
     *,
-    keep: float = 0.0,
     weight_decay: float = 0.0,
     v: Tensor | None = None,
 ) -> Tensor:
@@ -331,12 +523,28 @@ def difference_(
         value = float(scale) * (above.double() - below.double()).flatten()
         if weight_decay:
             value = value + weight_decay * v[span].double()
-        if keep:
-            value = value + keep * out[span].double()
         result[span] = value
     return result
 
 
-def stream_copy_(source: Tensor) -> Tensor:
-    """Returns the copy."""
-    return source.clone()
+# --- panels as matrices --------------------------------------------------------------------------
+
+
+def gram(a: Tensor, b: Tensor, *, gate: Tensor | None = None) -> Tensor:
+    """Returns a·bᵀ, or zeros where the gate is closed."""
+    if gate is not None and float(gate) == 0:
+        return torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    return a.double() @ b.double().T
+
+
+def combine_(out: Tensor, panel: Tensor, matrix: Tensor, *, gate: Tensor | None = None) -> Tensor:
+    """Returns out."""
+    if gate is not None and float(gate) == 0:
+        return out.double()
+    return matrix.T @ panel.double()
+
+
+def project_(w: Tensor, v: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (w, products)."""
+    left = w.double() - coefficients @ v.double()
+    return left, torch.cat([v.double() @ left, (left @ left)[None]])

@@ -23,7 +23,7 @@ from lyapcuda.solvers.ritz import order, rayleigh_ritz
 __all__ = ["MAX_BLOCK", "block_size", "merged", "one_end", "subspace_iteration"]
 
 #: Vectors of a block, at most.
-MAX_BLOCK = ops.MAX_PANEL
+MAX_BLOCK = ops.MAX_K
 
 # Vectors beside the wanted ones.
 _GUARDS = 2
@@ -51,13 +51,12 @@ def one_end(
     for i in range(k):
         basis.orthogonalise_(i)
     moved = Basis.empty(layout, k)
-    # What the ops call the gradient at θ and θ itself: products are differences already.
+    # What the ops call the gradient at θ: products are differences already.
     origin = [panel.new_zeros(panel.shape[1]) for panel in basis.panels]
     device = layout.device
-    state = ops.new_panel_state(device, k, perturbation=1.0, beta=0.0)
-    beta, transform, again, pending = (
-        ops.panel_field(state, k, name) for name in ("beta", "transform", "again", "pending")
-    )
+    state = ops.new_state(device, k, perturbation=1.0, beta=0.0)
+    names = ("beta", "transform", "again", "pending")
+    beta, transform, again, pending = (ops.state_field(state, k, name) for name in names)
     finite = torch.zeros(1, dtype=torch.float64, device=device)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration in range(1, maxiter + 1):
@@ -68,7 +67,7 @@ def one_end(
             beta.fill_(1.0 / norm if norm > 0 else 0.0)
         gram = torch.zeros(2 * k, 2 * k, dtype=torch.float64, device=device)
         for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
-            part = ops.panel_ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
+            part = ops.ascent_(d, q, [zero], d, [0], state.to(q.device), sign=sign)
             gram += part.to(device)
         host = on_host(gram)
         block.scale = max(block.scale, _largest(host[k:, k:]))
@@ -83,9 +82,10 @@ def one_end(
             ops.combine_(d, d, transform.to(d.device), gate=again.to(d.device))
         second = [ops.gram(d, d, gate=again.to(d.device)).to(device) for d in moved.panels]
         ops.benettin_refine_(state, torch.stack(second).sum(0), k)
-        for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
-            ops.panel_recenter_(q, d, d, [zero], [0], state.to(q.device))
-        pending.zero_()
+        for q, d in zip(basis.panels, moved.panels, strict=True):
+            ops.combine_(q, d, transform.to(q.device), gate=pending.to(q.device))
+        if k == 1:
+            transform.fill_(1.0)  # it is in q now
         beta.fill_(_rate(iteration, block.scale, sign * ritz.values))
     vectors = Basis.empty(layout, criterion.k)
     chosen = torch.as_tensor(ritz.vectors[:, status.indices].copy(), device=device)
