@@ -1,4 +1,4 @@
-"""Builds lyapcuda._C from csrc/sources.txt (metadata is in pyproject.toml).
+"""Builds lyapcuda._C from csrc/ (metadata is in pyproject.toml).
 
 LYAPCUDA_CUDA=auto|0|1 chooses the CUDA backend: auto builds it when this torch has CUDA and a right
 nvcc is found; 1 fails loudly when it can't be built. TORCH_CUDA_ARCH_LIST chooses the GPUs.
@@ -51,22 +51,28 @@ LEAST_NVCC = (12, 1)
 
 
 def sources(section: str) -> list[str]:
-    """The sources of one [section] of csrc/sources.txt."""
-    found, current = [], None
-    for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines():
-        line = line.split("#")[0].strip()
-        if line.startswith("["):
-            current = line.strip("[]")
-        elif line and current == section:
-            found.append(f"csrc/{line}")
-    return found
+    """The sources of a backend, "cpu" or "cuda". Those of csrc/ops are compiled for both."""
+    ops = sorted(f"csrc/ops/{path.name}" for path in (ROOT / "csrc" / "ops").glob("*.cpp"))
+    own = {"cpu": ["csrc/module.cpp", "csrc/cpu/targets.cpp"], "cuda": ["csrc/cuda/build.cpp"]}
+    return own[section] + ops
+
+
+def as_cuda(source: str) -> str:
+    """A file beside the build that is the source by a name that torch compiles with nvcc."""
+    stub = ROOT / "build" / "cuda_sources" / Path(source).with_suffix(".cu").name
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    text = f'#include "{ROOT / source}"\n'
+    if not stub.exists() or stub.read_text() != text:
+        stub.write_text(text)
+    return str(stub.relative_to(ROOT))
 
 
 def headers() -> list[str]:
     """What a change of must rebuild, beside the sources."""
     suffixes = {".h", ".inc", ".cuh"}
     found = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
-    return sorted(str(path.relative_to(ROOT)) for path in found)
+    # The CUDA sources are behind stubs.
+    return sorted(str(path.relative_to(ROOT)) for path in found) + sources("cuda")
 
 
 def cuda_home() -> Path | None:
@@ -165,7 +171,7 @@ def extension() -> cpp_extension.CppExtension:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     return cpp_extension.CUDAExtension(
         "lyapcuda._C",
-        sources("cpu") + sources("cuda"),
+        sources("cpu") + [as_cuda(source) for source in sources("cuda")],
         include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=CUDA_DEFINES,

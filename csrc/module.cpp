@@ -6,8 +6,8 @@
 
 #include "cpu/targets.h"
 #include "cuda/build.h"
-#include "exponent.h"
-#include "panel_state.h"
+#include "scalars/growth.h"
+#include "scalars/state.h"
 
 namespace py = pybind11;
 
@@ -38,32 +38,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return info;
   });
 
-  m.def("state_fields", [] {
-    py::list names;
-#define LYAPCUDA_NAME(name) names.append(#name);
-    LYAPCUDA_STATE_FIELDS(LYAPCUDA_NAME)
-#undef LYAPCUDA_NAME
-    return names;
-  });
-
-  m.attr("max_panel") = lyapcuda::kMaxPanel;
+  m.attr("max_k") = lyapcuda::kMaxK;
   m.def(
-      "panel_fields",
+      "state_fields",
       [](int64_t k) {
-        if (k < 1 || k > lyapcuda::kMaxPanel) {
+        if (k < 1 || k > lyapcuda::kMaxK) {
           throw py::value_error("k=" + std::to_string(k) + ": expected 1 to " +
-                                std::to_string(lyapcuda::kMaxPanel));
+                                std::to_string(lyapcuda::kMaxK));
         }
         py::dict fields;
-#define LYAPCUDA_FIELD(kind, name, ...) \
-  fields[#name] =                       \
-      py::make_tuple(panel_offset(lyapcuda::kind::name, k), py::make_tuple(__VA_ARGS__));
-#define LYAPCUDA_SCALAR(name) LYAPCUDA_FIELD(PanelScalar, name)
-#define LYAPCUDA_VECTOR(name) LYAPCUDA_FIELD(PanelVector, name, k)
-#define LYAPCUDA_MATRIX(name) LYAPCUDA_FIELD(PanelMatrix, name, k, k)
-        LYAPCUDA_PANEL_SCALARS(LYAPCUDA_SCALAR)
-        LYAPCUDA_PANEL_VECTORS(LYAPCUDA_VECTOR)
-        LYAPCUDA_PANEL_MATRICES(LYAPCUDA_MATRIX)
+#define LYAPCUDA_FIELD(kind, name, ...)                                           \
+  fields[#name] = py::make_tuple(lyapcuda::state_offset(lyapcuda::kind::name, k), \
+                                 py::make_tuple(__VA_ARGS__));
+#define LYAPCUDA_SCALAR(name) LYAPCUDA_FIELD(StateScalar, name)
+#define LYAPCUDA_VECTOR(name) LYAPCUDA_FIELD(StateVector, name, k)
+#define LYAPCUDA_MATRIX(name) LYAPCUDA_FIELD(StateMatrix, name, k, k)
+        LYAPCUDA_STATE_SCALARS(LYAPCUDA_SCALAR)
+        LYAPCUDA_STATE_VECTORS(LYAPCUDA_VECTOR)
+        LYAPCUDA_STATE_MATRICES(LYAPCUDA_MATRIX)
 #undef LYAPCUDA_FIELD
 #undef LYAPCUDA_SCALAR
 #undef LYAPCUDA_VECTOR

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lyapcuda.arguments import whole
-from lyapcuda.dynamics.separations import End, Separations, joined, scalar_fields, schwarz_quotient
+from lyapcuda.dynamics.separations import (
+    End,
+    Separations,
+    joined,
+    per_value,
+    scalar_fields,
+    schwarz_quotient,
+)
 from lyapcuda.params.saved_state import require_entries, require_list
 
 __all__ = ["CurvatureHistory", "Ring"]
@@ -134,19 +141,17 @@ class Ring:
 
         center, half = values("center"), values("width")
         rayleigh, residual = values("rayleigh"), values("residual")
-        only = (slice(None), 0) if sum(self._ks) == 1 else slice(None)  # no dimension for k = 1
-        beta = torch.cat(parts("beta"), 1)
         return CurvatureHistory(
             step=rows[:, 0].long(),
             loss=rows[:, 1].clone(),
-            interval=torch.stack([center - half, center + half], -1)[only],
-            beta=beta if len(tables) > 1 else beta[:, 0],
+            interval=per_value(torch.stack([center - half, center + half], -1), 1),
+            beta=per_value(torch.cat(parts("beta"), 1), 1),
             accepted=torch.cat(parts("accepted"), 1).bool().all(1),
             overwritten=max(overwritten, 0),
-            rayleigh=rayleigh[only],
-            residual=residual[only],
-            schwarz=schwarz_quotient(rayleigh, residual)[only],
-            **{name: values(name)[only] for name in ("h", "h_ema", "exponent")},
+            rayleigh=per_value(rayleigh, 1),
+            residual=per_value(residual, 1),
+            schwarz=per_value(schwarz_quotient(rayleigh, residual), 1),
+            **{name: per_value(values(name), 1) for name in ("h", "h_ema", "exponent")},
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -349,8 +349,6 @@ class LyapunovSGD(Optimizer):
     def _accepted(self, state: Tensor | None = None) -> Tensor:
         """A view of one field of the state."""
         state = self.tracker.state if state is None else state
-        if self.tracker.k == 1:
-            return state[ops.STATE_FIELDS.index("accepted")]
         return ops.state_field(state, self.tracker.k, "accepted")
 
     @torch.no_grad()
@@ -499,8 +497,9 @@ class _Part:
         self.offsets = [group.offsets[i] for i in indices]
         self.theta = group.segments_at(indices, self.tensors)
         self.gradients = group.segments_at(indices, [p.grad for p in self.tensors])
-        self.rate: dict[str, float] = {}
+        #: What `lyapcuda.ops.slopes_` and `lyapcuda.ops.descend_` take; what the second alone does.
         self.options: dict[str, Any] = {}
+        self.rate: dict[str, Any] = {}
 
     def write_back(self) -> None:
         for tensor, segment in zip(self.tensors, self.theta, strict=True):
@@ -549,12 +548,15 @@ class _Descent:
                 self._set_up(parts[-1], optimizer, overflow)
         if not parts:
             return None
-        if tracker.k == 1:
-            rates = [self._plain(part, state) for part in parts]
-        else:
-            panels, ranks = tracker.separations.stepped, tracker.layout.ranks
-            rates = self._panels(parts, state, panels, ranks)
+        if tracker.k > 1:
+            panels = tracker.separations.stepped
+            self._add_slopes(parts, state, panels, tracker.layout.ranks)
+        rates = []
         for part in parts:
+            here = state.to(part.group.device)
+            rates.append(
+                ops.descend_(part.theta, part.gradients, here, **part.rate, **part.options)
+            )
             part.write_back()
         return rates[0]
 
@@ -574,6 +576,8 @@ class _Descent:
         if factor is not None:
             part.options["factor"] = factor.reshape(1)
         part.rate = {"gain": float(lr), "max_lr": float(settings["max_lr"])}
+        if settings["momentum"]:
+            part.rate["offsets"] = part.offsets
 
     def _buffer(self, part: _Part, state: MutableMapping[Tensor, dict[str, Any]]) -> Tensor:
         """The flat buffer whose views are the parameters' momentum."""
@@ -592,22 +596,16 @@ class _Descent:
             state[p][BUFFER] = view
         return flat
 
-    def _plain(self, part: _Part, state: Tensor) -> Tensor:
-        beside = {"offsets": part.offsets} if "buffer" in part.options else {}
-        call = (part.theta, part.gradients, state.to(part.group.device))
-        return ops.descend_(*call, **part.rate, **part.options, **beside)
-
-    def _panels(
+    def _add_slopes(
         self, parts: list[_Part], state: Tensor, panels: list[Tensor], ranks: Ranks | None
-    ) -> list[Tensor]:
-        calls, slopes = [], 0.0
+    ) -> None:
+        """Has every part step along the tracked eigenvectors too, each at its own rate."""
+        slopes = 0.0
         for part in parts:
-            here = state.to(part.group.device)
-            call = (part.theta, part.gradients, part.offsets, panels[part.place], here)
+            here, panel = state.to(part.group.device), panels[part.place]
+            call = (part.theta, part.gradients, part.offsets, panel, here)
             slopes = slopes + ops.slopes_(*call, **part.options).to(state.device)
-            calls.append(call)
+            part.rate.update(panel=panel, offsets=part.offsets)
         slopes = slopes if ranks is None else ranks.sum(slopes)
-        return [
-            ops.panel_descend_(*call, slopes.to(part.group.device), **part.rate, **part.options)
-            for part, call in zip(parts, calls, strict=True)
-        ]
+        for part in parts:
+            part.rate["slopes"] = slopes.to(part.group.device)

@@ -17,7 +17,13 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, positive, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.dynamics.options import GrowthOptions
-from lyapcuda.dynamics.separations import ENDS, Separations, ends_of, schwarz_quotient
+from lyapcuda.dynamics.separations import (
+    ENDS,
+    Separations,
+    ends_of,
+    per_value,
+    schwarz_quotient,
+)
 from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
@@ -39,7 +45,7 @@ from lyapcuda.params.shards import compute_epsilon
 
 __all__ = ["CurvatureTracker"]
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 class CurvatureTracker:
@@ -51,13 +57,14 @@ class CurvatureTracker:
     Lyapunov exponent, and the difference of the gradients the curvature. With k > 1 there are k
     copies beside θ, whose separations are kept orthogonal (App. C): k + 1 gradients and two panels
     of k·N floats. Everything stays on the device until read: `h`, `interval` and the rest are
-    device tensors.
+    device tensors. What every eigenvalue has comes with an axis of k, the first; for k = 1 without
+    it. The first step only measures, at β = 0, unless β is yours or the paper's.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
             "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD.
-        k: how many eigenvalues, up to 32 from either end. For k > 1 what is read off is a vector
-            of k values: from the outer end inwards, for "BE" from the largest to the smallest.
+        k: how many eigenvalues, up to 32 from either end. Values are in the order from the outer
+            end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision,
             from the second step on also from what autograd's graph shows of the loss: the precision
@@ -291,7 +298,6 @@ class CurvatureTracker:
             self._separations.adapt(self._coarsest or 0.0, bool(self._smooth))
             self._separations.advance(evaluated.found)
         except BaseException as error:
-            self._separations.withdraw()
             if before is not None and isinstance(error, RankError):
                 before.restore()
                 before.restore_gradients()
@@ -480,10 +486,8 @@ class CurvatureTracker:
 
     @property
     def state(self) -> Tensor:
-        """The scalars as one device vector (a live view).
-
-        With k = 1 its fields are `lyapcuda.ops.STATE_FIELDS`, else those of
-        `lyapcuda.ops.state_fields`; for "BE" it is the upper end's.
+        """What the steps decide, as one device vector (a live view): the fields are those of
+        ``lyapcuda.ops.state_fields(k)``. For "BE" it is the upper end's, of its share of k.
         """
         return self.separations.state
 
@@ -495,17 +499,18 @@ class CurvatureTracker:
 
     def _values(self, name: str) -> Tensor:
         """A value for every eigenvalue: 0-dim for k = 1, else (k,)."""
-        shape = () if self.k == 1 else (self.k,)
         if self._separations is None:
-            return torch.full(shape, math.nan, dtype=torch.float64, device=self._layout.device)
-        return self._separations.values(name).reshape(shape)
+            return per_value(self._unmeasured(self.k, math.nan))
+        return per_value(self._separations.values(name))
 
     def _scalar(self, name: str, unmeasured: float = math.nan) -> Tensor:
         """A value for every map: 0-dim, for "BE" (2,), the upper end's and the lower end's."""
-        shape = (2,) if self.which == "BE" else ()
         if self._separations is None:
-            return torch.full(shape, unmeasured, dtype=torch.float64, device=self._layout.device)
-        return self._separations.scalars(name).reshape(shape)
+            return per_value(self._unmeasured(len(self._ends), unmeasured))
+        return per_value(self._separations.scalars(name))
+
+    def _unmeasured(self, count: int, value: float) -> Tensor:
+        return torch.full((count,), value, dtype=torch.float64, device=self._layout.device)
 
     @property
     def h(self) -> Tensor:
@@ -556,7 +561,7 @@ class CurvatureTracker:
     @property
     def exponent(self) -> Tensor:
         """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
-        Gram–Schmidt, log(R_ii/Δq).
+        Gram–Schmidt, log(R_ii/‖q_i‖). NaN until a step was taken with a β above 0.
         """
         return self._values("exponent")
 

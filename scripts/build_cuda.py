@@ -125,7 +125,7 @@ def ninja_file(
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {home / 'bin' / 'nvcc'} -MD -MF $out.d -c $in -o $out " + quoted(nvcc),
+        f"  command = {home / 'bin' / 'nvcc'} -MD -MF $out.d -x cu -c $in -o $out " + quoted(nvcc),
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -134,8 +134,8 @@ def ninja_file(
     objects = []
     for section, rule in (("cpu", "cxx"), ("cuda", "nvcc")):
         for source in setup["sources"](section):
-            objects.append(f"{source}.o")
-            lines.append(f"build {source}.o: {rule} {ROOT / source}")
+            objects.append(f"{section}/{source}.o")
+            lines.append(f"build {section}/{source}.o: {rule} {ROOT / source}")
     lines += [f"build {out}: link {' '.join(objects)}", f"default {out}", ""]
     return "\n".join(lines)
 

@@ -55,6 +55,24 @@ struct PanelRecenterArguments {
 
 constexpr int64_t kProjectTile = 512;
 
+// One block of a step along the parameters, and along the rows of a panel beside them.
+template <class T, class P>
+struct DirectionArguments {
+  P* theta;
+  const P* gradient;
+  T* buffer;  // of the momentum, where there is one
+};
+
+struct DirectionScalars {
+  double weight_decay, momentum;
+};
+
+template <class T>
+struct PanelRows {
+  const T* panel;
+  int64_t rows, row;
+};
+
 // Scratch memory that starts where cache lines do.
 template <class T>
 class Aligned {

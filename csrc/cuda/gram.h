@@ -1,13 +1,54 @@
-// The second stage of every Gram matrix.
+// Products of the rows of two panels on CUDA: kernels/gram.cuh. And the second stage of every Gram
+// matrix.
 #pragma once
 
-#include "../kernels/panel_gram.cuh"
-#include "launch.h"
+#include "../kernels/gram.cuh"
+#include "backend.h"
 
 namespace lyapcuda::cuda {
 
 // `count` rows of partial sums to `out`; zeros where the gate, if there is one, is closed.
-void finish_gram(const Launcher& launcher, const char* name, const double* partial, int64_t count,
-                 const kernels::GramShape& shape, double* out, const double* gate);
+inline void finish_gram(const Launcher& launcher, const char* name, const double* partial,
+                        int64_t count, const kernels::GramShape& shape, double* out,
+                        const double* gate) {
+  const int pairs = shape.symmetric ? kernels::symmetric_pairs(shape.rows)
+                                    : kernels::rectangular_pairs(shape.rows, shape.columns);
+  launcher.run(name, kernels::gram_finish, kernels::gram_finish_blocks(pairs), kernels::kThreads,
+               partial, count, shape, out, gate);
+}
+
+template <class T, bool kSymmetric, int kRows>
+void products_of(const Launcher& launcher, kernels::GramArguments<T> arguments, double* out) {
+  constexpr int kLength = kernels::Tile<T, kRows>::kLength;
+  const kernels::GramShape shape{arguments.rows, arguments.columns, kSymmetric};
+  const int pairs = kSymmetric ? kernels::symmetric_pairs(shape.rows)
+                               : kernels::rectangular_pairs(shape.rows, shape.columns);
+  const int64_t blocks =
+      blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::gram_blocks(kRows));
+  const Tensor partial = torch::stable::new_empty(
+      launcher.beside(), {blocks, kernels::gram_row(pairs)}, ScalarType::Double);
+  arguments.partial = written<double>(partial);
+  launcher.run("gram", kernels::gram<T, kSymmetric, kRows>, blocks, kernels::gram_threads(kRows),
+               arguments);
+  finish_gram(launcher, "gram", arguments.partial, blocks, shape, out, arguments.gate);
+}
+
+// a·bᵀ to out; zeros where the gate, if there is one, is closed.
+template <class T>
+void products(const Launcher& launcher, const Tensor& a, const Tensor& b, const double* gate,
+              double* out) {
+  const int rows = static_cast<int>(a.size(0)), columns = static_cast<int>(b.size(0));
+  const bool symmetric = a.const_data_ptr() == b.const_data_ptr() && rows == columns;
+  const kernels::GramArguments<T> arguments{read<T>(a), read<T>(b), a.size(1), rows,
+                                            columns,    gate,       nullptr};
+  if (symmetric) {
+    kernels::with_rows<8, 16, 32, 128>(
+        rows, [&](auto most) { products_of<T, true, most()>(launcher, arguments, out); });
+  } else {
+    kernels::with_rows<64, 256>(2 * std::max(rows, columns), [&](auto most) {
+      products_of<T, false, most()>(launcher, arguments, out);
+    });
+  }
+}
 
 }  // namespace lyapcuda::cuda

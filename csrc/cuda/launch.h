@@ -1,8 +1,5 @@
 // What the CUDA ops share: where they run, and how kernels are launched. No op waits for the
 // device, and scratch memory is torch's, so that all of them can be captured in a CUDA graph.
-//
-// g++ compiles the same files against the emulator (csrc/simt) into a library for the tests,
-// torch.ops.lyapcuda_simt, whose "device" is the CPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -11,11 +8,6 @@
 #if CUDART_VERSION < 12010
 #error "lyapcuda needs CUDA 12.1 or later: before, a kernel's arguments had 4 KB at most"
 #endif
-#define LYAPCUDA_LIBRARY lyapcuda
-#define LYAPCUDA_KEY CUDA
-#else
-#define LYAPCUDA_LIBRARY lyapcuda_simt
-#define LYAPCUDA_KEY CPU
 #endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,8 +21,8 @@
 #include <vector>
 
 #include "../kernels/segments.cuh"
+#include "../ops/checks.h"
 #include "../simt/simt.h"
-#include "../tensors.h"
 #include "build.h"
 #include "errors.h"
 
@@ -95,10 +87,11 @@ inline int processor_count(int device) {
 }
 
 // Makes a device current while it lives, and launches on the stream that torch has current there.
+// Scratch memory is made like `beside`, one of the op's tensors.
 class Launcher {
  public:
-  explicit Launcher(const Device& device)
-      : guard_(device.index()), processors_(processor_count(device.index())) {
+  Launcher(const Device& device, const Tensor& beside)
+      : guard_(device.index()), beside_(beside), processors_(processor_count(device.index())) {
     void* stream = nullptr;
     const AOTITorchError error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
     STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch has no current stream on ",
@@ -107,6 +100,7 @@ class Launcher {
   }
 
   int processors() const { return processors_; }
+  const Tensor& beside() const { return beside_; }
 
   template <class... P, class... A>
   void run(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
@@ -120,6 +114,7 @@ class Launcher {
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  Tensor beside_;
   int processors_;
   cudaStream_t stream_ = nullptr;
 };
@@ -132,14 +127,18 @@ inline int simt_processors = 2;
 
 class Launcher {
  public:
-  explicit Launcher(const Device&) {}
+  Launcher(const Device&, const Tensor& beside) : beside_(beside) {}
   int processors() const { return simt_processors; }
+  const Tensor& beside() const { return beside_; }
 
   template <class... P, class... A>
   void run(const char*, void (*kernel)(P...), int64_t blocks, int threads, A&&... arguments) const {
     simt::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), simt_order, kernel,
                  std::forward<A>(arguments)...);
   }
+
+ private:
+  Tensor beside_;
 };
 
 #endif
@@ -158,36 +157,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // As many blocks as all launches over tables of so many tensors have at most: what leaves rows of
 // sums behind asks for memory for that many.
-inline int64_t most_blocks(const Launcher& launcher, size_t tensors, int held) {
-  const int64_t tables = ceil_div(static_cast<int64_t>(tensors), kernels::kMaxSegments);
+inline int64_t most_blocks(const Launcher& launcher, int64_t tensors, int held) {
+  const int64_t tables = ceil_div(tensors, kernels::kMaxSegments);
   return std::max<int64_t>(tables, 1) * launcher.processors() * held;
-}
-
-template <class T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* written(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// For a table that has lists to write beside it, and so one type for all: kernels only read these.
-template <class P>
-std::vector<P*> beside_written(const std::vector<Tensor>& list) {
-  std::vector<P*> pointers;
-  for (const Tensor& tensor : list) pointers.push_back(const_cast<P*>(read<P>(tensor)));
-  return pointers;
-}
-
-// Calls f with two std::bool_constants.
-template <class F>
-void with_flags(bool a, bool b, const F& f) {
-  if (a) {
-    b ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
-  } else {
-    b ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
-  }
 }
 
 }  // namespace lyapcuda::cuda

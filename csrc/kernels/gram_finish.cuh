@@ -1,12 +1,12 @@
 // The rows of partial sums that blocks left to the Gram matrix (panel_gram.cuh). A file of its own:
-// a kernel that is no template has to be compiled into one object file only.
+// two ops end with it.
 #pragma once
 
 #include "panel_gram.cuh"
 
 namespace lyapcuda::kernels {
 
-__global__ void __launch_bounds__(kThreads, 4)
+static __global__ void __launch_bounds__(kThreads, 4)
     gram_finish(const double* partial, int64_t count, const GramShape shape, double* out,
                 const double* gate) {
   const int pair = blockIdx.x / (kPairSums / 32), value = blockIdx.x % (kPairSums / 32);

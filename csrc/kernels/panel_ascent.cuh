@@ -1,6 +1,5 @@
-// The step of k copies, seen from their separations: y_j = g1_j − g0 + weight_decay·(displacement),
-// d_j = q_j + rate·w, w = momentum·p_j + y_j; fused with the Gram matrix of all these rows. The
-// arithmetic of elements is that of cpu/panel_ascent.inc, to the bit.
+// The step of k copies, seen from their separations (elements/ascent.h), fused with the Gram matrix
+// of the rows q, y, moved and d.
 //
 //   panel_ascent<T, P, kRealised, kMomentum, kRows>
 //                       grid: any, of panel_threads(kRows); a launch per table of for_each_table
@@ -17,16 +16,15 @@
 // block's next tile is on its way while it works on the one at hand; above, other blocks' are.
 #pragma once
 
-#include <cfloat>
-
-#include "../stacked_gram.h"
+#include "../scalars/stacked_gram.h"
+#include "pack.cuh"
 #include "panel_gram.cuh"
 
 namespace lyapcuda::kernels {
 
 template <class T, class P>
 struct PanelAscentArguments {
-  T* d;  // panels; d may be q, or g1
+  T* d;  // panels; d may be q, or lie where g1 does
   const T* q;
   const P* g1;
   const T* p;
@@ -40,7 +38,7 @@ struct PanelAscentArguments {
 };
 
 template <class P>
-using PanelAscentSegments = Segments<const P, 2>;  // g0, θ (θ only where realised)
+using PanelAscentSegments = Segments<P, 2>;  // g0, θ (θ only where realised)
 
 __host__ __device__ constexpr int panel_threads(int rows) { return rows <= 64 ? 256 : 512; }
 // Blocks that a multiprocessor is to hold, as registers allow.
@@ -115,39 +113,32 @@ struct PanelAscent {
   // y, d and what else the stack is to have of a tile whose copies are there. What lies behind its
   // length came as zeros, which stay zeros.
   __device__ __forceinline__ void step(const SegmentPlace& place, int slot) {
-    const T rate = static_cast<T>(a.sign * *a.beta);
+    const AscentFactors<T> factors{static_cast<T>(a.sign * *a.beta), a.weight_decay, a.momentum};
     const int left = place.length - e();
     Tile<T, kRows>& stack = memory.stack.tiles[slot];
-    T g0[N], theta[N];
-    load_part(g0, memory.g0[slot] + e());
-    if constexpr (kRealised) load_part(theta, memory.theta[slot] + e());
+    Pack<T, N> g0, theta{};
+    load_part(g0.of, memory.g0[slot] + e());
+    if constexpr (kRealised) load_part(theta.of, memory.theta[slot] + e());
     LYAPCUDA_ROLLED
     for (int row = first(); row < a.k; row += kAtOnce) {
-      T q[N], g1[N], moved[N], y[N], w[N], d[N];
-      get(q, stack.row(row) + e());
-      load_part(g1, reinterpret_cast<const P*>(stack.row(a.k + row) + e()));
-      if constexpr (kMomentum) get(w, stack.row(heavy() + row) + e());
-      LYAPCUDA_UNROLL
-      for (int i = 0; i < N; ++i) {
-        moved[i] = q[i];
-        // What panel_recenter wrote, less θ.
-        if constexpr (kRealised) moved[i] = round_to<P>(theta[i] + q[i]) - theta[i];
-        y[i] = (g1[i] - g0[i]) + product(moved[i], a.weight_decay);
-        if constexpr (kMomentum) {
-          w[i] = product(w[i], a.momentum) + y[i];
-        } else {
-          w[i] = y[i];
+      Pack<T, N> q, g1, p{};
+      get(q.of, stack.row(row) + e());
+      load_part(g1.of, reinterpret_cast<const P*>(stack.row(a.k + row) + e()));
+      if constexpr (kMomentum) get(p.of, stack.row(heavy() + row) + e());
+      AscentValues<Pack<T, N>> v =
+          ascent_values<P, kRealised, kMomentum>(q, g0, g1, theta, p, factors);
+      if constexpr (kMomentum) {  // a rate that is not finite would make a NaN of the zeros
+        LYAPCUDA_UNROLL
+        for (int i = 0; i < N; ++i) {
+          if (i >= left) v.d.of[i] = T(0);
         }
-        d[i] = q[i] + product(w[i], rate);
-        // (A rate that is not finite would make a NaN of them.)
-        if (kMomentum && i >= left) d[i] = T(0);
       }
       const int64_t at = row * a.n + place.begin + e();
-      store_some(a.d + at, d, left, place.aligned);
-      if constexpr (kMomentum) store_some(a.p_next + at, w, left, place.aligned);
-      put(stack.row(a.k + row) + e(), y);
-      if constexpr (kRealised) put(stack.row(2 * a.k + row) + e(), moved);
-      if constexpr (kMomentum) put(stack.row(heavy() + row) + e(), d);
+      store_some(a.d + at, v.d.of, left, place.aligned);
+      if constexpr (kMomentum) store_some(a.p_next + at, v.w.of, left, place.aligned);
+      put(stack.row(a.k + row) + e(), v.y.of);
+      if constexpr (kRealised) put(stack.row(2 * a.k + row) + e(), v.moved.of);
+      if constexpr (kMomentum) put(stack.row(heavy() + row) + e(), v.d.of);
     }
   }
 
@@ -186,8 +177,7 @@ __global__ void __launch_bounds__(32)
     panel_ascent_check(double* gram, int k, bool realised, bool heavy, const double* beta,
                        double sign) {
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  constexpr double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
-  refuse_overflow(gram, k, realised, heavy, sign * *beta, largest);
+  refuse_overflow(gram, k, realised, heavy, sign * *beta, largest_of<T>());
 }
 
 }  // namespace lyapcuda::kernels

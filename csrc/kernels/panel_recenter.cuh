@@ -1,6 +1,5 @@
 // The next separations, q_j = Σ_i d_i·T(transform[i][j]) where a transform is pending, and the
-// copies at θ + q_j, rounded to storage; the arithmetic is that of cpu/panel_recenter.inc, to the
-// bit.
+// copies at θ + q_j, rounded to storage.
 //
 //   panel_recenter<T, P, kRows>   any grid of kThreads, a launch per table of for_each_table with
 //                                 chunks of kTransformLength<T, kRows> (list: θ)
@@ -24,7 +23,7 @@ struct PanelRecenterArguments {
 };
 
 template <class P>
-using PanelRecenterSegments = Segments<const P, 1>;  // θ
+using PanelRecenterSegments = Segments<P, 1>;  // θ
 
 template <class T, class P, int kRows>
 struct PanelRecenterMemory {

@@ -1,5 +1,5 @@
 // A list of tensors, each beside its segment of the flat buffers, as one kernel argument: nothing
-// to allocate or copy before a launch. And the traversal of it.
+// to allocate or copy before a launch.
 #pragma once
 
 #include "reduce.cuh"
@@ -30,7 +30,7 @@ struct Segments {
 };
 
 // Calls launch(table) for every kMaxSegments tensors that have elements; once if there are none.
-// Kernels that cut work otherwise than for_each_group say into which chunks.
+// Kernels that cut work otherwise than the elementwise driver say into which chunks.
 template <class P, int kLists, class F>
 void for_each_table(P* const* const (&lists)[kLists], const int64_t* sizes, const int64_t* offsets,
                     int64_t count, const F& launch, int64_t chunk = kChunk<P>) {
@@ -69,33 +69,6 @@ __device__ __forceinline__ int segment_of(const Segments<P, kLists>& table, int6
     }
   }
   return least;
-}
-
-// Calls op.group<N>(table, segment, i) for every element i of every segment once, with N =
-// kGroup<P> elements at a time where op.aligned(table, segment) says that 16-byte accesses may be
-// had, and N = 1 elsewhere. A chunk starts at a multiple of the group, so what holds for a segment
-// holds for its chunks.
-template <class P, int kLists, class Op>
-__device__ __forceinline__ void for_each_group(const Segments<P, kLists>& table, Op& op) {
-  constexpr int kStep = kGroup<P>;
-  const int64_t chunks = table.first_chunk[table.count];
-  int segment = 0;
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    segment = segment_of(table, chunk, segment);
-    const int64_t begin = (chunk - table.first_chunk[segment]) * kChunk<P>;
-    const int64_t left = table.size[segment] - begin;
-    const int length = left < kChunk<P> ? static_cast<int>(left) : kChunk<P>;
-    const int whole = op.aligned(table, segment) ? length / kStep * kStep : 0;
-    // Rolled: one group has enough loads in flight, two would not fit the registers.
-    LYAPCUDA_ROLLED
-    for (int i = threadIdx.x * kStep; i < whole; i += kThreads * kStep) {
-      op.template group<kStep>(table, segment, begin + i);
-    }
-    LYAPCUDA_ROLLED
-    for (int i = whole + static_cast<int>(threadIdx.x); i < length; i += kThreads) {
-      op.template group<1>(table, segment, begin + i);
-    }
-  }
 }
 
 }  // namespace lyapcuda::kernels

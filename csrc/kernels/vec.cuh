@@ -1,7 +1,7 @@
 // Loads, stores and products of the kernels' arithmetic type T from and to storage of type P.
 #pragma once
 
-#include "../host_device.h"
+#include "../scalars/host_device.h"
 #include "half.cuh"
 
 namespace lyapcuda::kernels {

@@ -1,8 +1,9 @@
 """Benettin's scheme for k separations: the leading k eigenvalues from k + 1 gradients a step.
 
 All k copies take the same step; Gram–Schmidt, as CholeskyQR on the compiled ops, keeps their
-separations orthogonal, and the diagonal of R holds the Lyapunov exponents (paper, App. C). Of the
-k×k projections of the Hessian on the separations come Ritz values with their residuals.
+separations orthogonal, and the diagonal of R holds the Lyapunov exponents (paper, App. C; for k = 1
+Algorithm 1). Of the k×k projections of the Hessian on the separations come Ritz values with their
+residuals.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.dynamics.options import GrowthOptions
 from lyapcuda.dynamics.perturbation import adapted_perturbation, chosen_perturbation
-from lyapcuda.dynamics.separation import reseed_, state_on
 from lyapcuda.objective.evaluator import Gradients, lacks_any
-from lyapcuda.params.copies import Copies, Copy
+from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
@@ -26,30 +26,59 @@ from lyapcuda.params.saved_state import check_finite, check_shapes, require_entr
 __all__ = ["Benettin"]
 
 
-class _GroupPanel:
-    """The flat buffers of one group, k rows each: q, and in turns θ + q, the gradients there, d."""
+def _state_on(state: Tensor, device: torch.device) -> Tensor:
+    """The scalars where a group's buffers are."""
+    return state if device == state.device else state.to(device)
+
+
+class _GroupPanels:
+    """The panels of one group, k flat buffers each: q and d, with momentum p and the next p.
+
+    In d lie, in turns, θ + q, the gradients there, and what the step makes of them.
+    """
 
     def __init__(self, group: FlatGroup, k: int, momentum: float) -> None:
         self.group = group
-        shape = (k, group.length)
-        self.q = torch.zeros(shape, dtype=group.buffer_dtype, device=group.device)
-        self.copies = torch.zeros(shape, dtype=group.dtype, device=group.device)
-        # 16-bit gradients can't hold d; others make room for it where they lie.
-        self.d = torch.zeros_like(self.q) if group.rounds else self.copies
-        self.p = torch.zeros_like(self.q) if momentum else None
-        self.p_next = torch.zeros_like(self.q) if momentum else None
+
+        def panel(dtype: torch.dtype = group.buffer_dtype) -> Tensor:
+            return torch.zeros((k, group.length), dtype=dtype, device=group.device)
+
+        self.q, self.d = panel(), panel()
+        # 16-bit gradients can't hold d: θ + q and the gradients there lie in a panel of their own.
+        self._rounded = panel(group.dtype) if group.rounds else None
+        self.p = panel() if momentum else None
+        self.p_next = panel() if momentum else None
+
+    @property
+    def copies(self) -> Tensor:
+        """The panel that θ + q lies in."""
+        return self.d if self._rounded is None else self._rounded
+
+    def swap(self) -> None:
+        """What the step wrote becomes q and p; d and p_next are what they were."""
+        self.q, self.d = self.d, self.q
+        self.p, self.p_next = self.p_next, self.p
 
 
 class Benettin:
     """q_1 … q_k, orthogonal and of norm Δq, and the scalars of their growth, on the device.
 
-    A step is `place` (writes every θ + q_j), the user's k + 1 gradients, `measure` and `conclude`,
-    as for `lyapcuda.dynamics.separation.Separation`. Memory at rest: two panels of k·N floats; for
-    16-bit parameters one more of those, with momentum two more.
+    A step is `place` (writes every θ + q_j), the user's k + 1 gradients, `measure` and `conclude`.
+    Without the last the separations stay as they are. Memory at rest: two panels of k·N floats;
+    for 16-bit parameters one more of those, with momentum two more.
+
+    For k > 1 a step writes the next separations to q. For k = 1 the panels q and d change places
+    instead, and the separation is ``transform·q``: a pass less (`lyapcuda.ops.step`).
 
     With an estimate from quotients ("rayleigh", "schwarz") the separations are turned to the Ritz
     vectors at every step, which leaves their span alone: q_i then belongs to value i. The other
     estimates keep Benettin's own basis, whose exponents they are read from.
+
+    Args:
+        layout: of the parameters.
+        k: separations, 1 to 32.
+        sign: 1 climbs, to the largest eigenvalues; −1 descends, to the smallest.
+        options: of the map.
     """
 
     def __init__(self, layout: FlatLayout, k: int, sign: int, options: GrowthOptions) -> None:
@@ -59,19 +88,19 @@ class Benettin:
             "realised": any(group.rounds for group in layout.groups),
             "rotate": options.estimate in ops.OF_QUOTIENTS,
         }
-        self._fields = ops.state_fields(k)
-        self._groups = [_GroupPanel(group, k, options.momentum) for group in layout.groups]
+        self._groups = [_GroupPanels(group, k, options.momentum) for group in layout.groups]
         self._copies = Copies(layout)
         self._perturbation = options.perturbation
         size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
-        self.state = ops.new_state(
-            layout.device, k, perturbation=size, beta=options.first_rate
-        )
+        self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
 
     def adapt(self, epsilon: float, smooth: bool) -> None:
-        """As `lyapcuda.dynamics.separation.Separation.adapt`."""
+        """Takes another Δq from the next separations on: a larger one where the loss turned out to
+        be computed more coarsely than the parameters are stored (to ``epsilon``: autocast, TF32), a
+        smaller one where it turned out to be ``smooth``.
+        """
         size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)
         if size is not None:
             self._field("perturbation").fill_(size)
@@ -92,12 +121,10 @@ class Benettin:
 
     def _field(self, name: str, state: Tensor | None = None) -> Tensor:
         """One field of the state, a view."""
-        offset, shape = self._fields[name]
-        state = self.state if state is None else state
-        return state[offset : offset + math.prod(shape)].view(shape)
+        return ops.state_field(self.state if state is None else state, self.k, name)
 
     def value(self, name: str) -> Tensor:
-        """One field of the state (float64 on the device; (k,) or 0-dim), a copy."""
+        """One field of the state, float64 on the device, a copy: (k,), of a scalar (1,)."""
         return self._field(name).clone()
 
     def restart_average(self) -> None:
@@ -113,30 +140,25 @@ class Benettin:
             part.group.check()
         for part in self._groups:
             group = part.group
-            state = state_on(self.state, group.device)
             ops.recenter_(
                 part.q,
                 part.copies,
                 part.d,
                 group.segments(group.tensors),
                 group.offsets,
-                state,
+                _state_on(self.state, group.device),
+                p=part.p,
+                p_next=part.p_next,
             )
-            if part.p is not None:
-                transform, pending = self._field("transform", state), self._field("pending", state)
-                ops.combine_(part.p, part.p_next, transform, gate=pending)
-        self.withdraw()
-        return [list(self._copy(j).tensors) for j in range(self.k)]
+        self._settle(self.state)
+        return [list(copy) for copy in self._views()]
 
-    def _copy(self, j: int) -> Copy:
-        return self._copies.of([part.copies[j] for part in self._groups])
+    def _settle(self, state: Tensor) -> None:
+        """Puts down that the separations are whole in q, and stay so until the next `conclude`."""
+        self._field("pending", state).fill_(1.0 if self.k == 1 else 0.0)
 
-    def withdraw(self) -> None:
-        """The separations stay as they are until the next `conclude`."""
-        self._field("pending").zero_()
-
-    #: As `Separation.needs_probe`: the first step measures and orthogonalises with β = 0.
-    needs_probe = False
+    def _views(self) -> list[list[Tensor]]:
+        return self._copies.of([part.copies for part in self._groups])
 
     @property
     def sums(self) -> int:
@@ -148,11 +170,14 @@ class Benettin:
     def measure(self, found: Gradients) -> Tensor:
         """Steps all copies along their gradients, to every d_j; returns the Gram matrix over this
         rank's elements.
+
+        Args:
+            found: the gradients at the copies where `place` wrote those.
         """
-        for j, gradients in enumerate(found.copies):
+        for gradients, copy in zip(found.copies, self._views(), strict=True):
             if lacks_any(gradients):
-                views = zip(gradients, self._copy(j).tensors, strict=True)
-                torch._foreach_zero_([view for gradient, view in views if gradient is None])
+                pairs = zip(gradients, copy, strict=True)
+                torch._foreach_zero_([view for gradient, view in pairs if gradient is None])
         total = None
         for part in self._groups:
             group = part.group
@@ -167,7 +192,7 @@ class Benettin:
                 group.segments(group.own(found.g0)),
                 part.copies,
                 group.offsets,
-                state_on(self.state, group.device),
+                _state_on(self.state, group.device),
                 sign=self._sign,
                 weight_decay=group.weight_decay,
                 **moved,
@@ -178,21 +203,40 @@ class Benettin:
     def conclude(self, gram: Tensor, losses: Tensor) -> None:
         """Takes the growth, by the Gram matrix over all elements, into the state."""
         ops.benettin_(self.state, gram, losses, self.k, **self._options)
+        if self.k == 1:
+            for part in self._groups:
+                part.swap()
+        else:
+            self._refine()
+        layout = self.layout
+        for part, seed in zip(self._groups, layout.seeds(self._seed), strict=True):
+            group = part.group
+            kept, p = (part.d, part.p_next) if self.k == 1 else (part.q, part.p)
+            state = _state_on(self.state, group.device)
+            ops.reseed_(
+                kept, group.offsets, group.sizes, state, elements=layout.numel, seed=seed, p=p
+            )
+
+    def _refine(self) -> None:
+        """The second pass of CholeskyQR, where the diagonal of R asked for it."""
         ranks = self.layout.ranks
         # Where it can be read back anyway: an exchange less.
         skip = ranks is not None and ranks.reads_back(self.state.device)
         if not skip or self._field("again"):
             ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
-        panels, momenta = [part.q for part in self._groups], [part.p for part in self._groups]
-        reseed_(self.layout, panels, momenta, self.state, self._seed)
+
+    def excuse(self) -> None:
+        """What the other ranks exchange in `conclude`, on one whose closure raised."""
+        if self.k > 1:
+            self.layout.reduce(self.state.new_zeros(self.k, self.k))
 
     def _second_gram(self) -> Tensor:
-        """The first part of the second pass of CholeskyQR, where the diagonal of R asked for it:
-        applies the transform, and returns the Gram matrix over this rank's elements.
+        """Applies the transform where a second pass is asked for; returns the Gram matrix over this
+        rank's elements.
         """
         total = None
         for part in self._groups:
-            state = state_on(self.state, part.q.device)
+            state = _state_on(self.state, part.q.device)
             transform, again = self._field("transform", state), self._field("again", state)
             ops.combine_(part.d, part.d, transform, gate=again)
             if part.p_next is not None:
@@ -203,25 +247,30 @@ class Benettin:
 
     @property
     def stepped(self) -> list[Tensor]:
-        """The d of every group, (k, n): while the state says that a transform is pending, the next
-        separations are combinations of its rows.
+        """What the last step wrote to the d of every group, (k, n): while the state says that a
+        transform is pending, the next separations are combinations of its rows.
         """
-        return [part.d for part in self._groups]
+        return [part.q if self.k == 1 else part.d for part in self._groups]
 
     # --- reading and saving ----------------------------------------------------------------------
 
-    def _settled(self, part: _GroupPanel, now: Tensor, following: Tensor) -> Tensor:
-        """The rows of a panel as the next `place` will leave them, a copy."""
-        state = state_on(self.state, now.device)
+    def _settled(self, now: Tensor, following: Tensor) -> Tensor:
+        """A group's separations as the next `place` will leave them, or their momenta, a copy."""
+        state = _state_on(self.state, now.device)
+        transform, pending = self._field("transform", state), self._field("pending", state)
+        if self.k == 1:
+            return torch.where(pending != 0, now, following) * transform.squeeze()
         out = now.clone()
-        ops.combine_(
-            out, following, self._field("transform", state), gate=self._field("pending", state)
-        )
+        ops.combine_(out, following, transform, gate=pending)
         return out
+
+    def _separations(self) -> list[Tensor]:
+        """A panel a group (copies)."""
+        return [self._settled(part.q, part.d) for part in self._groups]
 
     def vectors(self) -> list[list[Tensor]]:
         """The separations, each shaped like the parameters, in their order (copies)."""
-        panels = [self._settled(part, part.q, part.d) for part in self._groups]
+        panels = self._separations()
         return [self.layout.unpack([panel[j] for panel in panels]) for j in range(self.k)]
 
     def replicate_(self, ranks: Ranks) -> None:
@@ -236,13 +285,15 @@ class Benettin:
         parameters, with k rows in front, in their order.
         """
         state = self.state.clone()
-        self._field("pending", state).zero_()
+        self._settle(state)
+        if self.k == 1:
+            self._field("transform", state).fill_(1.0)  # it is in q and p
         momenta = [
-            self._settled(part, part.p, part.p_next) for part in self._groups if part.p is not None
+            self._settled(part.p, part.p_next) for part in self._groups if part.p is not None
         ]
         return {
             "state": state,
-            "q": self.layout.unpack([self._settled(part, part.q, part.d) for part in self._groups]),
+            "q": self.layout.unpack(self._separations()),
             "p": self.layout.unpack(momenta) if momenta else None,
         }
 
@@ -256,9 +307,10 @@ class Benettin:
         check_shapes("p", self.layout.unpack(momenta) if momenta else [], saved_p)
         check_finite("q", saved["q"])
         check_finite("p", saved_p)
-        rates = [self._field(name, saved["state"]) for name in ("perturbation", "beta")]
-        check_finite("state", rates)
+        names = ("perturbation", "beta", "transform")
+        check_finite("state", [self._field(name, saved["state"]) for name in names])
         self.state.copy_(saved["state"])
+        self._settle(self.state)
         self.layout.pack_([part.q for part in self._groups], saved["q"])
         if momenta:
             self.layout.pack_(momenta, saved_p)

@@ -41,7 +41,7 @@ class GrowthOptions:
         return 1.0 if self.estimate == "paper" else 0.0
 
     def of_ops(self, sign: int) -> dict[str, object]:
-        """As `lyapcuda.ops.exponent_` and `lyapcuda.ops.benettin_` take them."""
+        """As `lyapcuda.ops.benettin_` takes them."""
         return {
             "sign": sign,
             "estimate": ops.ESTIMATES[self.estimate],

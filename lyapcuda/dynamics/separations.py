@@ -13,12 +13,20 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.dynamics.benettin import Benettin
 from lyapcuda.dynamics.options import SIGNS, GrowthOptions
-from lyapcuda.dynamics.separation import Separation
 from lyapcuda.objective.evaluator import Gradients
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import Ranks
 
-__all__ = ["ENDS", "End", "Separations", "ends_of", "joined", "scalar_fields", "schwarz_quotient"]
+__all__ = [
+    "ENDS",
+    "End",
+    "Separations",
+    "ends_of",
+    "joined",
+    "per_value",
+    "scalar_fields",
+    "schwarz_quotient",
+]
 
 #: The ends of the spectrum that each `which` asks for.
 ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
@@ -63,13 +71,18 @@ def joined(ends: Sequence[Tensor]) -> Tensor:
     return torch.cat([ends[0], *(end.flip(-1) for end in ends[1:])], dim=-1)
 
 
+def per_value(values: Tensor, dim: int = 0) -> Tensor:
+    """What every eigenvalue has, in the shape that users see: with an axis of k, the first but for
+    steps in front of it (``dim``); where there is a single one, without that axis.
+    """
+    return values.squeeze(dim)
+
+
 def scalar_fields(k: int) -> dict[str, slice]:
     """Where the scalars, and the vectors of k, stand in the state of k separations, by name.
 
     They come first in it: what follows are matrices.
     """
-    if k == 1:
-        return {name: slice(i, i + 1) for i, name in enumerate(ops.STATE_FIELDS)}
     table = ops.state_fields(k)
     end = table["r"][0]
     return {
@@ -83,7 +96,7 @@ class Separations:
     """The separations of every end, stepped together.
 
     A step is `place`, the user's gradients at θ and at every copy, and `advance`; after an
-    exception of the closure `withdraw` and `excuse` instead.
+    exception of the closure `excuse` instead.
 
     Args:
         layout: of the parameters.
@@ -93,14 +106,9 @@ class Separations:
 
     def __init__(self, layout: FlatLayout, ends: Sequence[End], options: GrowthOptions) -> None:
         self._layout = layout
-        self._of: list[Separation | Benettin] = [
-            Separation(layout, SIGNS[end.which], options)
-            if end.k == 1
-            else Benettin(layout, end.k, SIGNS[end.which], options)
-            for end in ends
-        ]
+        self._of = [Benettin(layout, end.k, SIGNS[end.which], options) for end in ends]
 
-    def __iter__(self) -> Iterator[Separation | Benettin]:
+    def __iter__(self) -> Iterator[Benettin]:
         return iter(self._of)
 
     # --- a step ----------------------------------------------------------------------------------
@@ -108,11 +116,6 @@ class Separations:
     def place(self) -> list[list[Tensor]]:
         """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
         return [copy for separation in self._of for copy in separation.place()]
-
-    def withdraw(self) -> None:
-        """After `place`, when no gradients came of it: the separations stay as they are."""
-        for separation in self._of:
-            separation.withdraw()
 
     def adapt(self, epsilon: float, smooth: bool) -> None:
         """Takes another Δq from the next q on, where the loss turned out to need one.
@@ -141,15 +144,6 @@ class Separations:
             parts.append(found.of(first, separation.k))
             spans.append(slice(first + 1, first + 1 + separation.k))
             first += separation.k
-        if self._needs_probe:
-            sums = [
-                s.probe(part) if s.needs_probe else losses.new_zeros(s.sums)
-                for s, part in zip(self._of, parts, strict=True)
-            ]
-            sums = sums if ranks is None else ranks.exchange(sums, losses)[0]
-            for separation, total in zip(self._of, sums, strict=True):
-                if separation.needs_probe:
-                    separation.start(total)
         sums = [s.measure(part) for s, part in zip(self._of, parts, strict=True)]
         if ranks is not None:
             sums, losses = ranks.exchange(sums, losses)
@@ -169,15 +163,8 @@ class Separations:
         ranks.fail(numbers, device)
         if ranks.reads_back(device):  # the others stopped there
             return
-        if self._needs_probe:
-            ranks.fail(numbers, device)
         for separation in self._of:
-            if isinstance(separation, Benettin):
-                self._layout.reduce(separation.state.new_zeros(separation.k, separation.k))
-
-    @property
-    def _needs_probe(self) -> bool:
-        return any(separation.needs_probe for separation in self._of)
+            separation.excuse()
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -193,12 +180,11 @@ class Separations:
 
     def values(self, name: str) -> Tensor:
         """A field that every eigenvalue has: (k,), in the tracker's order, a copy."""
-        found = [s.value(name).reshape(-1).to(self._layout.device) for s in self._of]
-        return joined(found)
+        return joined([s.value(name) for s in self._of])
 
     def scalars(self, name: str) -> Tensor:
         """A field that every end has: (ends,), a copy."""
-        return torch.stack([s.value(name) for s in self._of])
+        return torch.cat([s.value(name) for s in self._of])
 
     def vectors(self) -> list[list[Tensor]]:
         """q_0 … q_(k−1), each shaped like the parameters, in the tracker's order (copies)."""
@@ -209,7 +195,7 @@ class Separations:
 
     @property
     def stepped(self) -> list[Tensor]:
-        """As `Benettin.stepped`, of the first end, which has several separations."""
+        """As `Benettin.stepped`, of the first end."""
         return self._of[0].stepped
 
     def restart_average(self) -> None:

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lyapcuda.params.flat import FlatLayout
 
-__all__ = ["Copies", "Copy"]
-
-
-@dataclass(frozen=True)
-class Copy:
-    """One flat buffer a group, as tensors.
-
-    Attributes:
-        tensors: shaped like the parameters, in the order of `FlatLayout.parameters`.
-        segments: of every group, as of `FlatGroup.segments`.
-    """
-
-    tensors: list[Tensor]
-    segments: list[list[Tensor]]
+__all__ = ["Copies"]
 
 
 class Copies:
-    """The views of the buffers that copies lie in. To make them takes longer than most of a step,
-    so they are kept by the buffers' addresses.
+    """The views of the panels that copies lie in. To make them takes longer than most of a step,
+    so they are kept by the panels' addresses.
     """
 
     def __init__(self, layout: FlatLayout) -> None:
         self._layout = layout
-        self._made: dict[tuple[int, ...], Copy] = {}
+        self._made: dict[tuple[int, ...], list[list[Tensor]]] = {}
 
-    def of(self, buffers: Sequence[Tensor]) -> Copy:
-        """The copy in these buffers, one a group."""
-        address = tuple(buffer.data_ptr() for buffer in buffers)
+    def of(self, panels: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The copies in these panels, one a group: of every row, tensors shaped like the
+        parameters, in the order of `FlatLayout.parameters`. Not to be written to.
+        """
+        address = tuple(panel.data_ptr() for panel in panels)
         made = self._made.get(address)
         if made is None:
-            groups, tensors = self._layout.groups, self._layout.views(buffers)
-            segments = [group.segments(group.own(tensors)) for group in groups]
-            made = self._made[address] = Copy(tensors, segments)
+            rows = zip(*panels, strict=True)
+            made = self._made[address] = [self._layout.views(row) for row in rows]
         return made
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,13 +51,12 @@ def one_end(
     for i in range(k):
         basis.orthogonalise_(i)
     moved = Basis.empty(layout, k)
-    # What the ops call the gradient at θ and θ itself: products are differences already.
+    # What the ops call the gradient at θ: products are differences already.
     origin = [panel.new_zeros(panel.shape[1]) for panel in basis.panels]
     device = layout.device
     state = ops.new_state(device, k, perturbation=1.0, beta=0.0)
-    beta, transform, again, pending = (
-        ops.state_field(state, k, name) for name in ("beta", "transform", "again", "pending")
-    )
+    names = ("beta", "transform", "again", "pending")
+    beta, transform, again, pending = (ops.state_field(state, k, name) for name in names)
     finite = torch.zeros(1, dtype=torch.float64, device=device)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration in range(1, maxiter + 1):
@@ -83,9 +82,10 @@ def one_end(
             ops.combine_(d, d, transform.to(d.device), gate=again.to(d.device))
         second = [ops.gram(d, d, gate=again.to(d.device)).to(device) for d in moved.panels]
         ops.benettin_refine_(state, torch.stack(second).sum(0), k)
-        for q, d, zero in zip(basis.panels, moved.panels, origin, strict=True):
-            ops.recenter_(q, d, d, [zero], [0], state.to(q.device))
-        pending.zero_()
+        for q, d in zip(basis.panels, moved.panels, strict=True):
+            ops.combine_(q, d, transform.to(q.device), gate=pending.to(q.device))
+        if k == 1:
+            transform.fill_(1.0)  # it is in q now
         beta.fill_(_rate(iteration, block.scale, sign * ritz.values))
     vectors = Basis.empty(layout, criterion.k)
     chosen = torch.as_tensor(ritz.vectors[:, status.indices].copy(), device=device)

@@ -1,0 +1,59 @@
+// Values of the arithmetic in csrc/elements and csrc/ops: N elements of one thread. The CPU's are
+// its lanes (cpu/simd.inc), with the same operators.
+#pragma once
+
+#include "../scalars/newton.h"
+#include "vec.cuh"
+
+#define LYAPCUDA_INLINE __device__ __forceinline__
+
+namespace lyapcuda::kernels {
+
+template <class T, int N>
+struct Pack {
+  T of[N];
+};
+
+template <class T, int N>
+LYAPCUDA_INLINE Pack<T, N> operator+(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = a.of[k] + b.of[k];
+  return out;
+}
+template <class T, int N>
+LYAPCUDA_INLINE Pack<T, N> operator-(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = a.of[k] - b.of[k];
+  return out;
+}
+// Rounded: never contracted with a sum.
+template <class T, int N>
+LYAPCUDA_INLINE Pack<T, N> operator*(const Pack<T, N>& a, T b) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = product(a.of[k], b);
+  return out;
+}
+
+// The values that storing them as P leaves behind.
+template <class P, class T, int N>
+LYAPCUDA_INLINE Pack<T, N> round_to(const Pack<T, N>& v) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = round_to<P>(v.of[k]);
+  return out;
+}
+
+// sum += Σ a·b in double.
+template <class T, int N>
+LYAPCUDA_INLINE void accumulate(double& sum, const Pack<T, N>& a, const Pack<T, N>& b) {
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) accumulate(sum, a.of[k], b.of[k]);
+}
+
+#include "../elements/ascent.h"
+#include "../elements/direction.h"
+
+}  // namespace lyapcuda::kernels

@@ -1,0 +1,130 @@
+// The scalar mathematics of one direction: growth → curvature, quotients → error bar and ascent
+// rate. Plain functions over plain numbers, shared by every backend.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace lyapcuda {
+
+enum class Estimate : int64_t {
+  kRayleigh = 0,  // ρ, the mean of two sides: unbiased, signed
+  kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
+  kPaper = 2,     // the paper's λ/β, which converges to h/(e − 1) under its own control
+  kSchwarz = 3    // y·y/(q·y) of the step alone: the Rayleigh quotient half a step on
+};
+
+struct GrowthOptions {
+  double sign;  // +1: gradient ascent (largest eigenvalue), −1: descent (smallest)
+  Estimate estimate;
+  double momentum;  // m of the heavy-ball map, 0 for the plain one
+  bool control;     // let β follow the curvature; false: β is the user's
+  bool alternate;   // flip the side of the separation at every step
+  double ema;       // weight of the past in h_ema
+};
+
+// β that makes the growth of curvature `scale` equal to e (λ = 1).
+constexpr double kTargetGrowth = 1.718281828459045235;  // e − 1
+
+// What float32 still holds, with room for a factor: a β beyond it would make no step finite.
+constexpr double kLargestRate = 1e38;
+
+LYAPCUDA_HOST_DEVICE inline bool is_rate(double beta) { return std::fabs(beta) <= kLargestRate; }
+
+// Curvature of the map whose growth was e^λ with the signed rate b (paper App. A and B).
+LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, double momentum,
+                                                       Estimate estimate) {
+  if (estimate == Estimate::kPaper) {
+    return momentum == 0.0 ? lambda / b : (mul(lambda, lambda) + mul(lambda, 1.0 - momentum)) / b;
+  }
+  const double growth = std::exp(lambda);
+  return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
+}
+
+LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(values[i])) return false;
+  }
+  return true;
+}
+
+// What one pass tells of the map q → y.
+struct Quotient {
+  double rayleigh;  // ρ = q·y/‖q‖²
+  double residual;  // r = ‖y − ρq‖/‖q‖
+  double secant;    // ‖y‖/‖q‖, at most the largest |eigenvalue|
+};
+
+// Whether h is read off the growth λ; else off the quotients.
+LYAPCUDA_HOST_DEVICE inline bool of_growth(Estimate estimate) {
+  return estimate == Estimate::kGrowth || estimate == Estimate::kPaper;
+}
+
+struct Bar {
+  double center, width;
+};
+
+// s = y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r], and ‖y − sq‖/‖q‖: within so much of any s
+// there is an eigenvalue.
+LYAPCUDA_HOST_DEVICE inline Bar schwarz_bar(double rayleigh, double residual) {
+  const double size = std::fabs(rayleigh), larger = size > residual ? size : residual;
+  if (!(size > 0.0)) return {rayleigh, residual};
+  const double ratio = residual / larger;
+  return {rayleigh + std::copysign(mul(residual, ratio), rayleigh),
+          mul(residual, std::sqrt(1.0 + mul(ratio, ratio)))};
+}
+
+// The error bar of a step, whose middle is h unless that is read off the growth.
+//
+// The mean over both sides of θ (but of the Schwarz quotient, which doesn't wait for the other
+// side): one-sided errors of y, of odd order in Δq, cancel. They do so in ½(y − y') as well, whose
+// residual is at most the mean of the two; what the quotients differ by is added for the case that
+// q or the minibatch, not the side, is why.
+LYAPCUDA_HOST_DEVICE inline Bar error_bar(double rayleigh, double residual, double previous,
+                                          double previous_residual, Estimate estimate,
+                                          bool alternate) {
+  const bool known = std::isfinite(previous);
+  if (estimate == Estimate::kSchwarz) {
+    const Bar now = schwarz_bar(rayleigh, residual);
+    const Bar before = schwarz_bar(previous, previous_residual);
+    const double apart = known ? 0.5 * std::fabs(now.center - before.center) : 0.0;
+    return {now.center, now.width + apart};
+  }
+  const double apart = known ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
+  if (!known || !alternate) return {rayleigh, residual + apart};
+  return {mul(0.5, rayleigh + previous), mul(0.5, residual + previous_residual) + apart};
+}
+
+// How much of the bound an ascent keeps a step: h0 may fall while training goes on. A descent keeps
+// all of it: there the bound is h0, which q must not come back to.
+constexpr double kAscentMemory = 0.98;
+
+// Whether a vector with this quotient had settled on the end of the spectrum that is not wanted.
+LYAPCUDA_HOST_DEVICE inline bool on_unwanted_end(double rayleigh, double residual, double sign) {
+  return rayleigh * sign < 0.0 && residual < std::fabs(rayleigh);
+}
+
+// What one quotient says of ‖H‖. A descent meets its largest eigenvalue only as a part of a
+// mixture, and stays slow where it takes it for less than it is: |ρ| + r is up to √2 secants.
+LYAPCUDA_HOST_DEVICE inline double norm_seen(const Quotient& found, double sign) {
+  return sign > 0.0 ? found.secant : std::fabs(found.rayleigh) + found.residual;
+}
+
+// The rate for the next step: β·‖H‖ = e − 1, with ‖H‖ from the secants seen. The map then shrinks
+// the unwanted end (|1 + βh| < 1 there). A secant met where q had settled on that end is kept for
+// good: a rate that lets it outgrow the wanted end would bring q back to it.
+//
+// `seen` is the largest of this step, `settled` the largest met on the unwanted end (0: none).
+LYAPCUDA_HOST_DEVICE inline void rate_of_secants(double& beta, double& bound, double& guard,
+                                                 double seen, double settled, double sign) {
+  if (!std::isfinite(seen) || !std::isfinite(kTargetGrowth / seen)) return;
+  const double kept = (sign > 0.0 ? kAscentMemory : 1.0) * bound;
+  bound = seen > kept ? seen : kept;
+  if (settled > guard) guard = settled;
+  beta = kTargetGrowth / (bound > guard ? bound : guard);
+  if (beta > kLargestRate) beta = kLargestRate;
+}
+
+}  // namespace lyapcuda
