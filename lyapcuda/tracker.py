@@ -57,13 +57,14 @@ class CurvatureTracker:
     Lyapunov exponent, and the difference of the gradients the curvature. With k > 1 there are k
     copies beside θ, whose separations are kept orthogonal (App. C): k + 1 gradients and two panels
     of k·N floats. Everything stays on the device until read: `h`, `interval` and the rest are
-    device tensors.
+    device tensors. What every eigenvalue has comes with an axis of k, the first; for k = 1 without
+    it. The first step only measures, at β = 0, unless β is yours or the paper's.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
             "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD.
-        k: how many eigenvalues, up to 32 from either end. For k > 1 what is read off is a vector
-            of k values: from the outer end inwards, for "BE" from the largest to the smallest.
+        k: how many eigenvalues, up to 32 from either end. Values are in the order from the outer
+            end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision,
             from the second step on also from what autograd's graph shows of the loss: the precision
@@ -560,7 +561,7 @@ class CurvatureTracker:
     @property
     def exponent(self) -> Tensor:
         """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
-        Gram–Schmidt, log(R_ii/Δq).
+        Gram–Schmidt, log(R_ii/‖q_i‖). NaN until a step was taken with a β above 0.
         """
         return self._values("exponent")
 

@@ -9,7 +9,7 @@ from gpu import panels, vectors
 from gpu.timing import Bench
 
 #: Ops over panels where it takes part, the dearest first.
-PANEL_OPS = {"panel_ascent_": "ascent", "panel_recenter_": "recenter"}
+PANEL_OPS = {"ascent_": "ascent", "recenter_": "recenter"}
 
 
 def vector_jobs(bench: Bench, n: int) -> None:

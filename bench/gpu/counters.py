@@ -45,7 +45,7 @@ def calls(bench: Bench) -> dict[str, Call]:
     shorter = n if bench.rehearse else n // 5
     for k in (14, 2):
         jobs = panels.panel_jobs(bench, shorter, k, panels.EAGER)
-        for name in ("panel_ascent_", "panel_recenter_")[: 2 if k == 14 else 1]:
+        for name in ("ascent_", "recenter_")[: 2 if k == 14 else 1]:
             found[f"{name}, k = {k}"] = jobs[name].ours
         if k == 14:
             found["gram, k = 14"] = jobs["gram"].ours

@@ -34,7 +34,7 @@ class Goal:
 LARGE = 10**8
 UPDATE = {"job": "update", "numel": LARGE}
 GOALS = (
-    Goal("update: at least 95 % of our copy", "vector work", UPDATE, of_copy, 0.95),
+    Goal("update: at least 95 % of a copy", "vector work", UPDATE, of_copy, 0.95),
     Goal(
         "update: at least 3 times as fast as tuned eager",
         *("vector work", UPDATE, lambda row: times(row, "tuned"), 3.0),

@@ -14,19 +14,19 @@ def two_steps(bench: Bench, n: int, tensors: int) -> Call:
     """As a tracker takes them: q and d change places."""
     length = n // tensors
     offsets = [i * length for i in range(tensors)]
-    q = torch.randn(n, device=bench.device) * 1e-3
-    d = torch.empty_like(q)
+    q = torch.randn(1, n, device=bench.device) * 1e-3
+    d, copies = torch.empty_like(q), torch.empty_like(q)
     theta, g0 = ([torch.randn(length, device=bench.device) for _ in offsets] for _ in "tg")
-    theta1 = [torch.empty_like(t) for t in theta]
-    g1 = [g + 1e-3 * torch.randn_like(g) for g in g0]
-    state = ops.new_state(bench.device, perturbation=1e-2, scale=1.0, beta=0.5)
+    g1 = 1e-3 * torch.randn_like(q)
+    g1[0, : length * tensors] += torch.cat(g0)
+    state = ops.new_state(bench.device, perturbation=1e-2, beta=0.5)
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
 
     def steps() -> None:
         for here, there in ((q, d), (d, q)):
-            sums = ops.ascent_(there, here, g0, g1, offsets, state)
-            ops.exponent_(state, sums, losses, control=False)
-            ops.recenter_(theta1, there, here, theta, offsets, state)
+            gram = ops.ascent_(there, here, g0, g1, offsets, state)
+            ops.benettin_(state, gram, losses, 1, control=False)
+            ops.recenter_(there, copies, here, theta, offsets, state)
 
     return steps
 

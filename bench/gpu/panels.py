@@ -16,7 +16,7 @@ SIZE = 1e-2
 
 
 def counts(bench: Bench) -> tuple[int, ...]:
-    return (2, 1) if bench.rehearse else (14, 5, 1)
+    return (2,) if bench.rehearse else (14, 5, 2)
 
 
 def length(bench: Bench) -> int:
@@ -44,17 +44,17 @@ def whole_step(bench: Bench, n: int, k: int) -> None:
     theta, g0 = torch.randn(n, device=bench.device), torch.randn(n, device=bench.device) * 1e-6
     # y of each its own: d stays as well conditioned as q.
     g1 = torch.randn_like(q).mul_(SIZE / n**0.5).add_(g0)
-    state = ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.1)
+    state = ops.new_state(bench.device, k, perturbation=SIZE, beta=0.1)
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
     field = {
-        name: ops.panel_field(state, k, name)
+        name: ops.state_field(state, k, name)
         for name in ("again", "pending", "transform", "skipped", "rayleigh")
     }
 
     def ours() -> None:  # as lyapcuda.dynamics.benettin does it
-        ops.panel_recenter_(q, copies, d, [theta], [0], state)
+        ops.recenter_(q, copies, d, [theta], [0], state)
         field["pending"].zero_()
-        gram = ops.panel_ascent_(d, q, [g0], g1, [0], state)
+        gram = ops.ascent_(d, q, [g0], g1, [0], state)
         ops.benettin_(state, gram, losses, k, control=False)
         ops.combine_(d, d, field["transform"], gate=field["again"])
         second = ops.gram(d, d, gate=field["again"])
@@ -63,7 +63,7 @@ def whole_step(bench: Bench, n: int, k: int) -> None:
     ours()
     fixed = q.clone()
     forms: dict[str, list[Call]] = {
-        "copy": [lambda: ops.stream_copy_(copies.view(-1), d.view(-1))],
+        "copy": [lambda: copies.copy_(d)],
         "ours": [ours],
         "gram schmidt": [lambda: eager_step(fixed, g0, g1, theta, 0.1)],
     }
@@ -180,9 +180,9 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
     g0, theta, w = normal(n), normal(n), normal(n)
     # As after a step that counts: nothing is left out.
     fields = {"beta": 0.5, "pending": 1.0, "accepted": 1.0, "h_ema": 1e3, "residual": 1.0}
-    state = ops.new_panel_state(bench.device, k, perturbation=SIZE, **fields)
+    state = ops.new_state(bench.device, k, perturbation=SIZE, **fields)
     turn = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))[0].to(bench.device).contiguous()
-    ops.panel_field(state, k, "transform").copy_(turn)
+    ops.state_field(state, k, "transform").copy_(turn)
     small = turn.float()
     c = torch.full((k,), 1e-6, dtype=torch.float64, device=bench.device)
     tuned, floats = Tuned(q), 4.0 * n
@@ -190,8 +190,9 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
     rates, rest = torch.full((k,), 1e-9, device=bench.device), 2e-10
 
     def descend() -> None:
-        call = ([theta], [g0], [0], d, state)
-        ops.panel_descend_(*call, ops.panel_slopes_(*call), gain=1e-9)
+        slopes = ops.slopes_([theta], [g0], [0], d, state)
+        along = {"offsets": [0], "panel": d, "slopes": slopes}
+        ops.descend_([theta], [g0], state, gain=1e-9, **along)
 
     def job(size: float, products: float, ours: Call, name: str, *arguments: Any) -> PanelJob:
         return PanelJob(
@@ -203,25 +204,25 @@ def panel_jobs(bench: Bench, n: int, k: int, forms: dict[str, Any]) -> dict[str,
         )
 
     def copied() -> None:
-        ops.stream_copy_(g1.view(-1), d.view(-1))
+        g1.copy_(d)
 
     return {
         "copy": PanelJob(8.0 * k * n, 0, copied, copied),
-        "panel_ascent_": job(
+        "ascent_": job(
             3 * k + 1,
             k * (2 * k + 1),
-            lambda: ops.panel_ascent_(d, q, [g0], g1, [0], state),
+            lambda: ops.ascent_(d, q, [g0], g1, [0], state),
             *("ascent", q, g0, g1, 0.5),
         ),
-        "panel_recenter_": job(
+        "recenter_": job(
             3 * k + 1,
             0,
-            lambda: ops.panel_recenter_(q, g1, d, [theta], [0], state),
+            lambda: ops.recenter_(q, g1, d, [theta], [0], state),
             *("recenter", d, theta, small),
         ),
         "gram": job(k, k * (k + 1) / 2, lambda: ops.gram(d, d), "gram", d),
         "combine_": job(2 * k, 0, lambda: ops.combine_(g1, d, turn), "combine", d, small),
-        "panel_slopes_, panel_descend_": job(
+        "slopes_, descend_": job(
             2 * k + 4, 2 * k, descend, *("descend", theta, g0, d, rates, rest)
         ),
         "project_": job(
@@ -260,8 +261,8 @@ def op_by_op(bench: Bench, n: int, k: int) -> None:
 def scalars(bench: Bench) -> None:
     """benettin_: one block."""
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
-    for k in counts(bench):
-        state = ops.new_panel_state(bench.device, k, perturbation=SIZE, beta=0.5)
+    for k in (*counts(bench), 1):
+        state = ops.new_state(bench.device, k, perturbation=SIZE, beta=0.5)
         rows = torch.randn(2 * k, 40 * k, dtype=torch.float64, device=bench.device)
         rows[k:] = rows[:k] * 2 + 0.1 * rows[k:]
         gram = rows @ rows.T

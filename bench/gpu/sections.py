@@ -3,7 +3,7 @@
     python -m gpu.sections NAME [--rehearse]        # names: gpu.stages.BENCHES
 
 GB/s are the bytes that have to move over the time taken, whatever a form really moves. The copy is
-torch.ops.lyapcuda.stream_copy_, in the same rounds.
+torch's copy_, in the same rounds.
 """
 
 from __future__ import annotations

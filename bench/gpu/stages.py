@@ -16,12 +16,11 @@ from gpu.processes import Job
 SECONDS = {"A": 190.0, "B": 210.0, "C": 140.0}
 #: Groups of ops that stage A holds against the CPU backend, a process a group.
 OP_GROUPS = {
-    "one separation": ("ascent_", "recenter_", "stream_copy_"),
-    "scalars": ("exponent_", "secant_", "benettin_", "benettin_refine_"),
-    "panels": ("panel_ascent_", "panel_recenter_"),
+    "a step": ("ascent_", "recenter_"),
+    "scalars": ("benettin_", "benettin_refine_"),
     "Krylov vectors": ("gram", "combine_", "project_"),
     "products of the Hessian": ("displace_", "difference_"),
-    "descent": ("descend_", "panel_slopes_", "panel_descend_"),
+    "descent": ("descend_", "slopes_"),
     "new separations": ("reseed_",),
 }
 #: The sections of stage B, in order, and the seconds of each. What is slow to start comes last.
@@ -35,7 +34,7 @@ BENCHES = {
     "compiled": 60,
 }
 #: Parts of gpu/every_op.py: the sanitizers look at each in a process of its own.
-PARTS = ("one separation", "panels", "Krylov vectors")
+PARTS = ("one vector", "k vectors", "Krylov vectors")
 SANITIZER_FAULT = r"^========= (?!COMPUTE-SANITIZER|ERROR SUMMARY: 0|Warning|RACECHECK SUMMARY: 0)"
 #: On the CPU side, where many processes run side by side.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -22,13 +22,13 @@ def sizes(bench: Bench) -> list[int]:
 
 
 def copy(bench: Bench) -> None:
-    """Our copy and torch's."""
+    """torch's copy, and a product by 1: a kernel of torch's that moves as much."""
     for n in sizes(bench):
-        calls: dict[str, list[Call]] = {"ours": [], "torch": []}
+        calls: dict[str, list[Call]] = {"copy": [], "product": []}
         for _ in range(bench.sets(COPY_BYTES * n)):
             a, b = torch.randn(n, device=bench.device), torch.empty(n, device=bench.device)
-            calls["ours"].append(lambda a=a, b=b: ops.stream_copy_(b, a))
-            calls["torch"].append(lambda a=a, b=b: b.copy_(a))
+            calls["copy"].append(lambda a=a, b=b: b.copy_(a))
+            calls["product"].append(lambda a=a, b=b: torch.mul(a, 1.0, out=b))
         seconds, spread = bench.compare(calls)
         bench.row("copy", numel=n, bytes=COPY_BYTES * n, seconds=seconds, spread=spread)
         bench.release()
@@ -44,19 +44,12 @@ def data(bench: Bench, n: int) -> tuple[Tensor, ...]:
 def our_jobs(
     bench: Bench, theta: Tensor, g0: Tensor, q: Tensor, g1: Tensor, d: Tensor
 ) -> dict[str, Call]:
-    """The jobs of bench/ops.py as a tracker does them."""
-    state = ops.new_state(bench.device, perturbation=cpu_bench.SIZE, scale=1.0, beta=0.5)
+    """The jobs of bench/ops.py."""
+    state = ops.new_state(bench.device, perturbation=cpu_bench.SIZE, beta=0.5)
     losses = torch.zeros(2, dtype=torch.float64, device=bench.device)
-    turns = [(q.clone(), torch.empty_like(q))]
-
-    def step() -> None:
-        here, other = turns[0]
-        ops.recenter_([other], here, other, [theta], [0], state)
-        sums = ops.ascent_(other, here, [g0], [g1], [0], state)
-        ops.exponent_(state, sums, losses, control=False)
-        turns[0] = (other, here)
-
-    return {"update": lambda: ops.ascent_(d, q, [g0], [g1], [0], state), "step": step}
+    call = (d[None], q[None], [g0], g1[None], [0], state)
+    step = cpu_bench.our_step(theta, q, g0, g1, state.clone(), losses)
+    return {"update": lambda: ops.ascent_(*call), "step": step}
 
 
 def against_torch(bench: Bench, n: int) -> None:
@@ -77,7 +70,7 @@ def against_torch(bench: Bench, n: int) -> None:
             },
         }
         for job in JOBS:
-            whole = {"copy": lambda d=d, q=q: ops.stream_copy_(d, q), "ours": ours[job]}
+            whole = {"copy": lambda d=d, q=q: d.copy_(q), "ours": ours[job]}
             for form, call in {**whole, **forms[job]}.items():
                 calls[job].setdefault(form, []).append(call)
     for job, of_job in calls.items():
@@ -105,23 +98,24 @@ def one_separation(
 
 def separation_calls(bench: Bench, n: int, storage: torch.dtype) -> dict[str, Call]:
     """Each op on data of its own."""
-    q, d, p, p_next = (torch.randn(n, device=bench.device) * 1e-3 for _ in range(4))
-    g0, theta, theta1 = (torch.randn(n, device=bench.device).to(storage) for _ in range(3))
-    g1 = (g0 + 1e-2 * torch.randn_like(g0)).to(storage)
-    fields: dict[str, Any] = {"perturbation": 1e-2, "scale": 1.0, "beta": 0.5}
-    state = ops.new_state(bench.device, **fields, h_ema=1e3, accepted=1.0)
+    q, d, p, p_next = (torch.randn(1, n, device=bench.device) * 1e-3 for _ in range(4))
+    g0, theta = (torch.randn(n, device=bench.device).to(storage) for _ in range(2))
+    copies = torch.empty(1, n, dtype=storage, device=bench.device)
+    g1 = (g0 + 1e-2 * torch.randn_like(g0)).to(storage)[None]
+    fields: dict[str, Any] = {"perturbation": 1e-2, "beta": 0.5, "h_ema": 1e3, "accepted": 1.0}
+    state = ops.new_state(bench.device, **fields)
     small = torch.full((1,), 1e-3, dtype=torch.float64, device=bench.device)
-    step: tuple[Any, ...] = (d, q, [g0], [g1], [0], state)
+    step: tuple[Any, ...] = (d, q, [g0], g1, [0], state)
     heavy = {"momentum": 0.9, "p": p, "p_next": p_next}
     return {
-        "copy": lambda: ops.stream_copy_(d, q),
+        "copy": lambda: d.copy_(q),
         "ascent_": lambda: ops.ascent_(*step),
         "ascent_, realised": lambda: ops.ascent_(*step, theta=[theta]),
         "ascent_, momentum": lambda: ops.ascent_(*step, **heavy),
-        "recenter_": lambda: ops.recenter_([theta1], q, d, [theta], [0], state),
+        "recenter_": lambda: ops.recenter_(q, copies, d, [theta], [0], state),
         "descend_": lambda: ops.descend_([theta], [g0], state, max_lr=1e-9),
-        "displace_": lambda: ops.displace_([theta1], q, [theta], [0], small),
-        "difference_": lambda: ops.difference_(d, [g0], [g1], [0], small),
+        "displace_": lambda: ops.displace_([copies[0]], q[0], [theta], [0], small),
+        "difference_": lambda: ops.difference_(d[0], [g0], [g1[0]], [0], small),
     }
 
 

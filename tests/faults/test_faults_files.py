@@ -139,10 +139,7 @@ def drop(*path):
 def spoil(field):
     def change(saved):
         k, state = saved["k"], saved["separations"][0]["state"]
-        if k == 1:
-            state[lyapcuda.ops.STATE_FIELDS.index(field)] = float("nan")
-        else:
-            lyapcuda.ops.panel_field(state, k, field).fill_(float("nan"))
+        lyapcuda.ops.state_field(state, k, field).fill_(float("nan"))
 
     return change
 
@@ -154,7 +151,7 @@ DAMAGE = {
     "another estimate": (put("estimate", value="paper"), "estimate is 'paper'"),
     "other sizes": (put("sizes", value=[[3, 3]]), r"sizes is \[\[3, 3\]\]"),
     "no format": (drop("format"), "not the state of a CurvatureTracker"),
-    "an older format": (put("format", value=1), "of format 1, .*reads 5"),
+    "an older format": (put("format", value=1), "of format 1, .*reads 6"),
     "no calls": (drop("calls"), r"lacks \['calls'\]"),
     "calls of text": (put("calls", value="12"), "calls='12'"),
     "calls below 0": (put("calls", value=-1), "calls=-1"),
@@ -176,6 +173,7 @@ DAMAGE = {
     "q not finite": (lambda s: s["separations"][0]["q"][0].fill_(float("inf")), "q isn't finite"),
     "beta not finite": (spoil("beta"), "state isn't finite"),
     "perturbation not finite": (spoil("perturbation"), "state isn't finite"),
+    "transform not finite": (spoil("transform"), "state isn't finite"),
     "p for a tracker without momentum": (
         lambda s: s["separations"][0].update(p=[torch.zeros(3)]),
         "p is",

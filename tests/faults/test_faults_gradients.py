@@ -73,7 +73,7 @@ def test_equal_gradients_have_exponent_zero_and_no_nan(backend, k, estimate):
     # θ + q rounds, so the difference of equal slopes is exactly nothing.
     assert tracker.h.abs().max() == 0 and tracker.residual.abs().max() == 0
     assert tracker.interval.isfinite().all()
-    if k == 1 or estimate == "paper":  # else β is still 0: nothing was stepped, nothing grew
+    if estimate == "paper":  # else β is still 0: nothing was stepped, nothing grew
         assert tracker.exponent.abs().max() < 1e-12
     if estimate == "rayleigh":
         steps(tracker, curved, 15)
@@ -247,14 +247,11 @@ def test_copies_that_meet_part_again(backend, k, beta):
     tracker = lyapcuda.CurvatureTracker([theta], k=k, beta=beta)
     tracker.step(closure)
     saved = tracker.state_dict()
-    q = saved["separations"][0]["q"][0]
-    rows = q.view(1, -1) if k == 1 else q
+    rows = saved["separations"][0]["q"][0]
     rows.zero_()
     for row, place in zip(rows, (3, 0), strict=False):  # eigenvectors, of −4, 3
         row[place] = tracker.perturbation
-    fields = saved["separations"][0]["state"]
-    names = lyapcuda.ops.STATE_FIELDS if k == 1 else list(lyapcuda.ops.panel_fields(k))
-    fields[names.index("beta")] = 0.25
+    lyapcuda.ops.state_field(saved["separations"][0]["state"], k, "beta").fill_(0.25)
     tracker.load_state_dict(saved)
     tracker.step(closure)
     assert int(tracker.skipped) == 0 and tracker.h.isfinite().all()

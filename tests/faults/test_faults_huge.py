@@ -66,21 +66,20 @@ def total(window):
 
 def test_a_step_over_more_elements_than_an_int32_counts(windows):
     q, g0, g1 = (numbers(seed) for seed in range(3))
-    big_q, big_g0, big_g1 = windows(q), windows(g0), windows(g1)
-    state = ops.new_state("cpu", perturbation=1.0, scale=0.5, beta=0.25)
+    big_q, big_g0, big_g1 = windows(q)[None], windows(g0), windows(g1)[None]
+    state = ops.new_state("cpu", perturbation=1.0, transform=0.5, beta=0.25)
     # d lies where g1 does, and each window is read before it is written: but the next is the same
     # memory. So d gets its own.
-    d = windows(torch.zeros(WINDOW // 4))
-    sums = ops.ascent_(d, big_q, [big_g0], [big_g1], [0], state)
+    d = windows(torch.zeros(WINDOW // 4))[None]
+    gram = ops.ascent_(d, big_q, [big_g0], big_g1, [0], state)
     y, carried = g1 - g0, 0.5 * q
-    expected = {"qq": carried * carried, "qy": carried * y, "yy": y * y}
-    for name, window in expected.items():
-        assert float(sums[ops.SUM_FIELDS.index(name)]) == total(window), name
-    assert torch.equal(d[: WINDOW // 4], carried + 0.25 * y)
+    expected = {(0, 0): carried * carried, (0, 1): carried * y, (1, 0): carried * y, (1, 1): y * y}
+    for place, window in expected.items():
+        assert float(gram[place]) == total(window), place
+    assert torch.equal(d[0, : WINDOW // 4], carried + 0.25 * y)
     # And back beside θ: the copy's last elements are beyond 2³¹.
-    state[ops.STATE_FIELDS.index("committed")] = 1.0
-    ops.recenter_([d], big_q, d, [big_g0], [0], state)
-    assert torch.equal(d[-40:], (g0 + carried)[:40]) and torch.equal(big_q[-40:], q[:40])
+    ops.recenter_(big_q, d, d, [big_g0], [0], state)
+    assert torch.equal(d[0, -40:], (g0 + carried)[:40]) and torch.equal(big_q[0, -40:], q[:40])
 
 
 def test_a_gram_matrix_over_more_elements_than_an_int32_counts(windows):
@@ -92,7 +91,7 @@ def test_a_gram_matrix_over_more_elements_than_an_int32_counts(windows):
 def test_another_separation_of_more_elements_than_an_int32_counts(windows):
     """reseed_ writes numbers that depend on the place: the last window's remain."""
     panel = windows(torch.zeros(WINDOW // 4))
-    state = ops.new_state("cpu", perturbation=1.0, scale=1.0, reseed=1.0)
+    state = ops.new_state("cpu", perturbation=1.0, reseed=1.0)
     first = N - 40
-    ops.reseed_(panel, [first], [40], state, elements=N)
+    ops.reseed_(panel[None], [first], [40], state, elements=N)
     assert bool((panel[-40:] != 0).all()) and int((panel[: WINDOW // 4] != 0).sum()) == 40

@@ -53,7 +53,6 @@ def test_the_separation_grows_to_what_autocast_needs(k):
         assert sum(
             float((c - p).detach().square().sum()) for c, p in pairs
         ) ** 0.5 == pytest.approx(wanted, rel=1e-3)
-    separation.withdraw()
 
 
 def test_a_separation_of_the_users_stays_and_is_warned_about_where_too_small():

@@ -24,8 +24,13 @@ def _sizes(tensors) -> list[int]:
     return [t.numel() for t in tensors]
 
 
-def _ascent_(d, q, g0, g1, offsets, state, *, p_next=None, **options):
-    next_d, next_p, gram = reference.ascent_(q, g0, g1, offsets, state, **options)
+def _ascent_(d, q, g0, g1, offsets, state, *, p=None, p_next=None, **options):
+    if len(q) == 1:  # the separation as the ops see it, rounded: so that it can be saved
+        transform = reference.state_field(state, 1, "transform").clone()
+        q, p = q * transform.squeeze(), None if p is None else p * transform.squeeze()
+        state = state.clone()
+        reference.state_field(state, 1, "transform").fill_(1.0)
+    next_d, next_p, gram = reference.ascent_(q, g0, g1, offsets, state, p=p, **options)
     written = [(d, next_d)] + ([] if p_next is None else [(p_next, next_p)])
     for panel, values in written:
         _write(panel, offsets, _sizes(g0), values)
@@ -45,11 +50,11 @@ def _recenter_(q, copies, d, theta, offsets, state, *, p=None, p_next=None):
     written = [(q, next_q)] + ([] if p is None else [(p, next_p)])
     for panel, values in written:
         _write(panel, offsets, _sizes(theta), values)
-    # From the rounded q, as `ascent_` takes it: so that rounded copies are the same.
-    times = float(reference.state_field(state, 1, "transform")) if len(q) == 1 else 1.0
+    # In q's dtype, as `ascent_` finds out what rounding made of it.
+    times = reference.state_field(state, 1, "transform").squeeze() if len(q) == 1 else 1.0
     for here, offset in zip(theta, offsets, strict=True):
         span = slice(offset, offset + here.numel())
-        there = here.flatten().to(q.dtype) + times * q[:, span]
+        there = here.flatten().to(q.dtype) + q[:, span] * times
         copies[:, span] = there.to(copies.dtype)
 
 
