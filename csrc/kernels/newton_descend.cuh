@@ -33,7 +33,7 @@ struct NewtonDescend {
   bool rows_aligned;
 
   template <class M>
-  LYAPCUDA_INLINE void operator()(const M& m, double*) const {
+  LYAPCUDA_INLINE void operator()(const M& m, typename M::Sum*) const {
     using V = typename M::Value;
     V held{}, theta = m.read(Listed<0>{});
     const V gradient = m.read(Listed<1>{});

@@ -55,7 +55,7 @@ def register_fakes(namespace: str) -> None:
         if library != namespace or "." in name:
             continue
         returns = getattr(getattr(torch.ops, library), name).default._schema.returns
-        torch.library.register_fake(qualified, _FAKES.get(name) if returns else _nothing)
+        torch.library.register_fake(qualified, _FAKES[name] if returns else _nothing)
 
 
 def _nothing(*args: Any, **options: Any) -> None:

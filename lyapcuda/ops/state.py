@@ -15,14 +15,13 @@ from lyapcuda import _C
 __all__ = ["ESTIMATES", "MAX_K", "OF_QUOTIENTS", "new_state", "state_field", "state_fields"]
 
 #: Separations that one state may have, at most.
-MAX_K: int = getattr(_C, "max_k", None) or _C.max_panel  # shim: until _C has max_k
+MAX_K: int = _C.max_k
 #: How `h` is read off a step, by name, as the ops number them.
 ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3}
 #: Those that q and y alone tell, whatever the rate of the map. The others are read off its growth.
 OF_QUOTIENTS = ("rayleigh", "schwarz")
 
-_fields_of = getattr(_C, "panel_fields", _C.state_fields)  # shim: until _C has state_fields(k)
-_FIELDS = {k: _fields_of(k) for k in range(1, MAX_K + 1)}
+_FIELDS = {k: _C.state_fields(k) for k in range(1, MAX_K + 1)}
 #: Fields of a new state that are 0. All others are NaN, but see `new_state` for k = 1.
 _ZERO = (
     *("bound", "guard", "pending", "again", "accepted", "steps", "skipped", "reseed", "reseeds"),
