@@ -110,14 +110,15 @@ def recenter(a: Arguments, inputs: Inputs) -> Arguments:
     def following(kept: Tensor, other: Tensor) -> Tensor:
         if k == 1:
             return kept if pending else other
-        return combined(s.inside(other), transform) if pending else kept
+        return combined(other, transform) if pending else kept
 
-    q = following(a["q"], a["d"])
+    q = following(a["q"], s.inside(a["d"]))
     away = q * number(transform, q) if k == 1 else q
     copies = (s.row(a["theta"]) + s.inside(away)).to(a["copies"].dtype)
     out = {"q": s.written(q), "copies": s.written(copies)}
     if a.get("p") is not None:
-        out["p"] = s.written(following(a["p"], a["p_next"]))
+        p = following(a["p"], a["p_next"])
+        out["p"] = s.written(p) if k == 1 else p
     return out
 
 

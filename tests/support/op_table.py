@@ -236,7 +236,12 @@ def draw_ascent(i: Inputs, realised=False, heavy=False, sign=1, **state) -> Argu
 def draw_recenter(i: Inputs, heavy=False, **state) -> Arguments:
     a = {"q": i.panel(), "copies": i.panel(dtype=i.storage), "d": i.panel()}
     a |= {"theta": i.listed(), "offsets": i.offsets, "state": i.state(**state)}
-    return a | ({"p": i.panel(), "p_next": i.panel()} if heavy else {})
+    if heavy:
+        a |= {"p": i.panel(), "p_next": i.panel()}
+        if i.k > 1:  # whole rows are taken then: zeros stay zeros between the segments
+            for name in ("p", "p_next"):
+                a[name][:, ~i.used()] = 0.0
+    return a
 
 
 def draw_reseed(i: Inputs, heavy=False, lost=True, seed=7, **state) -> Arguments:
