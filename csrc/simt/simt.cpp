@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -292,7 +293,8 @@ void run(unsigned grid, unsigned block, Order order, Thread thread, void* contex
   launcher.waits = Waits::kNot;
   fault = nullptr;
   fibers.resize(block);
-  for (unsigned i = 0; i < grid; ++i) run_block(i, order);
+  const unsigned first = last_blocks == 0 ? 0 : grid - std::min(last_blocks, grid);
+  for (unsigned i = first; i < grid; ++i) run_block(i, order);
 }
 
 }  // namespace simt

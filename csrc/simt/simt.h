@@ -79,6 +79,9 @@ struct MissingBarrier {
 };
 inline MissingBarrier missing_barrier;
 
+// Only so many blocks of a launch are run, its last ones: of grids too large to run. 0: all.
+inline unsigned last_blocks = 0;
+
 // --- what the words below call ------------------------------------------------------------------
 enum class Collective : uint64_t { kShuffleDown, kShuffleXor, kMultiply };
 

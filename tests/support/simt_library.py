@@ -41,6 +41,8 @@ COPIED = "simt copied"
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 FLAGS += ["-DLYAPCUDA_SIMT"]
+#: Of the warps of a block, as csrc/simt/simt.h has them.
+ORDERS = ("forward", "reverse", "reverse late")
 #: Of the emulated device. A few, so that blocks take several chunks each.
 PROCESSORS = 2
 #: Tensors a launch, on the emulator and on a GPU.
@@ -143,10 +145,38 @@ def _loaded() -> ctypes.CDLL:
     return ctypes.CDLL(path)
 
 
-def simt(*, reverse: bool = False, processors: int = PROCESSORS) -> Any:
-    """The emulated ops, with the warps of a block in that order from now on."""
-    _loaded().lyapcuda_simt_set(int(reverse), processors)
+def simt(order: str = "forward", processors: int = PROCESSORS) -> Any:
+    """The emulated ops, with the warps of a block in that order from now on (`ORDERS`)."""
+    _loaded().lyapcuda_simt_set(ORDERS.index(order), processors)
     return torch.ops.lyapcuda_simt
+
+
+@contextmanager
+def emulated(order: str = "forward", processors: int = PROCESSORS) -> Iterator[None]:
+    """Inside, the ops of `lyapcuda.ops` are the emulated ones, on such a device."""
+    with _library(simt(order, processors)):
+        yield
+    simt()
+
+
+@contextmanager
+def without_barrier(launch: int, barrier: int) -> Iterator[None]:
+    """Inside, that launch of the emulator, from 0, does without its barrier of that number."""
+    _loaded().lyapcuda_simt_missing(launch, barrier)
+    try:
+        yield
+    finally:
+        _loaded().lyapcuda_simt_missing(-1, 0)
+
+
+@contextmanager
+def last_blocks(count: int) -> Iterator[None]:
+    """Inside, the emulator runs only so many blocks of every launch, its last ones."""
+    _loaded().lyapcuda_simt_last_blocks(count)
+    try:
+        yield
+    finally:
+        _loaded().lyapcuda_simt_last_blocks(0)
 
 
 # --- CPU tensors on a GPU ------------------------------------------------------------------------
@@ -207,7 +237,7 @@ def library(name: str) -> Any:
         return Mirror(torch.ops.lyapcuda, "cuda")
     if name == COPIED:
         return Mirror(simt(), "cpu")
-    return simt(reverse=name == "simt reverse")
+    return simt("reverse" if name == "simt reverse" else "forward")
 
 
 def chosen(variable: str) -> list[str] | None:
