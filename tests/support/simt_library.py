@@ -77,6 +77,16 @@ def contraction_flags() -> list[str]:
     return ["-ffp-contract=fast", "-DLYAPCUDA_CONTRACT", *fma]
 
 
+def sanitizer_flags() -> list[str]:
+    """Of the sanitizers that LYAPCUDA_SIMT_SANITIZE names, as in "address,undefined"."""
+    names = os.environ.get("LYAPCUDA_SIMT_SANITIZE")
+    if not names:
+        return []
+    checks = [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    # Optimised, the kernels take longer to compile than they save when they run.
+    return [*checks, "-O0", "-g1"]
+
+
 def _sources() -> list[Path]:
     """Those of the CUDA backend, the emulator, and its switches."""
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -108,7 +118,7 @@ def _built(folder: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     headers = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cuh", ".inc"))
     texts = [path.read_bytes() for path in headers]
-    flags = [*FLAGS, *contraction_flags()]
+    flags = [*FLAGS, *contraction_flags(), *sanitizer_flags()]
     common = _digest(version.stdout, torch.__version__, torch.__file__, *flags, *texts)
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
 
@@ -134,7 +144,7 @@ def _built(folder: Path) -> Path:
     if not library.exists():
         torch_libraries = cpp_extension.library_paths()
         paths = [f for path in torch_libraries for f in (f"-L{path}", f"-Wl,-rpath,{path}")]
-        run(library, ["-shared", *objects, *paths, "-ltorch_cpu"])
+        run(library, ["-shared", *sanitizer_flags(), *objects, *paths, "-ltorch_cpu"])
     return library
 
 
