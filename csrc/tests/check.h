@@ -24,16 +24,8 @@ inline bool near(double a, double b, double relative) {
 
 #define CHECK(...) ::lyapcuda::test::check((__VA_ARGS__), #__VA_ARGS__, __FILE__, __LINE__)
 
-void exponent_tests();
 void blocks_tests();
-void simd_tests();
-void panel_tests();
-void benettin_tests();
-void quasi_newton_tests();
 void errors_tests();
-
 void simt_emulator_tests();
-void simt_ascent_tests();
-void simt_kernel_tests();
 
 }  // namespace lyapcuda::test

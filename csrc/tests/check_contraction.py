@@ -1,7 +1,6 @@
 """Whether a compiler that contracts would round the kernels otherwise than the CPU; needs no GPU.
 
-The extension is built with -fmad=false. This compiles every .cu beside this file with -fmad=true,
-and fails where the PTX has a fused product on a line that doesn't ask for one: by fma(), or by a
+The extension is built with -fmad=false. This compiles its CUDA sources with -fmad=true, and fails where the PTX has a fused product on a line that doesn't ask for one: by fma(), or by a
 function of CUDA's library, which has its own. Such a product has to be mul() or product().
 """
 
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
 #: What may be fused: the words of a source line.
 ASKED = re.compile(r"\bfma\(|\b(?:log|exp|expm1)\(")
 
@@ -50,8 +53,9 @@ def places(source: Path, nvcc: str, host: str | None) -> set[tuple[Path, int]]:
     """Where nvcc fuses products when it may."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.ptx"
-        command = [nvcc, "-std=c++17", "-arch=sm_90", "-fmad=true", "-lineinfo", "-ptx"]
-        command += ["-ccbin", host] if host else []
+        command = [nvcc, "-std=c++17", "-arch=sm_90", "-fmad=true", "-lineinfo", "-ptx", "-x", "cu"]
+        command += [f"-I{path}" for path in cpp_extension.include_paths()]
+        command += [*cpp_extension.COMMON_NVCC_FLAGS, *(["-ccbin", host] if host else [])]
         done = subprocess.run(
             [*command, str(source), "-o", str(out)], capture_output=True, text=True
         )
@@ -64,11 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="default: that on PATH")
     parser.add_argument("--host-compiler", help="the C++ compiler that nvcc is to use")
-    parser.add_argument("sources", nargs="*", type=Path, help="default: every .cu beside this file")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: the extension's")
     options = parser.parse_args()
     if not options.nvcc:
         sys.exit("no nvcc on PATH: name one with --nvcc")
-    sources = options.sources or sorted(Path(__file__).resolve().parent.glob("*.cu"))
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    sources = options.sources or [ROOT / name for name in setup["sources"]("cuda")]
     with ThreadPoolExecutor() as pool:
         each = pool.map(lambda s: places(s, options.nvcc, options.host_compiler), sources)
         found = set().union(*each)

@@ -1,28 +1,36 @@
 """What nvcc makes of the kernels, held against what they were designed for; no GPU is needed.
 
-Compiles every .cu beside this file for sm_80 and sm_90 with warnings as errors, and fails on spills
-and stack frames, on registers and shared memory past the occupancy a kernel was designed for, and
-where a kernel's PTX has fewer 16-byte loads and stores than it has streams, or fewer products on
-the tensor cores than its sums are unrolled to.
+Compiles every source of the CUDA backend as setup.py does, for sm_80 and sm_90 with warnings as
+errors, and fails on spills and stack frames, on registers and shared memory past the occupancy a
+kernel was designed for, and where a kernel's PTX has fewer 16-byte loads and stores than it has
+streams, or fewer products on the tensor cores than its sums are unrolled to. Then links all of
+them: what two define, or none, is an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ARCHS = ("80", "90")
 THREADS = 256  # kThreads
 REGISTERS_PER_SM = 65536  # on both architectures
 SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
-#: Those of setup.py's NVCC_FLAGS that decide on the device code.
-BUILT_WITH = ["-std=c++17", "-O3", "-fmad=false"]
 #: Of gram, by the rows of its tile: threads and blocks.
 GRAM = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (256, 2), 128: (512, 1), 256: (512, 1)}
 #: Bytes of an element.
@@ -102,88 +110,126 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
     return None
 
 
+def design_of_elements(op: str, arguments: list[str]) -> Design:
+    """Those of the elementwise driver, by the op; KeyError for one that nobody designed.
+
+    A group of elements is 16 bytes of the lists' type; flat buffers take ``flat`` accesses for it.
+    """
+    buffer, storage = (arguments + arguments)[:2]
+    flat = SIZE[buffer] // SIZE[storage]
+    flags = [flag == "true" for flag in arguments[2:]]
+    if op == "Ascent":
+        realised, heavy = flags
+        rows = 2 + realised + heavy
+        sums = rows * (rows + 1) // 2
+        loads = flat + 2 + realised + heavy * flat  # q, g0, g1, θ, p
+        blocks = 3 if flat == 2 and realised and heavy else 4
+        return Design(blocks, THREADS // 32 * sums * 8, loads, flat + heavy * flat)
+    if op == "Recenter":
+        heavy = flags[0] * flat  # p, taken back
+        return Design(5, 0, flat + 1 + heavy, flat + 1 + heavy)  # q or d, θ
+    if op == "Descend":
+        heavy = flat if arguments[2] != "0" else 0  # the momentum's buffer
+        return Design(5, 0, 2 + heavy, 1 + heavy)
+    if op == "Displace":
+        return Design(5, THREADS // 32 * 2 * 8, flat + 1, 1)
+    if op == "Difference":
+        return Design(4, 0, 2 + flags[0] * flat, flat)
+    return {"ReseedRow": Design(4, 0)}[op]  # a number at a time: nearly always it only returns
+
+
 def design(name: str, arguments: list[str]) -> Design:
     """By a kernel's name and template arguments; KeyError for one that nobody designed."""
+    if name == "elementwise":
+        return design_of_elements(*parsed(arguments[0]))
     panels = design_of_panels(name, arguments)
     if panels:
         return panels
-    if name == "ascent":
-        buffer, storage, realised, momentum = arguments
-        flat = SIZE[buffer] // SIZE[storage]  # accesses of a flat buffer for one of a tensor
-        extra = flat if momentum == "true" else 0
-        sums = 6 if realised == "true" else 4
-        loads = flat + 2 + (realised == "true") + extra  # q, g0, g1, θ, p
-        blocks = 3 if flat == 2 and realised == momentum == "true" else 4
-        return Design(blocks, THREADS // 32 * sums * 8, loads, flat + extra)
-    if name in ("descend", "panel_slopes", "panel_descend"):
+    if name in ("slopes", "newton_descend"):
         buffer, storage, momentum = arguments[:3]
         flat = SIZE[buffer] // SIZE[storage]
-        extra = flat if momentum != "0" else 0  # the momentum's buffer
-        if name == "descend":
-            return Design(5, 0, 2 + extra, 1 + extra)
-        if name == "panel_slopes":
+        if name == "slopes":
             return Design(4, tiles(buffer, int(arguments[3])), 2)
+        heavy = flat if momentum != "0" else 0  # the momentum's buffer
         # θ, g, the buffer, a row of the panel.
-        return Design(4, 32 * (8 + SIZE[buffer]), 2 + extra + flat, 1)
-    if name == "recenter":
-        flat = SIZE[arguments[0]] // SIZE[arguments[1]]
-        return Design(5, 0, 2 * flat + 1, 2 * flat + 1)  # q, p (taken back), θ
-    if name in ("displace", "difference"):
-        flat = SIZE[arguments[0]] // SIZE[arguments[1]]
-        if name == "displace":
-            return Design(5, THREADS // 32 * 2 * 8, flat + 1, 1)
-        return Design(4, 0, 2 * flat + 2, flat)
+        return Design(4, 32 * (8 + SIZE[buffer]), 2 + heavy + flat, 1)
+    if name == "elementwise_finish":
+        op, of = parsed(arguments[0])
+        rows = 2 + of[2:].count("true")
+        sums = {"AscentArguments": rows * (rows + 1) // 2, "DisplaceArguments": 2}[op]
+        return Design(4, THREADS // 32 * sums * 8)
     scratch = 36032  # benettin_scratch(32)
     return {
         "gram_finish": Design(4, THREADS * 8),
         "project_finish": Design(4, THREADS * 8),
-        "displace_finish": Design(5, THREADS // 32 * 2 * 8),
         "panel_ascent_check": Design(1, 0),  # one thread
         "benettin": Design(1, scratch),
         "benettin_refine": Design(1, scratch),
-        "ascent_finish": Design(4, THREADS // 32 * 6 * 8),
-        "stream_copy": Design(8, 0, 5, 5),  # four in flight, and what is left
-        "exponent": Design(1, 0),  # one thread
-        "secant": Design(1, 0),
-        "reseed": Design(4, 0),  # stores a number at a time: nearly always it only returns
     }[name]
 
 
-def demangled(symbol: str) -> tuple[str, list[str]]:
-    """The name and template arguments of a kernel in namespace lyapcuda::kernels."""
-    found = re.match(r"_ZN8lyapcuda7kernelsL?(\d+)", symbol)  # L: static
-    if not found:
-        return symbol, []
-    rest = symbol[found.end() :]
-    name, rest = rest[: int(found[1])], rest[int(found[1]) :]
-    arguments = []
-    if rest.startswith("I"):
-        pattern = r"([fd])|Lb([01])E|NS0_\d+(BFloat16|Half)E"
-        pattern += r"|L(?:i|NS_\d+MomentumE)(\d+)E|(E)"
-        for part in re.finditer(pattern, rest[1:]):
-            if part[5]:
-                break
-            builtin = {"f": "float", "d": "double"}.get(part[1] or "")
-            flag = {"0": "false", "1": "true"}.get(part[2] or "")
-            arguments.append(builtin or flag or part[3] or part[4])
-    return name, arguments
+def parsed(name: str) -> tuple[str, list[str]]:
+    """What stands before the brackets of a template, and its arguments."""
+    head, _, rest = name.partition("<")
+    parts, depth = [""], 0
+    for letter in rest.removesuffix(">"):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    # As in (lyapcuda::Momentum)2 and 16.
+    return head, [re.sub(r"^\(.*\)", "", part.strip()) for part in parts if part]
 
 
-def compile_kernels(source: Path, nvcc: str, host: str | None, folder: Path) -> tuple[str, dict]:
-    """The compiler's report and the PTX of each architecture."""
-    command = [nvcc, *BUILT_WITH, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+def demangled(symbols: Iterable[str]) -> dict[str, str]:
+    """Names with their template arguments, without namespaces."""
+    symbols = list(symbols)
+    told = subprocess.run(
+        ["c++filt", "--no-params"], input="\n".join(symbols), capture_output=True, text=True,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
+    short = (re.sub(r"^void |\w+::", "", name) for name in told)
+    return dict(zip(symbols, short, strict=True))
+
+
+def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
+    """nvcc's, as setup.py and torch have them."""
+    defines = [f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    flags = [*defines, *includes, *cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
+    return [*flags, "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]
+
+
+def compile_source(
+    source: Path, nvcc: str, flags: Sequence[str], folder: Path
+) -> tuple[Path, str, dict[str, str]]:
+    """The object, the compiler's report, and the PTX of each architecture."""
+    out = folder / f"{source.stem}.o"
+    command = [nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(out)]
     for arch in ARCHS:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    command += ["--threads", "2", "--keep", "--keep-dir", str(folder)]
-    command += ["-Werror", "all-warnings", "-Xptxas", "-v,-Werror", "-Xcompiler", "-Wall"]
-    if host:
-        command += ["-ccbin", host]
+    command += ["--threads", "2", "--keep", "--keep-dir", str(folder), "-Xptxas", "-v,-Werror"]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr
     if done.returncode != 0:
         sys.exit(f"{report}\nnvcc failed: {' '.join(command)}")
     ptx = {arch: (folder / f"{source.stem}.compute_{arch}.ptx").read_text() for arch in ARCHS}
-    return report, ptx
+    return out, report, ptx
+
+
+def link_faults(objects: Sequence[Path], compiler: str, folder: Path) -> list[str]:
+    """What two of the objects define, or none."""
+    out = folder / "library.so"
+    command = [compiler, "-shared", *map(str, objects), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        return [line for line in done.stderr.splitlines() if "multiple definition" in line] or [
+            done.stderr
+        ]
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", str(out)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [f"undefined: {line.strip()}" for line in told.splitlines() if "lyapcuda" in line]
 
 
 def entries(ptx: str) -> dict[str, str]:
@@ -239,28 +285,28 @@ def faults_of(use: dict[str, int], wide: dict[str, int], planned: Design) -> lis
 def check(report: str, ptx: dict[str, str]) -> int:
     """Prints a line a kernel; the number of faults."""
     used = usages(report)
+    names = demangled({symbol for symbol, _ in used}) if used else {}
     failed = 0
     for arch in ARCHS:
         texts = entries(ptx[arch])
-        if not texts or {symbol for symbol, at in used if at == arch} != set(texts):
+        if {symbol for symbol, at in used if at == arch} != set(texts):
             print(f"sm_{arch}: the kernels in nvcc's report are not those of the PTX")
             failed += 1
             continue
-        for symbol, text in sorted(texts.items(), key=lambda item: demangled(item[0])):
-            name, arguments = demangled(symbol)
-            title = f"{name}<{', '.join(arguments)}>" if arguments else name
+        for symbol, text in sorted(texts.items(), key=lambda item: names[item[0]]):
+            title = names[symbol]
             use = used[symbol, arch]
             wide = {"loads": count_wide(text, "ld"), "stores": count_wide(text, "st")}
             wide["loads"] += len(re.findall(r"cp\.async\.cg\.shared\.global.*, 16", text))
             wide["products"] = text.count("mma.sync")
             try:
-                planned = design(name, arguments)
+                planned = design(*parsed(title))
             except (KeyError, ValueError):
                 print(f"{title}: has no design in {Path(__file__).name}")
                 failed += 1
                 continue
             print(
-                f"{title:48} {arch} {use['registers']:5} {planned.registers:5} "
+                f"{title:64} {arch} {use['registers']:5} {planned.registers:5} "
                 f"{planned.blocks:7} {use['shared']:7} {use['spilled']:7}  "
                 f"{wide['loads']}/{wide['stores']}"
             )
@@ -278,12 +324,23 @@ def main() -> None:
     options = parser.parse_args()
     if not options.nvcc:
         sys.exit("no nvcc on PATH: name one with --nvcc")
-    failed = 0
-    print(f"{'kernel':48} sm  regs  most  blocks  shared  spills  16-byte ld/st")
-    for source in sorted(Path(__file__).parent.glob("*.cu")):
-        with tempfile.TemporaryDirectory() as folder:
-            report, ptx = compile_kernels(source, options.nvcc, options.host_compiler, Path(folder))
-        failed += check(report, ptx)
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    sources = [ROOT / name for name in setup["sources"]("cuda")]
+    flags, failed, objects = flags_of(setup, options.host_compiler), 0, []
+    print(f"{'kernel':64} sm  regs  most  blocks  shared  spills  16-byte ld/st")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def work(source: Path) -> tuple[Path, str, dict[str, str]]:
+            own = Path(folder) / source.stem
+            own.mkdir()
+            return compile_source(source, options.nvcc, flags, own)
+
+        for out, report, ptx in pool.map(work, sources):
+            failed += check(report, ptx)
+            objects.append(out)
+        for fault in link_faults(objects, options.host_compiler or "c++", Path(folder)):
+            print(f"FAILED: {fault}")
+            failed += 1
     print(f"{failed} faults")
     sys.exit(1 if failed else 0)
 

@@ -1,14 +1,14 @@
-"""The ops of an extension built with sanitizers, called from Python as in their own tests.
+"""The ops built with sanitizers, called from Python as in their own tests.
 
     python tests/support/sanitized.py build/asan/_C.so address     # or: build/tsan/_C.so thread
 
 CMake (-DLYAPCUDA_SANITIZE=...) builds such an extension and runs this. AddressSanitizer and
-UndefinedBehaviorSanitizer: every op over all types, tails and views off alignment
-(ops_cases.py, panel_cases.py), hypothesis's examples (test_ops_hypothesis.py) and other strides
-(test_ops_strides.py).
-ThreadSanitizer: the former with parallel_for on four threads of our own
-(csrc/tests/thread_shim.cpp); and once with a race put in, which has to be reported. All outputs
-must be the ordinary build's to the bit. torch itself is not instrumented.
+UndefinedBehaviorSanitizer: the tests of the table of ops (tests/ops/test_table.py), and those that
+seed barriers, on the extension and on the emulated CUDA backend, which is built with the sanitizers
+too; and once a read beyond a tensor's end on each, which has to be reported. ThreadSanitizer: every
+op of the extension with parallel_for on four threads of our own (csrc/tests/thread_shim.cpp); and
+once with a race put in, which has to be reported. All that the ops leave must be the ordinary
+build's to the bit. torch itself is not instrumented.
 """
 
 from __future__ import annotations
@@ -21,11 +21,28 @@ import sys
 from pathlib import Path
 
 SUPPORT = Path(__file__).parent
-MODULES = ("ops_cases.py", "panel_cases.py")
-TEST_FILES = ("ops/test_ops_hypothesis.py", "ops/test_ops_strides.py")
+TESTS = SUPPORT.parent / "ops"
 EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 #: The word by which a sanitizer's report is known.
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
+#: What runs under AddressSanitizer: each list of arguments in a process of its own.
+RUNS = [
+    ["test_table.py", "-k", "(cpu or simt) and not reverse and (tail or kind or launch or nothing)"],
+    ["test_table.py", "-k", "(cpu or simt) and not reverse and (lie or anything or scalars)"],
+    ["test_wrong_arguments.py", "-k", "cpu"],
+]
+#: A read beyond the end: of a tensor whose memory was taken away behind the element before.
+OVERRUN = """
+import torch, simt_library
+from op_table import TABLE
+with simt_library.use({library!r}) if {library!r} else simt_library.cpu():
+    row = TABLE["gram"]
+    arguments = row.arguments(row.inputs([300], 3), "with itself")
+    whole = arguments["a"].clone()
+    arguments["a"] = arguments["b"] = whole
+    whole.untyped_storage().resize_(4 * (whole.numel() - 1))
+    row.call(arguments)
+"""
 
 
 class _Finder:
@@ -55,12 +72,13 @@ def runtime(sanitizer: str) -> str:
     return ":".join(done.stdout.strip() for done in found)
 
 
-def start(arguments: list[str], sanitizer: str | None, extension: str = "", **more: str):
-    """Runs Python with the arguments; under the sanitizer, with its extension."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), **more}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, *arguments]
+def start(code: str, sanitizer: str | None, extension: str = "", **more: str):
+    """Runs Python code; under the sanitizer, with its extension."""
+    path = [str(SUPPORT), str(TESTS), str(TESTS.parents[1]), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"import sanitized; {code}"]
     if sanitizer:
+        command[2] = f"import sanitized; sanitized.use(); {code}"
         environment |= {
             EXTENSION: str(Path(extension).resolve()),
             "LD_PRELOAD": runtime(sanitizer),
@@ -69,45 +87,50 @@ def start(arguments: list[str], sanitizer: str | None, extension: str = "", **mo
             # torch's own threads and locks aren't instrumented: nothing can be said of them.
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1 exitcode=66",
         }
-        environment |= more
         if sanitizer == "thread":  # its shadow memory wants fixed addresses
             command = ["setarch", os.uname().machine, "-R", *command]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def digests(module: str, sanitizer: str | None, extension: str = "", **more: str):
-    code = f"import sanitized; {'sanitized.use(); ' if sanitizer else ''}"
-    code += f"import runpy; runpy.run_path({str(SUPPORT / module)!r}, run_name='__main__')"
-    return start(["-c", code], sanitizer, extension, **more)
+    return subprocess.run(command, env=environment | more, capture_output=True, text=True)
 
 
 def fail(what: str, done: subprocess.CompletedProcess[str]) -> None:
     sys.exit(f"{what} (exit {done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
 
 
-def main(extension: str, sanitizer: str) -> None:
-    for module in MODULES:
-        expected = digests(module, None)
-        done = digests(module, sanitizer, extension)
-        if done.returncode or REPORTS[sanitizer] in done.stderr:
-            fail(f"{module} under {sanitizer}", done)
-        if expected.returncode or not expected.stdout or done.stdout != expected.stdout:
-            fail(f"{module}: not what the ordinary build computes", done)
-        print(f"{module}: {len(done.stdout.split())} outputs, each to the bit; nothing reported")
-    if sanitizer == "thread":
-        for module in MODULES:
-            done = digests(module, sanitizer, extension, LYAPCUDA_TEST_RACE="1")
-            if REPORTS[sanitizer] not in done.stderr:
-                fail(f"{module}: a race was put in, and not reported", done)
-            print(f"{module}: the race that was put in is reported")
-        return
-    code = "import sanitized; sanitized.use(); import pytest; import sys; sys.exit(pytest.main("
-    files = [str(SUPPORT.parent / name) for name in TEST_FILES]
-    code += f"{['-q', '-s', '-p', 'no:cacheprovider', *files]!r}))"
-    done = start(["-c", code], sanitizer, extension)
+def check_digests(extension: str, sanitizer: str, **more: str) -> None:
+    code = "import op_digests; print(*op_digests.lines(), sep='\\n')"
+    expected = start(code, None)
+    done = start(code, sanitizer, extension, **more)
     if done.returncode or REPORTS[sanitizer] in done.stderr:
-        fail(" ".join(TEST_FILES), done)
-    print(done.stdout.strip().splitlines()[-1])
+        fail(f"the ops under {sanitizer}", done)
+    if expected.returncode or not expected.stdout or done.stdout != expected.stdout:
+        fail("not what the ordinary build computes", done)
+    print(f"{len(done.stdout.splitlines())} calls, each to the bit; nothing reported")
+
+
+def check_reported(what: str, done: subprocess.CompletedProcess[str], sanitizer: str) -> None:
+    if REPORTS[sanitizer] not in done.stderr:
+        fail(f"{what} was put in, and not reported", done)
+    print(f"{what} that was put in is reported")
+
+
+def main(extension: str, sanitizer: str) -> None:
+    if sanitizer == "thread":
+        check_digests(extension, sanitizer)
+        code = "import op_digests; print(*op_digests.lines())"
+        done = start(code, sanitizer, extension, LYAPCUDA_TEST_RACE="1")
+        return check_reported("a race", done, sanitizer)
+    check_digests(extension, sanitizer, LYAPCUDA_SIMD="baseline")
+    emulated = {"LYAPCUDA_SIMT_SANITIZE": "address,undefined", "LYAPCUDA_TEST_SAMPLE": "1"}
+    for library in ("", "simt"):
+        done = start(f"exec({OVERRUN.format(library=library)!r})", sanitizer, extension, **emulated)
+        check_reported(f"an overrun ({library or 'CPU'})", done, sanitizer)
+    for name, *options in RUNS:
+        pytest = ["-q", "-s", "-p", "no:cacheprovider", str(TESTS / name), *options]
+        code = f"import pytest, sys; sys.exit(pytest.main({pytest!r}))"
+        done = start(code, sanitizer, extension, **emulated)
+        if done.returncode or REPORTS[sanitizer] in done.stderr:
+            fail(f"{name} under {sanitizer}", done)
+        print(f"{name}: {done.stdout.strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":
