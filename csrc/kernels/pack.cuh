@@ -59,5 +59,6 @@ LYAPCUDA_INLINE void accumulate(Accumulator& sum, const Pack<T, N>& a, const Pac
 
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 
 }  // namespace lyapcuda::kernels
