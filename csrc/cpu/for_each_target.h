@@ -6,10 +6,13 @@
 
 #define LYAPCUDA_ELEMENT
 namespace lyapcuda::cpu::baseline {
+#include "simd.inc"
+
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 #include "elementwise.inc"
-#include "simd.inc"
+
 #include LYAPCUDA_SOURCE
 }  // namespace lyapcuda::cpu::baseline
 
@@ -23,10 +26,13 @@ namespace lyapcuda::cpu::baseline {
 #endif
 #define LYAPCUDA_AVX2  // __AVX2__ doesn't follow the pragma in g++
 namespace lyapcuda::cpu::avx2 {
+#include "simd.inc"
+
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 #include "elementwise.inc"
-#include "simd.inc"
+
 #include LYAPCUDA_SOURCE
 }  // namespace lyapcuda::cpu::avx2
 #undef LYAPCUDA_AVX2

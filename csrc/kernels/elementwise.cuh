@@ -15,7 +15,7 @@ namespace lyapcuda::kernels {
 template <class T, class P, int kLists, int N>
 struct Group {
   using Value = Pack<T, N>;
-  using Sum = double;
+  using Sum = Accumulator;
 
   const Segments<P, kLists>& table;
   int segment;
@@ -70,7 +70,7 @@ struct IsAligned {
 // a segment holds for its chunks.
 template <class Op, class P, int kLists>
 __device__ __forceinline__ void for_each_group(const Segments<P, kLists>& table, const Op& op,
-                                               double* sums) {
+                                               Accumulator* sums) {
   using T = typename Op::T;
   constexpr int kStep = kGroup<P>;
   const int64_t chunks = table.first_chunk[table.count];
@@ -102,13 +102,16 @@ __global__ void __launch_bounds__(kThreads, Op::Arguments::kBlocks)
   if (blockIdx.x == 0 && threadIdx.x == 0) arguments.note();
   if (!arguments.go()) return;
   const Op op(arguments);
-  double sums[kSums > 0 ? kSums : 1] = {};
+  Accumulator sums[kSums > 0 ? kSums : 1] = {};
   for_each_group(table, op, sums);
   if constexpr (kSums > 0) {
-    block_sum(sums);
+    double totals[kSums];
+    LYAPCUDA_UNROLL
+    for (int k = 0; k < kSums; ++k) totals[k] = total(sums[k]);
+    block_sum(totals);
     if (threadIdx.x != 0) return;
     LYAPCUDA_UNROLL
-    for (int k = 0; k < kSums; ++k) rows[int64_t{blockIdx.x} * kSums + k] = sums[k];
+    for (int k = 0; k < kSums; ++k) rows[int64_t{blockIdx.x} * kSums + k] = totals[k];
   }
 }
 

@@ -33,14 +33,16 @@ struct NewtonDescend {
   bool rows_aligned;
 
   template <class M>
-  LYAPCUDA_INLINE void operator()(const M& m, double*) const {
+  LYAPCUDA_INLINE void operator()(const M& m, typename M::Sum*) const {
     using V = typename M::Value;
     V held{}, theta = m.read(Listed<0>{});
     const V gradient = m.read(Listed<1>{});
     if constexpr (kBuffer) held = m.read(a.buffer);
     theta = theta - direction<kMomentum, false>(theta, gradient, held, factors) * rate;
     LYAPCUDA_UNROLL_BY(4)
-    for (int row = 0; row < rows; ++row) theta = theta - m.read(a.panel + row * a.n) * weights[row];
+    for (int row = 0; row < rows; ++row) {
+      theta = without_row(theta, m.read(a.panel + row * a.n), weights[row]);
+    }
     m.write(Listed<0>{}, theta);
   }
 

@@ -46,14 +46,19 @@ LYAPCUDA_INLINE Pack<T, N> round_to(const Pack<T, N>& v) {
   return out;
 }
 
-// sum += Σ a·b in double.
+// What a thread adds products up in, and its value.
+using Accumulator = double;
+LYAPCUDA_INLINE double total(Accumulator sum) { return sum; }
+
+// sum += Σ a·b.
 template <class T, int N>
-LYAPCUDA_INLINE void accumulate(double& sum, const Pack<T, N>& a, const Pack<T, N>& b) {
+LYAPCUDA_INLINE void accumulate(Accumulator& sum, const Pack<T, N>& a, const Pack<T, N>& b) {
   LYAPCUDA_UNROLL
   for (int k = 0; k < N; ++k) accumulate(sum, a.of[k], b.of[k]);
 }
 
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 
 }  // namespace lyapcuda::kernels

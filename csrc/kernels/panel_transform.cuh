@@ -2,6 +2,7 @@
 // ascending, each product and each sum rounded in T.
 #pragma once
 
+#include "pack.cuh"
 #include "panel.cuh"
 
 namespace lyapcuda::kernels {
@@ -49,14 +50,14 @@ struct Transform {
     LYAPCUDA_ROLLED
     for (int item = threadIdx.x; item < blocks / kColumns * kGroups; item += kThreads) {
       const int e = item % kGroups * kStep, at = item / kGroups * kColumns;
-      T out[kColumns][kStep];
+      Pack<T, kStep> out[kColumns];
       const T* const coefficients = memory.matrix + at;
       row<true>(out, tile.row(0) + e, coefficients);
       LYAPCUDA_UNROLL_BY(2)
       for (int i = 1; i < rows; ++i) row<false>(out, tile.row(i) + e, coefficients + i * across);
       LYAPCUDA_UNROLL
       for (int c = 0; c < kColumns; ++c) {
-        if (first + at + c < columns) write(first + at + c, e, out[c]);
+        if (first + at + c < columns) write(first + at + c, e, out[c].of);
       }
     }
   }
@@ -80,18 +81,14 @@ struct Transform {
 
  private:
   template <bool kFirst>
-  __device__ __forceinline__ void row(T (&out)[kColumns][kStep], const T* from,
+  __device__ __forceinline__ void row(Pack<T, kStep> (&out)[kColumns], const T* from,
                                       const T* coefficients) {
-    T x[kStep], m[kColumns];
-    get(x, from);
+    Pack<T, kStep> x;
+    T m[kColumns];
+    get(x.of, from);
     get(m, coefficients);
     LYAPCUDA_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      LYAPCUDA_UNROLL
-      for (int k = 0; k < kStep; ++k) {
-        out[c][k] = kFirst ? product(x[k], m[c]) : out[c][k] + product(x[k], m[c]);
-      }
-    }
+    for (int c = 0; c < kColumns; ++c) out[c] = kFirst ? x * m[c] : with_row(out[c], x, m[c]);
   }
 };
 
