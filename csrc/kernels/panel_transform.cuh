@@ -50,14 +50,14 @@ struct Transform {
     LYAPCUDA_ROLLED
     for (int item = threadIdx.x; item < blocks / kColumns * kGroups; item += kThreads) {
       const int e = item % kGroups * kStep, at = item / kGroups * kColumns;
-      Pack<T, kStep> out[kColumns];
+      T out[kColumns][kStep];
       const T* const coefficients = memory.matrix + at;
       row<true>(out, tile.row(0) + e, coefficients);
       LYAPCUDA_UNROLL_BY(2)
       for (int i = 1; i < rows; ++i) row<false>(out, tile.row(i) + e, coefficients + i * across);
       LYAPCUDA_UNROLL
       for (int c = 0; c < kColumns; ++c) {
-        if (first + at + c < columns) write(first + at + c, e, out[c].of);
+        if (first + at + c < columns) write(first + at + c, e, out[c]);
       }
     }
   }
@@ -81,14 +81,19 @@ struct Transform {
 
  private:
   template <bool kFirst>
-  __device__ __forceinline__ void row(Pack<T, kStep> (&out)[kColumns], const T* from,
+  __device__ __forceinline__ void row(T (&out)[kColumns][kStep], const T* from,
                                       const T* coefficients) {
-    Pack<T, kStep> x;
-    T m[kColumns];
-    get(x.of, from);
+    T x[kStep], m[kColumns];
+    get(x, from);
     get(m, coefficients);
     LYAPCUDA_UNROLL
-    for (int c = 0; c < kColumns; ++c) out[c] = kFirst ? x * m[c] : with_row(out[c], x, m[c]);
+    for (int c = 0; c < kColumns; ++c) {
+      LYAPCUDA_UNROLL
+      for (int k = 0; k < kStep; ++k) {
+        const Pack<T, 1> element{x[k]}, sum{out[c][k]};
+        out[c][k] = (kFirst ? element * m[c] : with_row(sum, element, m[c])).of[0];
+      }
+    }
   }
 };
 
