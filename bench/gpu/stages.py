@@ -71,8 +71,8 @@ def stage_a(rehearse: bool) -> Iterator[Step]:
         ],
         at_once=4,
     )
-    files = [f"tests/ops/test_cuda_binding{end}.py" for end in ("", "_panels", "_newton", "_again")]
-    gpu = ["tests/ops/test_cuda_binding_gpu.py"]
+    files = ["tests/ops/test_table.py", "tests/ops/test_cuda_runs.py"]
+    gpu = ["tests/ops/test_gpu.py"]
     yield Step(
         [
             tests("tests: against the CPU", files, 100, rehearse, 10, FEW),

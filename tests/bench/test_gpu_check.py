@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_has_its_lines_and_they_make_a_report(tmp_path):
     result = gpu_check("--report", path)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "rehearsal.md").read_text()
-    assert "This run was cut off" in text and f"| {found[0]['op']} | 3 | yes |" in text
+    assert "This run was cut off" in text and f"| {found[0]['op']} | {found[0]['cases']} | yes |" in text
 
 
 # --- processes -----------------------------------------------------------------------------------
