@@ -104,9 +104,12 @@ class Row:
         def size(name: str, value: Any) -> Any:
             if isinstance(value, list):
                 return [size(name, item) for item in value]
-            if name in self.minus:
-                return -value.abs() if isinstance(value, Tensor) else -value
-            return value.abs() if isinstance(value, Tensor) else 1 if name == "sign" else value
+            if not isinstance(value, Tensor):
+                return -value if name in self.minus else 1 if name == "sign" else value
+            # Below the smallest normal number errors shrink no more.
+            least = torch.finfo(F64 if value.dtype == F64 else F32).smallest_normal
+            value = value.abs() + least * (value != 0)
+            return -value if name in self.minus else value
 
         return self.oracle({name: size(name, value) for name, value in a.items()})
 
