@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benettin_steps import LOSSES, SIZE, N, Step, orthonormal, scalar
-from lyapcuda import ops
-from lyapcuda.ops import panel_reference
-from ops_cases import F64, assert_same_bits
-from panel_cases import COUNTS
+from lyapcuda import _C, ops
+from lyapcuda.ops import reference
+from op_inputs import COUNTS, F64, assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 # --- β, h and the error bar -----------------------------------------------------------------------
 
@@ -26,6 +27,67 @@ def test_the_first_step_sets_the_rate_alone(sign):
     assert_same_bits(step["h"], step["center"])
     q = step["transform"].T @ step.c  # D = C
     torch.testing.assert_close(q @ q.T, SIZE**2 * torch.eye(4, dtype=F64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("estimate", ops.ESTIMATES.values())
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_rate_of_zero_falls_back_on_the_quotient(estimate, momentum):
+    curvature = torch.full((N,), 3.0, dtype=F64)
+    step = Step(1, curvature=curvature, beta=0.0).run(estimate=estimate)
+    assert math.isclose(step["h"], 3.0, rel_tol=1e-12) and step["h"] == step["center"]
+    assert math.isnan(step["exponent"])
+
+
+def eigen_step(state, h, sign=1, **options):
+    """A step of one separation that is an eigenvector of h."""
+    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), curvature=torch.full((N,), h, dtype=F64))
+    ops.benettin_(state, step.gram, LOSSES, 1, sign=sign, **options)
+    return {name: scalar(state, 1, name) for name in ops.state_fields(1)}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_guard_remembers_the_unwanted_end_and_an_ascent_forgets_the_rest(sign):
+    state = ops.new_state("cpu", perturbation=SIZE, beta=0.0)
+    after = eigen_step(state, sign * 2.0, sign)  # along the wanted end: nothing to guard
+    assert after["guard"] == 0.0 and math.isclose(after["beta"], (math.e - 1) / 2, rel_tol=1e-12)
+    after = eigen_step(state, -sign * 5.0, sign)
+    assert math.isclose(after["guard"], 5.0, rel_tol=1e-12)
+    after = eigen_step(state, sign * 8.0, sign)
+    assert math.isclose(after["beta"], (math.e - 1) / 8, rel_tol=1e-12)
+    for _ in range(200):
+        after = eigen_step(state, sign * 2.0, sign)
+    # An ascent has forgotten all but the guard, a descent nothing.
+    kept = 5.0 if sign > 0 else 8.0
+    assert math.isclose(after["beta"], (math.e - 1) / kept, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("h", [0.0, 1e-320])
+def test_a_curvature_whose_inverse_is_no_number_leaves_the_rate(h):
+    assert eigen_step(ops.new_state("cpu", perturbation=SIZE, beta=0.7), h)["beta"] == 0.7
+
+
+@pytest.mark.parametrize("estimate", ops.ESTIMATES.values())
+def test_a_rate_stays_one_that_float32_holds(estimate):
+    state = ops.new_state("cpu", perturbation=SIZE, beta=1e37)
+    after = eigen_step(state, 1e-43, estimate=estimate)
+    assert after["beta"] == (1e37 if estimate == 2 else 1e38)
+
+
+@pytest.mark.parametrize("rayleigh", [2.0, -2.0, 0.5, 0.0])
+def test_schwarz_is_the_quotient_of_the_step_alone(rayleigh):
+    known = {"beta": 0.3, "rayleigh": 5.0, "residual": 3.0, "h_ema": 1.0}
+    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), **known)
+    step.y = rayleigh * step.c + SIZE * torch.eye(2, N, dtype=F64)[1:]
+    stack = torch.cat([step.c, step.y])
+    step.gram = stack @ stack.T
+    step.run(estimate=3, ema=0.5)
+    # y·y/(q·y), but at most a residual away from ρ; at ρ = 0 it has no side to lie on.
+    s = {2.0: 2.5, -2.0: -2.5, 0.5: 1.5, 0.0: 0.0}[rayleigh]
+    assert float(step["h"]) == float(step["center"]) == pytest.approx(s, rel=1e-14)
+    assert float(step["h_ema"]) == pytest.approx((s + 1.0) / 2)
+    before = 5.0 + 9.0 / 5.0
+    expected = math.hypot(1.0, s - rayleigh) + abs(s - before) / 2
+    assert float(step["width"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -67,10 +129,59 @@ def test_growth_gives_the_curvature_of_every_vector(sign, momentum):
     step = Step(3, sign=sign, momentum=momentum).run(estimate=1)
     for i in range(3):
         rate = 0.17 * sign
-        expected = panel_reference.curvature_of_growth(
+        expected = reference.curvature_of_growth(
             float(step["exponent"][i]), rate, momentum, "growth"
         )
         assert math.isclose(float(step["h"][i]), expected, rel_tol=1e-12)
+
+
+def test_the_paper_mode_converges_to_its_own_value():
+    # λ = 1 at β·h = e − 1, and h is read as λ/β: low by e − 1.
+    state = ops.new_state("cpu", perturbation=SIZE, beta=1.0)
+    for _ in range(60):
+        beta = scalar(state, 1, "beta")
+        curvature = torch.full((N,), 17.9, dtype=F64)
+        step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), curvature=curvature, beta=beta)
+        ops.benettin_(state, step.gram, LOSSES, 1, estimate=2, alternate=False)
+    assert math.isclose(scalar(state, 1, "exponent"), 1.0, rel_tol=1e-6)
+    assert math.isclose(scalar(state, 1, "h"), 17.9 / (math.e - 1), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("growth", [1e-6, 1e-3, 0.1, 1.0, math.e - 1, 40.0])
+def test_the_growth_of_an_eigenvector_gives_its_eigenvalue(sign, momentum, growth):
+    # The larger root of μ² − (1 + m + b·h)·μ + m = 0, which p' = m·p + h·q, q' = q + b·p' grow by.
+    rate = sign * 0.05
+    trace = 1 + momentum + growth
+    mu = (trace + math.sqrt(trace * trace - 4 * momentum)) / 2
+    exponent = math.log(mu) if momentum else math.log1p(growth)
+    measured = _C.curvature_of_growth(exponent, rate, momentum, ops.ESTIMATES["growth"])
+    # log and the subtractions leave 1e-15 of a growth of 1 + bh.
+    assert math.isclose(measured, growth / rate, rel_tol=1e-13 + 1e-14 / growth)
+
+
+@pytest.mark.parametrize(("sign", "h"), [(1, -0.4), (-1, 0.4)])
+def test_an_eigenvector_that_shrinks_gives_its_eigenvalue(sign, h):
+    rate = 0.5 * sign
+    measured = _C.curvature_of_growth(math.log1p(rate * h), rate, 0.0, ops.ESTIMATES["growth"])
+    assert math.isclose(measured, h, rel_tol=1e-13)
+
+
+def test_curvatures_of_growth_in_the_papers_terms_and_where_there_is_none():
+    growth, paper = ops.ESTIMATES["growth"], ops.ESTIMATES["paper"]
+    assert _C.curvature_of_growth(0.5, 0.25, 0.0, paper) == 2.0
+    heavy = _C.curvature_of_growth(0.5, -0.25, 0.9, paper)
+    assert math.isclose(heavy, -(0.25 + 0.05) / 0.25, rel_tol=1e-15)
+    assert not math.isfinite(_C.curvature_of_growth(0.5, 0.0, 0.0, growth))
+    assert not math.isfinite(_C.curvature_of_growth(800.0, 1.0, 0.9, growth))
+
+
+def test_the_average_starts_at_the_first_value():
+    state = ops.new_state("cpu", perturbation=SIZE, beta=0.5)
+    for h, expected in ((2.0, 2.0), (4.0, 2.2), (4.0, 2.38)):
+        after = eigen_step(state, h, ema=0.9, alternate=False)
+        assert math.isclose(after["h_ema"], expected, rel_tol=1e-14)
 
 
 def test_two_sides_are_averaged_and_their_difference_widens_the_bar():
@@ -95,16 +206,16 @@ def test_two_sides_are_averaged_and_their_difference_widens_the_bar():
 def test_steps_converge_to_both_ends_of_a_spectrum():
     curvature = torch.linspace(-3, 7, N, dtype=F64) ** 3 / 10
     for sign in (1, -1):
-        state = ops.new_panel_state("cpu", 4, perturbation=SIZE, beta=0.0)
+        state = ops.new_state("cpu", 4, perturbation=SIZE, beta=0.0)
         q = orthonormal(4)
         for _ in range(400):
             beta = scalar(state, 4, "beta")
             step = Step(4, carried=q, curvature=curvature, sign=sign, beta=beta)
             ops.benettin_(state, step.gram, LOSSES, 4, sign=sign)
-            q = ops.panel_field(state, 4, "transform").T @ step.d
+            q = ops.state_field(state, 4, "transform").T @ step.d
         wanted = curvature.sort(descending=sign > 0).values[:4]
-        found = ops.panel_field(state, 4, "rayleigh")
-        bar = ops.panel_field(state, 4, "width")
+        found = ops.state_field(state, 4, "rayleigh")
+        bar = ops.state_field(state, 4, "width")
         assert ((found - wanted).abs() <= bar + 1e-9).all() and (bar < 0.5).all()
 
 
@@ -139,6 +250,31 @@ def test_ritz_values_of_spectra_that_are_hard_to_take_apart(k, spectrum):
     torch.testing.assert_close(q @ q.T, SIZE**2 * torch.eye(k, dtype=F64), rtol=0, atol=1e-15)
     growth = (1 + step.rate * wanted).abs().log()
     torch.testing.assert_close(step["exponent"], growth, rtol=0, atol=1e-12)
+
+
+MATRICES = {
+    "random": lambda value, i, j: value,
+    "graded": lambda value, i, j: value * 10.0 ** -(i + j).double(),
+    "near a multiple of 1": lambda value, i, j: torch.where(i == j, 3.0, 1e-14 * value),
+    "zeros on the diagonal": lambda value, i, j: ((i + j) % 2).double(),
+}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 14, 31, 32])
+def test_ritz_values_of_matrices_that_are_hard_to_take_apart(k, kind):
+    drawn = torch.rand(k, k, generator=torch.manual_seed(k), dtype=F64) * 2 - 1
+    i, j = torch.arange(k)[:, None], torch.arange(k)[None, :]
+    matrix = MATRICES[kind](drawn.tril() + drawn.tril(-1).T, i, j)
+    step = Step(k, carried=SIZE * torch.eye(k, N, dtype=F64), beta=0.01)
+    stack = torch.cat([step.c, matrix @ step.c])
+    step.gram = stack @ stack.T
+    step.run()
+    wanted = torch.linalg.eigvalsh(matrix).flip(0)
+    limit = 2e-14 * k * float(matrix.abs().max())
+    torch.testing.assert_close(step["rayleigh"], wanted, rtol=0, atol=limit)
+    q = step["transform"].T @ (step.c + 0.01 * matrix @ step.c)
+    torch.testing.assert_close(q @ q.T, SIZE**2 * torch.eye(k, dtype=F64), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("factor", [1e-8, 1e-100, 1e100])

@@ -7,8 +7,9 @@ import math
 import torch
 
 from lyapcuda import ops
-from lyapcuda.ops import panel_reference
-from ops_cases import F64, assert_same_bits
+from lyapcuda.ops import reference
+from op_inputs import F64, assert_same_bits
+from op_table import assert_close_states
 
 N = 200
 LOSSES = torch.tensor([0.3, 0.4], dtype=F64)
@@ -16,7 +17,7 @@ SIZE = 0.1  # Δq
 
 
 def scalar(state, k, name):
-    return float(ops.panel_field(state, k, name))
+    return float(ops.state_field(state, k, name))
 
 
 def orthonormal(k, seed=0, n=N):
@@ -25,7 +26,7 @@ def orthonormal(k, seed=0, n=N):
 
 
 class Step:
-    """One step of a panel C with y = C·H (+ noise), as panel_ascent_ would sum it up."""
+    """One step of a panel C with y = C·H (+ noise), as ascent_ would sum it up."""
 
     def __init__(
         self, k, *, seed=0, carried=None, curvature=None, sign=1, momentum=0.0, realised=False,
@@ -42,7 +43,7 @@ class Step:
         self.m = self.c + 1e-4 * SIZE * normal() if realised else self.c
         self.y = self.m * self.h + noise * SIZE * normal()
         values = {"perturbation": SIZE, "beta": 0.17, **state}
-        self.state = ops.new_panel_state("cpu", k, **values)
+        self.state = ops.new_state("cpu", k, **values)
         self.rate = sign * float(values["beta"])
         w = self.y + momentum * SIZE * normal() if momentum else self.y
         self.d = self.c + self.rate * w
@@ -59,8 +60,8 @@ class Step:
         return self
 
     def __getitem__(self, name):
-        value = ops.panel_field(self.state, self.k, name)
-        shape = ops.panel_fields(self.k)[name][1]
+        value = ops.state_field(self.state, self.k, name)
+        shape = ops.state_fields(self.k)[name][1]
         return value.clone() if shape else float(value)
 
 
@@ -93,23 +94,10 @@ def check(step, losses=LOSSES, **options):
     """Holds the op against the oracle; returns the fields after it."""
     k = step.k
     options = step.options(**options)
-    expected = panel_reference.benettin_(step.state, step.gram, losses, k, **options)
+    expected = reference.benettin_(step.state, step.gram, losses, k, **options)
     gram, before = step.gram.clone(), losses.clone()
     ops.benettin_(step.state, step.gram, losses, k, **options)
     assert_same_bits(step.gram, gram)
     assert_same_bits(losses, before)
-    for name in ops.panel_fields(k):
-        actual = ops.panel_field(step.state, k, name)
-        wanted = ops.panel_field(expected, k, name)
-        # A residual is the root of a difference of terms of the size of ‖H‖².
-        loose = name in ("residual", "width")
-        size = float(wanted.nan_to_num().abs().max())
-        torch.testing.assert_close(
-            actual,
-            wanted,
-            rtol=0,
-            atol=1e-5 if loose else 1e-10 * max(size, 1e-300),
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    assert_close_states(step.state, expected, k)
     return step

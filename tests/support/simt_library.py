@@ -20,6 +20,7 @@ import hashlib
 import os
 import platform
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ LIBRARIES = ("simt", "simt reverse", "cuda")
 COPIED = "simt copied"
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS += ["-DLYAPCUDA_SIMT"]
 #: Of the emulated device. A few, so that blocks take several chunks each.
 PROCESSORS = 2
 #: Tensors a launch, on the emulator and on a GPU.
@@ -73,14 +75,11 @@ def contraction_flags() -> list[str]:
     return ["-ffp-contract=fast", "-DLYAPCUDA_CONTRACT", *fma]
 
 
-def _sources() -> list[tuple[Path, list[str]]]:
-    """(source, definitions of its own)."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / "csrc/sources.txt").open()]
-    cuda = [(ROOT / "csrc" / line, []) for line in lines if line.endswith(".cu")]
-    # The schemas, under the library's own name.
-    schemas = (ROOT / "csrc" / "ops.cpp", ["-Dlyapcuda=lyapcuda_simt"])
-    emulator = (ROOT / "csrc" / "simt" / "simt.cpp", [])
-    return [schemas, emulator, (Path(__file__).with_name("simt_switches.cpp"), []), *cuda]
+def _sources() -> list[Path]:
+    """Those of the CUDA backend, the emulator, and its switches."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    own = [ROOT / "csrc/simt/simt.cpp", Path(__file__).with_name("simt_switches.cpp")]
+    return [*own, *(ROOT / source for source in setup["sources"]("cuda"))]
 
 
 def _digest(*parts: bytes | str) -> str:
@@ -105,7 +104,7 @@ def build() -> Path:
 def _built(folder: Path) -> Path:
     compiler = os.environ.get("CXX", "c++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    headers = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cuh"))
+    headers = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cuh", ".inc"))
     texts = [path.read_bytes() for path in headers]
     flags = [*FLAGS, *contraction_flags()]
     common = _digest(version.stdout, torch.__version__, torch.__file__, *flags, *texts)
@@ -121,15 +120,14 @@ def _built(folder: Path) -> Path:
             raise RuntimeError(f"{target.stem} of the emulated library:\n{done.stderr}")
         unfinished.replace(target)
 
-    def compiled(source: Path, definitions: list[str]) -> Path:
-        digest = _digest(common, source.read_bytes(), *definitions)
-        target = folder / f"{source.stem}-{digest}.o"
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.stem}-{_digest(common, source.read_bytes())}.o"
         if not target.exists():
-            run(target, [*flags, *definitions, *includes, "-c", source])
+            run(target, [*flags, *includes, "-c", source])
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda item: compiled(*item), _sources()))
+        objects = list(pool.map(compiled, _sources()))
     library = folder / f"lyapcuda_simt-{_digest(*(o.name for o in objects))}.so"
     if not library.exists():
         torch_libraries = cpp_extension.library_paths()

@@ -1,0 +1,37 @@
+"""Digests of all that the ops leave, a line a call: to compare builds, instruction sets, threads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from op_inputs import LARGE, bits, tensors_of
+from op_table import ROWS, Row
+
+SIZES = [5, 9001, 0, (), (3, 11)]
+
+
+def digest(row: Row, form: str, sizes: list, k: int, dtypes: tuple, **options) -> str:
+    arguments = row.arguments(row.inputs(sizes, k, *dtypes, **options), form)
+    whole, result = hashlib.sha256(), row.call(arguments)
+    for tensor in tensors_of([result, arguments]):
+        whole.update(bits(tensor).numpy().tobytes())
+    return f"{row.name}, {form}, k = {k}, {dtypes[1]}: {whole.hexdigest()[:16]}"
+
+
+def lines() -> Iterator[str]:
+    for row in ROWS:
+        for dtypes in row.dtypes:
+            for form in row.forms:
+                for k in {1, 5, 14} & set(row.counts):
+                    yield digest(row, form, SIZES, k, dtypes, shift=k % 2)
+                if not row.scalars:  # several blocks, and runs of them
+                    yield digest(row, form, [70001, 7], max(1, row.counts[0]), dtypes, gap=16)
+    for row in ROWS:  # around the cache
+        if row.segments and not row.scalars:
+            yield digest(row, list(row.forms)[0], [LARGE], 1, row.dtypes[0], gap=16)
+
+
+if __name__ == "__main__":
+    for line in lines():
+        print(line)
