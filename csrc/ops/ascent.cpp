@@ -129,7 +129,7 @@ namespace {
 
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vector<int64_t> offsets,
                Tensor state, int64_t sign, double weight_decay,
-               std::optional<std::vector<Tensor> > theta, double momentum, std::optional<Tensor> p,
+               std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
                std::optional<Tensor> p_next) {
   const Device device = device_of(q, "q");
   check_panel(q, "q", kMaxK, device);
