@@ -61,7 +61,7 @@ def as_cuda(source: str) -> str:
     """A file beside the build that is the source by a name that torch compiles with nvcc."""
     stub = ROOT / "build" / "cuda_sources" / Path(source).with_suffix(".cu").name
     stub.parent.mkdir(parents=True, exist_ok=True)
-    text = f'#include "{ROOT / source}"\n'
+    text = f'#include "{(ROOT / source).resolve()}"\n'
     if not stub.exists() or stub.read_text() != text:
         stub.write_text(text)
     return str(stub.relative_to(ROOT))

@@ -213,9 +213,7 @@ def comparison(old: Sequence[Row], new: Sequence[Row], renames: Sequence[str]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], fromfile_prefix_chars="@"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], fromfile_prefix_chars="@")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
     parser.add_argument("--source", nargs="+", metavar="STEM", help="only these sources")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")

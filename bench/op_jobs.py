@@ -8,6 +8,7 @@ in float32. Scalars are numbers on the host, which costs eager code nothing here
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -63,15 +64,17 @@ class Data:
         self.g1 = torch.empty(k, n, device=self.device).normal_(std=TINY)
         flat = {name: torch.empty(n, device=self.device).normal_() for name in ("theta", "g0")}
         bounds = [i * n // self.tensors for i in range(self.tensors + 1)]
-        self.offsets, self.sizes = bounds[:-1], [b - a for a, b in zip(bounds, bounds[1:])]
-        spans = list(zip(bounds, bounds[1:]))
+        spans = list(itertools.pairwise(bounds))
+        self.offsets, self.sizes = bounds[:-1], [b - a for a, b in spans]
         # Each a tensor of its own where there are several, as a model's parameters are.
         self.theta = [flat["theta"][a:b].clone() for a, b in spans]
         self.g0 = [flat["g0"][a:b].mul_(TINY).clone() for a, b in spans]
         self.one = torch.empty(n, device=self.device).normal_(std=SIZE / n**0.5)
-        turn = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))[0] if k > 1 else torch.ones(1, 1)
         # A rotation: repeated in place, panels keep their size.
-        self.turn = turn.double().to(self.device).contiguous()
+        turn = torch.ones(1, 1, dtype=torch.float64)
+        if k > 1:
+            turn = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))[0].contiguous()
+        self.turn = turn.to(self.device)
         self.small = self.turn.float()
         self.state = ops.new_state(
             self.device, k, perturbation=SIZE, beta=0.5, pending=1.0, accepted=1.0, h_ema=1e3,
@@ -83,7 +86,7 @@ class Data:
 
     def spans(self, tile: int | None) -> Iterator[tuple[int, int, int]]:
         """(tensor, first element, one past the last) of every tile, within one tensor each."""
-        for number, (offset, size) in enumerate(zip(self.offsets, self.sizes)):
+        for number, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             for start in range(0, size, tile or size):
                 yield number, offset + start, offset + min(start + (tile or size), size)
 
@@ -175,7 +178,7 @@ def ascent(data: Data, momentum: bool = False) -> Job:
 
         def call() -> Tensor:
             sums.zero()
-            for (q, y, rows, g1, g0, d), extra in zip(views, beside):
+            for (q, y, rows, g1, g0, d), extra in zip(views, beside, strict=True):
                 torch.sub(g1, g0, out=y)
                 if extra:
                     torch.add(y, extra[0], alpha=m, out=extra[1])

@@ -58,8 +58,7 @@ def quotients(name: str, activation: str, lr: float, folder: str) -> list[str]:
     lines = []
     for part in PARTS:
         state = settled.state_dict()
-        field = lyapcuda.ops.STATE_FIELDS.index("perturbation")
-        state["separations"][0]["state"][field] *= part
+        lyapcuda.ops.state_field(state["separations"][0]["state"], 1, "perturbation").mul_(part)
         tracker = lyapcuda.CurvatureTracker(parameters, weight_decay=DECAY)
         tracker.load_state_dict(state)
         tracker.step(loss)  # still at the old size

@@ -245,9 +245,9 @@ def host_floor() -> list[str]:
     parameters = list(small_gpt2().parameters())
     Cheap.apply(*parameters).backward()
     places, gradients = [p.data for p in parameters], [p.grad for p in parameters]
-    copies = [place.clone() for place in places]
-    flat = [torch.zeros(64 * len(parameters)) for _ in range(2)]
+    q, d = (torch.zeros(1, 64 * len(parameters)) for _ in range(2))
     offsets = list(range(0, 64 * len(parameters), 64))
+    copies = [d[0, at : at + p.numel()].view_as(p) for at, p in zip(offsets, places, strict=True)]
     state = ops.new_state("cpu", perturbation=1e-3, beta=0.1)
     losses = torch.zeros(2, dtype=torch.float64)
 
@@ -260,8 +260,8 @@ def host_floor() -> list[str]:
             parameter.grad = gradient
 
     def update() -> None:
-        ops.recenter_(copies, *flat, places, offsets, state)
-        ops.exponent_(state, ops.ascent_(*flat, gradients, copies, offsets, state), losses)
+        ops.recenter_(q, d, d, places, offsets, state)
+        ops.benettin_(state, ops.ascent_(d, q, gradients, d, offsets, state), losses, 1)
 
     def surroundings() -> None:
         kept = RandomStates(())
@@ -275,7 +275,7 @@ def host_floor() -> list[str]:
         ],
         "`.grad` put back": put_back,
         "a gradient copied to where θ + q lay": lambda: torch._foreach_copy_(copies, gradients),
-        "`recenter_`, `ascent_`, `exponent_`": update,
+        "`recenter_`, `ascent_`, `benettin_`": update,
         "random states kept, put back twice": surroundings,
     }
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""One group of ops held against the CPU backend: a line an op, whatever the others do.
+"""The ops of a module held against the CPU backend: a line an op, whatever the others do.
 
-    python -m gpu.ops_like_cpu GROUP [--rehearse]       # groups: gpu.stages.OP_GROUPS
+    python -m gpu.ops_like_cpu MODULE [--rehearse]      # of lyapcuda.ops: gpu.stages.OP_MODULES
 
 Calls are those of the tests' table of ops. Elements are the CPU's to the bit; sums, and what is
 worked out from them, to their last digits.
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gpu.lines import Lines
 from gpu.processes import ROOT
-from gpu.stages import OP_GROUPS
+from gpu.stages import OP_MODULES
+from lyapcuda import ops
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 import simt_library  # noqa: E402
@@ -31,6 +32,12 @@ from op_table import ROWS, Row  # noqa: E402
 SIZES = ([5, 33], [70001, 33, 4097], [k % 41 for k in range(simt_library.SEGMENTS + 6)])
 #: Relative to the largest number of the tensor: sums of doubles in another order.
 SUMS = 1e-12
+
+
+def ops_of(module: str) -> list[str]:
+    """Those that the table has, in its order."""
+    names = dict.fromkeys(row.op for row in ROWS)
+    return [name for name in names if getattr(ops, name).__module__ == f"lyapcuda.ops.{module}"]
 
 
 def check(row: Row, form: str, sizes: list[int], k: int, library: str) -> None:
@@ -83,11 +90,11 @@ def one(name: str, library: str) -> Mapping[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("group", choices=OP_GROUPS)
+    parser.add_argument("module", choices=OP_MODULES)
     parser.add_argument("--rehearse", action="store_true", help="on the emulator")
     options = parser.parse_args()
     lines, right = Lines.of_environment(), True
-    for name in OP_GROUPS[options.group]:
+    for name in ops_of(options.module):
         line = one(name, "simt copied" if options.rehearse else "cuda")
         lines.write("op", **line)
         print(f"{name}: {line['fault'] or 'right'}", flush=True)

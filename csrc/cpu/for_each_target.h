@@ -10,6 +10,7 @@ namespace lyapcuda::cpu::baseline {
 
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 #include "elementwise.inc"
 
 #include LYAPCUDA_SOURCE
@@ -29,6 +30,7 @@ namespace lyapcuda::cpu::avx2 {
 
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 #include "elementwise.inc"
 
 #include LYAPCUDA_SOURCE

@@ -40,7 +40,9 @@ struct NewtonDescend {
     if constexpr (kBuffer) held = m.read(a.buffer);
     theta = theta - direction<kMomentum, false>(theta, gradient, held, factors) * rate;
     LYAPCUDA_UNROLL_BY(4)
-    for (int row = 0; row < rows; ++row) theta = theta - m.read(a.panel + row * a.n) * weights[row];
+    for (int row = 0; row < rows; ++row) {
+      theta = without_row(theta, m.read(a.panel + row * a.n), weights[row]);
+    }
     m.write(Listed<0>{}, theta);
   }
 

@@ -28,7 +28,14 @@ LYAPCUDA_INLINE Pack<T, N> operator-(const Pack<T, N>& a, const Pack<T, N>& b) {
   for (int k = 0; k < N; ++k) out.of[k] = a.of[k] - b.of[k];
   return out;
 }
-// Rounded: never contracted with a sum.
+// Products are rounded: never contracted with a sum.
+template <class T, int N>
+LYAPCUDA_INLINE Pack<T, N> operator*(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = product(a.of[k], b.of[k]);
+  return out;
+}
 template <class T, int N>
 LYAPCUDA_INLINE Pack<T, N> operator*(const Pack<T, N>& a, T b) {
   Pack<T, N> out;
@@ -59,5 +66,6 @@ LYAPCUDA_INLINE void accumulate(Accumulator& sum, const Pack<T, N>& a, const Pac
 
 #include "../elements/ascent.h"
 #include "../elements/direction.h"
+#include "../elements/rows.h"
 
 }  // namespace lyapcuda::kernels

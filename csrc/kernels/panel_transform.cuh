@@ -2,6 +2,7 @@
 // ascending, each product and each sum rounded in T.
 #pragma once
 
+#include "pack.cuh"
 #include "panel.cuh"
 
 namespace lyapcuda::kernels {
@@ -89,7 +90,8 @@ struct Transform {
     for (int c = 0; c < kColumns; ++c) {
       LYAPCUDA_UNROLL
       for (int k = 0; k < kStep; ++k) {
-        out[c][k] = kFirst ? product(x[k], m[c]) : out[c][k] + product(x[k], m[c]);
+        const Pack<T, 1> element{x[k]}, sum{out[c][k]};
+        out[c][k] = (kFirst ? element * m[c] : with_row(sum, element, m[c])).of[0];
       }
     }
   }

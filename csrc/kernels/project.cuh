@@ -1,6 +1,5 @@
 // w −= Σ_i T(c_i)·v_i, i ascending, and the products of the new w with every v_i and itself, in one
-// pass over v: a tile of v stays in shared memory between the two. The arithmetic of w is that of
-// cpu/project.inc, to the bit.
+// pass over v: a tile of v stays in shared memory between the two.
 //
 //   project<T, kRows>   any grid of kThreads, up to ceil(n / kProjectLength<T, kRows>) of use;
 //                       kRows: the first of 16, 32, 129 that has room for one more row than v's
@@ -8,6 +7,7 @@
 //   project_finish      (project_finish.cuh) partial to the rows + 1 sums
 #pragma once
 
+#include "pack.cuh"
 #include "project_finish.cuh"
 #include "row_sums.cuh"
 
@@ -60,11 +60,13 @@ __global__ void __launch_bounds__(kThreads, project_blocks(kRows))
     Tile<T, kRows>& tile = memory.tiles[slot];
     __syncthreads();
     if (e < kLength) {
-      T w = place.w;
+      Pack<T, 1> w{place.w};
       LYAPCUDA_UNROLL_BY(4)
-      for (int i = 0; i < a.rows; ++i) w -= product(memory.coefficients[i], tile.row(i)[e]);
-      if (e < place.length) a.w[place.begin + e] = w;
-      tile.row(a.rows)[e] = w;
+      for (int i = 0; i < a.rows; ++i) {
+        w = without_row(w, Pack<T, 1>{tile.row(i)[e]}, memory.coefficients[i]);
+      }
+      if (e < place.length) a.w[place.begin + e] = w.of[0];
+      tile.row(a.rows)[e] = w.of[0];
     }
     __syncthreads();
     sums.add(tile, a.rows + 1, a.rows);

@@ -1,4 +1,4 @@
-// Rows of partial sums to the rows + 1 sums they are of: what project and panel_slopes end with.
+// Rows of partial sums to the rows + 1 sums they are of: what project and slopes end with.
 //
 //   project_finish      project_finish_blocks(rows) of kThreads
 //

@@ -72,9 +72,9 @@ template <class T, class P, bool kRealised, bool kMomentum>
 struct AscentArguments : ElementwiseArguments {
   static constexpr int kRows = 2 + kRealised + kMomentum;
   static constexpr int kSums = kRows * (kRows + 1) / 2;
-  // At 64 registers a thread; with all streams around 16-bit storage that would spill, and a thread
-  // has seven loads in flight, so three do.
-  static constexpr int kBlocks = kRealised && kMomentum && sizeof(P) == 2 ? 3 : 4;
+  // At 64 registers a thread. With all streams and sums that would spill; a thread has seven loads
+  // in flight then, so three do.
+  static constexpr int kBlocks = kRealised && kMomentum ? 3 : 4;
 
   T* d;  // may be q, or lie where g1 does
   const T* q;
@@ -129,7 +129,7 @@ namespace {
 
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vector<int64_t> offsets,
                Tensor state, int64_t sign, double weight_decay,
-               std::optional<std::vector<Tensor> > theta, double momentum, std::optional<Tensor> p,
+               std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
                std::optional<Tensor> p_next) {
   const Device device = device_of(q, "q");
   check_panel(q, "q", kMaxK, device);

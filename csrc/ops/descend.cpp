@@ -96,7 +96,7 @@ namespace {
 
 Tensor descend_(std::vector<Tensor> theta, std::vector<Tensor> gradient, Tensor state, double gain,
                 double max_lr, double weight_decay, double momentum, bool nesterov,
-                std::optional<Tensor> buffer, std::optional<std::vector<int64_t> > offsets,
+                std::optional<Tensor> buffer, std::optional<std::vector<int64_t>> offsets,
                 std::optional<Tensor> factor, std::optional<Tensor> panel,
                 std::optional<Tensor> slopes) {
   const Device device = device_of(state, "state");

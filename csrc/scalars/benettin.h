@@ -16,6 +16,9 @@ struct BenettinOptions {
   bool rotate;    // take the next separations along the Ritz vectors; false: plain Gram-Schmidt
 };
 
+// ‖d‖²/‖q‖² below which d is rounding: the copies met.
+constexpr double kVanished = 1e-14;
+
 // A spread of squared lengths beyond which one orthonormalisation leaves too few digits.
 constexpr double kAgain = 1e6;
 
@@ -57,6 +60,9 @@ LYAPCUDA_HOST_DEVICE inline bool orthonormalise(const Team& team, int k, const N
     s.dd(i, j) = s.dd(j, i) = sum;
   }
   team.sync();
+  for (*met = 0; *met < k; ++*met) {
+    if (!(s.dd(*met, *met) > mul(kVanished, s.cc[*met]))) return false;
+  }
   *met = cholesky(team, k, s.dd, s.l, kMet);
   if (*met < k) return false;
   solve_right(team, k, s.l, s.u);
@@ -151,13 +157,21 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
       state(StateMatrix::transform, i, j) = mul(s.u(i, j), scale);
     }
   }
+  // With β = 0 nothing was stepped. What would have grown, had the rate been that of the next step,
+  // follows from the same products.
+  const bool first = beta == 0.0 && step.control && parted;
+  if (first && team.rank == 0) benettin_control(state, s, step, parted);
+  team.sync();
   for (int i = team.rank; i < k; i += team.size) {
     double h = state(StateVector::center, i);
-    if (parted && beta != 0.0) {  // (β = 0: nothing was stepped, so nothing grew)
-      const double lambda = std::log(s.l(i, i) / std::sqrt(s.cc[i]));
+    if (parted && (beta != 0.0 || first)) {
+      const double next = mul(step.sign, state(StateScalar::beta));
+      const double b = first ? next : rate;
+      const double lambda = first ? expected_exponent(next, s.ritz[i], s.yy[i] / s.mm[i])
+                                  : std::log(s.l(i, i) / std::sqrt(s.cc[i]));
       state(StateVector::exponent, i) = lambda;
       if (of_growth(step.estimate)) {
-        const double measured = curvature_of_growth(lambda, rate, step.momentum, step.estimate);
+        const double measured = curvature_of_growth(lambda, b, step.momentum, step.estimate);
         if (std::isfinite(measured)) h = measured;
       }
     }
@@ -174,7 +188,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
   }
   state(StateScalar::pending) = parted ? 1.0 : 0.0;
   state(StateScalar::again) = parted && widest / narrowest > kAgain ? 1.0 : 0.0;
-  if (step.control) benettin_control(state, s, step, parted);
+  if (step.control && !first) benettin_control(state, s, step, parted);
   // With a β of the user's the copies would meet again: another in the place of the separation that
   // has most of what was lost. (Where rounding left no finite column, met is k.)
   int largest = k;

@@ -43,6 +43,11 @@ LYAPCUDA_HOST_DEVICE inline double curvature_of_growth(double lambda, double b, 
   return std::expm1(lambda) / b * (momentum == 0.0 ? 1.0 : (growth - momentum) / growth);
 }
 
+// The exponent along a vector of that Rayleigh quotient and squared secant ‖y‖²/‖q‖², under rate b.
+LYAPCUDA_HOST_DEVICE inline double expected_exponent(double b, double rayleigh, double square) {
+  return 0.5 * std::log(1.0 + (mul(mul(2.0, b), rayleigh) + mul(mul(b, b), square)));
+}
+
 LYAPCUDA_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (!std::isfinite(values[i])) return false;

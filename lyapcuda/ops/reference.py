@@ -226,16 +226,23 @@ def benettin_(
     last = 2 + realised
     dd = block(last, last) if momentum else cc + rate * (cy + cy.T) + rate**2 * yy
     dd = v.T @ dd @ v
-    factor = _cholesky((dd + dd.T) / 2)
+    vanished = (dd.diag() <= 1e-14 * before).tolist()
+    factor = None if any(vanished) else _cholesky((dd + dd.T) / 2)
     met = factor is None
     h = s["center"].clone()
+    # With β = 0 nothing was stepped: what would have grown at the next rate.
+    first = beta == 0 and control and not met
+    if first:
+        s["beta"].fill_(_next_rate(s, values, residual, secant, sign, name, met))
+        rate = sign * float(s["beta"])
     if not met:
         s["r"] = factor.T
         side = -1.0 if alternate else 1.0
         scaled = v * (side * float(s["perturbation"]))
         s["transform"] = torch.linalg.solve_triangular(s["r"], scaled, upper=True, left=False)
-        if beta != 0:
-            s["exponent"] = (s["r"].diag() / before.sqrt()).log()
+        if beta != 0 or first:
+            growth = 1 + 2 * rate * values + rate**2 * secant**2
+            s["exponent"] = growth.log() / 2 if first else (s["r"].diag() / before.sqrt()).log()
             if name in ("growth", "paper"):
                 for i in range(k):
                     found = curvature_of_growth(float(s["exponent"][i]), rate, momentum, name)
@@ -245,10 +252,13 @@ def benettin_(
     s["again"].fill_(float(spread > 1e6))
     s["h"] = h
     s["h_ema"] = torch.where(s["h_ema"].isfinite(), ema * s["h_ema"] + (1 - ema) * h, h)
-    if control:
+    if control and not first:
         s["beta"].fill_(_next_rate(s, values, residual, secant, sign, name, met))
-    again = met and not control
-    _ask_reseed(s, int(v[:, _lost((dd + dd.T) / 2)].abs().argmax()) if again else k, k)
+    lost = k
+    if met and not control:
+        column = vanished.index(True) if any(vanished) else _lost((dd + dd.T) / 2)
+        lost = int(v[:, column].abs().argmax())
+    _ask_reseed(s, lost, k)
     s["accepted"].fill_(1.0)
     s["steps"] += 1
     return _pack(s)

@@ -1,6 +1,7 @@
 """The state of k separations: the float64 numbers that a step decides, in one vector on the device.
 
-csrc/state.h says what each field is. Scalars come first, then vectors of k, then k×k matrices.
+csrc/scalars/state.h says what each field is. Scalars come first, then vectors of k, then k×k
+matrices.
 """
 
 from __future__ import annotations

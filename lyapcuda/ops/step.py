@@ -120,8 +120,8 @@ def benettin_(
     A step that isn't finite only counts itself as skipped. Where the copies met there is no
     transform (``pending`` 0) and β is halved. Where β isn't ours to control, or a separation lies
     in the span of the others, the state asks for another in its place: see `reseed_`. With β = 0
-    nothing grows: such a step only measures, and makes the separations orthogonal. Nothing is read
-    back to the host.
+    a step only measures, and makes the separations orthogonal; its exponents are those that the
+    next step's β would have had. Nothing is read back to the host.
 
     Args:
         state: of k separations, written.

@@ -16,31 +16,38 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_first_step_sets_the_rate_alone(sign):
-    step = Step(4, beta=0.0, sign=sign, noise=0.3).run(estimate=1)
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_first_step_sets_the_rate_and_tells_the_growth_at_it(k, sign):
+    step = Step(k, beta=0.0, sign=sign, noise=0.3).run(estimate=1)
     value, residual = step["rayleigh"].abs(), step["residual"]
     seen = torch.hypot(value, residual) if sign > 0 else value + residual
     largest = float(seen.max())
     assert math.isclose(step["beta"], (math.e - 1) / largest, rel_tol=1e-10)
     assert math.isclose(step["bound"], largest, rel_tol=1e-10)
-    assert step["exponent"].isnan().all() and (step["pending"], step["again"]) == (1, 0)
-    assert_same_bits(step["h"], step["center"])
+    assert (step["pending"], step["again"]) == (1, 0)
+    rate = sign * float(step["beta"])
+    along = step["rayleigh"] / torch.hypot(step["rayleigh"], residual)  # of y, by its own length
+    secant = torch.hypot(step["rayleigh"], residual)
+    growth = (1 + 2 * rate * secant * along + (rate * secant) ** 2).sqrt()
+    torch.testing.assert_close(step["exponent"], growth.log(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step["h"], (growth - 1) / rate, rtol=1e-9, atol=1e-12)
     q = step["transform"].T @ step.c  # D = C
-    torch.testing.assert_close(q @ q.T, SIZE**2 * torch.eye(4, dtype=F64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(q @ q.T, SIZE**2 * torch.eye(k, dtype=F64), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("estimate", ops.ESTIMATES.values())
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_a_rate_of_zero_falls_back_on_the_quotient(estimate, momentum):
     curvature = torch.full((N,), 3.0, dtype=F64)
-    step = Step(1, curvature=curvature, beta=0.0).run(estimate=estimate)
+    step = Step(1, curvature=curvature, beta=0.0).run(estimate=estimate, control=False)
     assert math.isclose(step["h"], 3.0, rel_tol=1e-12) and step["h"] == step["center"]
     assert math.isnan(step["exponent"])
 
 
 def eigen_step(state, h, sign=1, **options):
     """A step of one separation that is an eigenvector of h."""
-    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), curvature=torch.full((N,), h, dtype=F64))
+    curvature = torch.full((N,), h, dtype=F64)
+    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), curvature=curvature)
     ops.benettin_(state, step.gram, LOSSES, 1, sign=sign, **options)
     return {name: scalar(state, 1, name) for name in ops.state_fields(1)}
 
@@ -64,6 +71,15 @@ def test_the_guard_remembers_the_unwanted_end_and_an_ascent_forgets_the_rest(sig
 @pytest.mark.parametrize("h", [0.0, 1e-320])
 def test_a_curvature_whose_inverse_is_no_number_leaves_the_rate(h):
     assert eigen_step(ops.new_state("cpu", perturbation=SIZE, beta=0.7), h)["beta"] == 0.7
+
+
+@pytest.mark.parametrize("apart, taken", [(1e-6, 1.0), (1e-8, 0.0)])
+def test_a_separation_of_nothing_but_rounding_is_not_taken(apart, taken):
+    """1 + βh = −apart: ‖d‖²/‖q‖² is 1e-12, or 1e-16, which the sums of d can't resolve."""
+    state = ops.new_state("cpu", perturbation=SIZE, beta=0.5)
+    after = eigen_step(state, -2.0 * (1 + apart))
+    assert (after["pending"], after["accepted"]) == (taken, 1.0)
+    assert taken or after["beta"] == 0.25
 
 
 @pytest.mark.parametrize("estimate", ops.ESTIMATES.values())

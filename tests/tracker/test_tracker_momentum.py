@@ -102,7 +102,7 @@ def resumed(tracker, bowl):
     return other, bowl
 
 
-#: What is done after a step that may not have been committed, before the next one.
+#: What is done after a step that may not have counted, before the next one.
 BETWEEN = {
     "nothing": lambda *both: both,
     "deepcopy": lambda *both: copy.deepcopy(both),
