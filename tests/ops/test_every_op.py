@@ -154,12 +154,11 @@ def python(*arguments, **environment):
     ).stdout.split("\n")
 
 
-def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
+def test_every_instruction_set_gives_the_same_bits():
     baseline = python(op_digests.__file__, LYAPCUDA_SIMD="baseline")
-    assert len(baseline) > 300
-    for count in (1, 2):
-        with threads(count):
-            assert [*op_digests.lines(), ""] == baseline
+    with threads(2):
+        found = list(op_digests.lines())
+    assert len(found) > 300 and [*found, ""] == baseline
 
 
 def test_the_instruction_set_can_be_turned_off():

@@ -27,8 +27,7 @@ EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
 #: What runs under AddressSanitizer: each list of arguments in a process of its own.
 RUNS = [
-    ["test_table.py", "-k", "(cpu or simt) and not reverse and (tail or kind or launch or nothing)"],
-    ["test_table.py", "-k", "(cpu or simt) and not reverse and (lie or anything or scalars)"],
+    ["test_table.py", "-k", "not reverse and (every_tail or alignment or lie or launch or scalars)"],
     ["test_wrong_arguments.py", "-k", "cpu"],
 ]
 #: A read beyond the end: of a tensor whose memory was taken away behind the element before.
