@@ -195,7 +195,9 @@ def demangled(symbols: Iterable[str]) -> dict[str, str]:
 
 def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
     """nvcc's, as setup.py and torch have them."""
-    defines = [f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]]
+    defines = [
+        f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]
+    ]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     flags = [*defines, *includes, *cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
     return [*flags, "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]

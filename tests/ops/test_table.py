@@ -10,7 +10,6 @@ import itertools
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -100,7 +99,9 @@ def test_more_tensors_than_a_launch_takes(backend, row, dtypes):
 
 @of_buffers
 def test_nothing_at_all(backend, row, dtypes):
-    for sizes, k in itertools.product(([], [0], [0] * (simt_library.SEGMENTS + 9)), few(row.counts)):
+    for sizes, k in itertools.product(
+        ([], [0], [0] * (simt_library.SEGMENTS + 9)), few(row.counts)
+    ):
         for form in row.forms:
             result = check(row, row.inputs(sizes, k, *dtypes, exact=True), form)
             if result is not None and not row.op.startswith("descend"):
