@@ -1,7 +1,8 @@
 """Whether a compiler that contracts would round the kernels otherwise than the CPU; needs no GPU.
 
-The extension is built with -fmad=false. This compiles its CUDA sources with -fmad=true, and fails where the PTX has a fused product on a line that doesn't ask for one: by fma(), or by a
-function of CUDA's library, which has its own. Such a product has to be mul() or product().
+The extension is built with -fmad=false. This compiles its CUDA sources with -fmad=true, and fails
+where the PTX has a fused product on a line that doesn't ask for one: by fma(), or by a function of
+CUDA's library, which has its own. Such a product has to be mul() or product().
 """
 
 from __future__ import annotations

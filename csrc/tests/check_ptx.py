@@ -123,7 +123,7 @@ def design_of_elements(op: str, arguments: list[str]) -> Design:
         rows = 2 + realised + heavy
         sums = rows * (rows + 1) // 2
         loads = flat + 2 + realised + heavy * flat  # q, g0, g1, θ, p
-        blocks = 3 if flat == 2 and realised and heavy else 4
+        blocks = 3 if realised and heavy else 4
         return Design(blocks, THREADS // 32 * sums * 8, loads, flat + heavy * flat)
     if op == "Recenter":
         heavy = flags[0] * flat  # p, taken back
@@ -195,7 +195,9 @@ def demangled(symbols: Iterable[str]) -> dict[str, str]:
 
 def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
     """nvcc's, as setup.py and torch have them."""
-    defines = [f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]]
+    defines = [
+        f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]
+    ]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     flags = [*defines, *includes, *cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
     return [*flags, "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]

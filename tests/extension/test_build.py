@@ -196,6 +196,15 @@ def test_every_source_is_built():
     assert built == found
 
 
+def test_every_op_is_compiled_for_both_backends_from_one_source():
+    ops = [name for name in SETUP["sources"]("cpu") if name.startswith("csrc/ops/")]
+    assert ops and set(ops) < set(SETUP["sources"]("cuda"))
+    # torch takes .cu alone for CUDA: a stub that finds the source from wherever it is compiled.
+    stub = ROOT / SETUP["as_cuda"](ops[0])
+    included = re.fullmatch(r'#include "(.+)"\n', stub.read_text())
+    assert stub.suffix == ".cu" and Path(included[1]) == (ROOT / ops[0]).resolve()
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm isn't here")
 def test_only_the_stable_abi_of_torch_is_used():
     """No C++ symbol of torch: then one build serves every torch from 2.11 on."""

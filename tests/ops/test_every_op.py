@@ -85,7 +85,10 @@ def test_the_versions_of_what_is_written_count(row):
         for name, versions in before.items():
             now = [t._version for t in tensors_of(arguments[name])]
             # With a panel descend_ only reads the buffer.
-            moved = name in row.written and (row.name, name) != ("descend_, along vectors", "buffer")
+            moved = name in row.written and (row.name, name) != (
+                "descend_, along vectors",
+                "buffer",
+            )
             pairs = list(zip(now, versions, strict=True))
             assert all(a > b if moved else a == b for a, b in pairs), (form, name)
 

@@ -78,7 +78,8 @@ def test_a_factor_multiplies_the_rate(factor):
     a = drawn(DESCEND, exact=True, factor=factor, momentum=0.5, gain=1.0)
     b = drawn(DESCEND, exact=True, factor=1.0, momentum=0.5, gain=factor)
     assert_same_bits(DESCEND.call(a), DESCEND.call(b))
-    for x, y in zip(tensors_of([a["theta"], a["buffer"]]), tensors_of([b["theta"], b["buffer"]])):
+    written = [tensors_of([x["theta"], x["buffer"]]) for x in (a, b)]
+    for x, y in zip(*written, strict=True):
         assert_same_bits(x, y)
 
 

@@ -1,4 +1,4 @@
-"""displace_, difference_, gram, combine_ and project_: what isn't finite, gates, what they are for."""
+"""displace_, difference_, gram, combine_ and project_: infinities, gates, what they are for."""
 
 import math
 

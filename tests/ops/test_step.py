@@ -201,7 +201,7 @@ def test_a_rate_that_is_no_rate_gives_no_finite_gram_matrix(beta):
         for form in FORMS:
             for k in (1, 2):
                 factor = 1e200 if dtype == F64 else 1.0
-                change = {"dtypes": (dtype, dtype), "change": lambda a: a["g1"].mul_(factor)}
+                change = {"dtypes": (dtype, dtype), "change": lambda a, by=factor: a["g1"].mul_(by)}
                 assert not called(form, k, beta=beta, **change)[1].isfinite().all()
 
 

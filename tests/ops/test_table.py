@@ -10,7 +10,6 @@ import itertools
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,13 +40,12 @@ of_buffers = pytest.mark.parametrize(
 EXAMPLES = int(os.environ.get("LYAPCUDA_EXAMPLES", "40"))
 
 
-@pytest.fixture(params=["cpu", *simt_library.HERE])
-def backend(request):
-    if request.param == "cpu":
-        yield request.param
-    else:
-        with simt_library.use(request.param):
-            yield request.param
+def turned(backend, cases):
+    """The cases, numbered. On the emulator the orders of warps take turns."""
+    for i, case in enumerate(cases):
+        if backend == "simt":
+            simt_library.simt(simt_library.ORDERS[i % 3])
+        yield i, case
 
 
 def samples(backend, row, *lists):
@@ -66,7 +64,8 @@ def few(counts):
 
 @of_buffers
 def test_every_tail(backend, row, dtypes):
-    for i, (size, exact, k, form) in enumerate(samples(backend, row, TAILS, (True, False))):
+    cases = samples(backend, row, TAILS, (True, False))
+    for i, (size, exact, k, form) in turned(backend, cases):
         options = {"exact": exact, "gap": i % 2 * 5, "shift": i % 3, "seed": i}
         check(row, row.inputs([size], k, *dtypes, **options), form)
 
@@ -74,7 +73,8 @@ def test_every_tail(backend, row, dtypes):
 @of_buffers
 def test_long_tails(backend, row, dtypes):
     tails = LONG_TAILS if row.segments else LONG_TAILS[:-1]
-    for i, (size, k) in enumerate(itertools.product(tails, few(row.counts)[-2:])):
+    cases = itertools.product(tails, few(row.counts)[-2:])
+    for i, (size, k) in turned(backend, cases):
         form = list(row.forms)[i % len(row.forms)]
         for exact in (True, False) if backend == "cpu" else (i % 2 == 0,):
             check(row, row.inputs([size], k, *dtypes, exact=exact, shift=i % 2, seed=i), form)
@@ -83,7 +83,7 @@ def test_long_tails(backend, row, dtypes):
 @of_buffers
 def test_segments_of_every_kind_and_alignment(backend, row, dtypes):
     layouts = list(itertools.product((0, 1, 3), (0, 1, 5, 16)))
-    for i, (shift, gap) in enumerate(layouts * (3 if backend == "cpu" else 1)):
+    for i, (shift, gap) in turned(backend, layouts * (3 if backend == "cpu" else 1)):
         k, form = row.counts[i % len(row.counts)], list(row.forms)[i % len(row.forms)]
         options = {"exact": i % 2 == 0, "gap": gap, "shift": shift, "seed": i}
         check(row, row.inputs(SEGMENTS, k, *dtypes, **options), form)
@@ -91,7 +91,8 @@ def test_segments_of_every_kind_and_alignment(backend, row, dtypes):
 
 @of_buffers
 def test_more_tensors_than_a_launch_takes(backend, row, dtypes):
-    for more, exact in ((0, True), (1, False), (simt_library.SEGMENTS + 3, True)):
+    cases = [(0, True), (1, False), (simt_library.SEGMENTS + 3, True)]
+    for _, (more, exact) in turned(backend, cases):
         sizes = [1030, 0, *(i * 37 % 101 + 1 for i in range(simt_library.SEGMENTS + more - 1))]
         k = row.counts[more % len(row.counts)]
         form = list(row.forms)[-1 if exact else 0]
@@ -100,7 +101,9 @@ def test_more_tensors_than_a_launch_takes(backend, row, dtypes):
 
 @of_buffers
 def test_nothing_at_all(backend, row, dtypes):
-    for sizes, k in itertools.product(([], [0], [0] * (simt_library.SEGMENTS + 9)), few(row.counts)):
+    for sizes, k in itertools.product(
+        ([], [0], [0] * (simt_library.SEGMENTS + 9)), few(row.counts)
+    ):
         for form in row.forms:
             result = check(row, row.inputs(sizes, k, *dtypes, exact=True), form)
             if result is not None and not row.op.startswith("descend"):
@@ -116,14 +119,15 @@ WRITTEN_OVER = [(pair, over) for pair, _ in BUFFERED for over in pair[0].over]
 def test_what_is_written_may_lie_where_it_says(backend, pair, over):
     row, dtypes = pair
     cases = samples(backend, row, [SEGMENTS, [257]], (True, False))
-    for i, (sizes, exact, k, form) in enumerate(cases):
+    for i, (sizes, exact, k, form) in turned(backend, cases):
         options = {"exact": exact, "shift": i % 2, "seed": i}
         check(row, row.inputs(sizes, k, *dtypes, **options), form, over)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.scalars], ids=lambda row: row.name)
 def test_scalars_of_a_step(backend, row):
-    for seed, k, form in itertools.product(range(3), row.counts, row.forms):
+    cases = itertools.product(range(3), row.counts, row.forms)
+    for _, (seed, k, form) in turned(backend, cases):
         inputs = row.inputs([], k, *row.dtypes[0], seed=seed)
         check(row, inputs, form)
         if backend.startswith("simt"):  # a block gets the bits that one thread gets

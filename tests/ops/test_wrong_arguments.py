@@ -13,7 +13,7 @@ from torch import Tensor
 import simt_library
 from lyapcuda import ops
 from op_arithmetic import Arguments
-from op_inputs import BF16, F16, F32, F64, cloned, number, tensors_of
+from op_inputs import BF16, F16, F64, cloned, number, tensors_of
 from op_table import ROWS, TABLE, Row, assert_same
 
 NAN, INF = math.nan, math.inf
@@ -60,16 +60,28 @@ def wrong_tensors(name: str, t: Tensor) -> Iterator[tuple[str, Tensor, str]]:
         yield "dtype", t.float(), rf"{contiguous} float64"
     else:
         yield "dtype", t.int(), rf"{name}: (expected float32 or float64|dtype)"
-        yield "another buffer's dtype", t.double(), rf"\b{name}: dtype|: dtype .* (differs from {name}'s|Double buffer)"
+        yield (
+            "another buffer's dtype",
+            t.double(),
+            rf"\b{name}: dtype|: dtype .* (differs from {name}'s|Double buffer)",
+        )
     if t.numel() > 1:
         yield "strided", strided(t), contiguous
     if t.dim() == 2:
         yield "transposed", t.T.contiguous().T, contiguous
         yield "flat", t.flatten(), rf"{name}: expected"
         more = torch.cat([t, t[:1]])
-        yield "another row", more, rf"\b{name}\b.*(rows|expected)|rows, but {name} has|: expected \d"
+        yield (
+            "another row",
+            more,
+            rf"\b{name}\b.*(rows|expected)|rows, but {name} has|: expected \d",
+        )
         if not numbers:
-            yield "too many rows", t.new_zeros(129, t.shape[1]), rf"\b{name}\b.* 129 rows|{name} has"
+            yield (
+                "too many rows",
+                t.new_zeros(129, t.shape[1]),
+                rf"\b{name}\b.* 129 rows|{name} has",
+            )
             yield "no rows", t[:0], rf"\b{name}\b.* 0 rows|rows, but {name} has|{name}: expected"
     elif not numbers:
         yield "a row", t[None], contiguous
@@ -80,7 +92,7 @@ def wrong_tensors(name: str, t: Tensor) -> Iterator[tuple[str, Tensor, str]]:
 def wrong_lists(name: str, tensors: list[Tensor]) -> Iterator[tuple[str, list[Tensor], str]]:
     first, last = tensors
     yield "count", [first], rf"{name}: 1 tensors|tensors, but {name} has"
-    yield "size", [first, longer(last)], rf"\[1\]: .*elements|offsets\[1\]"
+    yield "size", [first, longer(last)], r"\[1\]: .*elements|offsets\[1\]"
     yield "dtype", [t.int() for t in tensors], r"\[0\]: dtype"
     yield "wide", [t.double() for t in tensors], r"\[0\]: dtype|: dtype .* differs"
     yield "mixed", [first, last.to(BF16)], rf"{name}\[1\]: dtype"

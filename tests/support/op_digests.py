@@ -1,4 +1,4 @@
-"""Digests of all that the ops leave, a line a call: to compare builds, instruction sets, threads."""
+"""Digests of all that the ops leave, a line a call: to compare builds and instruction sets."""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ class Inputs:
         for count in self.counts:
             self.offsets.append(self.n)
             self.n += count + gap
-        self.text = f"Inputs({sizes}, {k}, {buffer}, {storage}, {exact=}, {gap=}, {shift=}, {seed=})"
+        self.text = (
+            f"Inputs({sizes}, {k}, {buffer}, {storage}, {exact=}, {gap=}, {shift=}, {seed=})"
+        )
 
     def __repr__(self) -> str:
         return self.text
@@ -201,4 +203,3 @@ def cloned(value: Any) -> Any:
         return out.set_(storage, value.storage_offset(), value.shape, value.stride())
 
     return copy(value)
-
