@@ -27,10 +27,7 @@ EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
 #: What runs under AddressSanitizer: each list of arguments in a process of its own.
 RUNS = [
-RUNS = [
     ["test_table.py", "-k", "every_tail or alignment or lie or scalars"],
-    ["test_wrong_arguments.py", "-k", "cpu"],
-]
     ["test_wrong_arguments.py", "-k", "cpu"],
 ]
 #: A read beyond the end: of a tensor whose memory was taken away behind the element before.
