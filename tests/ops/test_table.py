@@ -101,13 +101,12 @@ def test_more_tensors_than_a_launch_takes(backend, row, dtypes):
 
 @of_buffers
 def test_nothing_at_all(backend, row, dtypes):
-    for sizes, k in itertools.product(
-        ([], [0], [0] * (simt_library.SEGMENTS + 9)), few(row.counts)
-    ):
-        for form in row.forms:
-            result = check(row, row.inputs(sizes, k, *dtypes, exact=True), form)
-            if result is not None and not row.op.startswith("descend"):
-                assert not result.any()
+    cases = list(itertools.product(([], [0]), few(row.counts), row.forms))
+    cases.append(([0] * (simt_library.SEGMENTS + 9), few(row.counts)[-1], list(row.forms)[-1]))
+    for _, (sizes, k, form) in turned(backend, cases):
+        result = check(row, row.inputs(sizes, k, *dtypes, exact=True), form)
+        if result is not None and not row.op.startswith("descend"):
+            assert not result.any()
 
 
 WRITTEN_OVER = [(pair, over) for pair, _ in BUFFERED for over in pair[0].over]
@@ -162,13 +161,13 @@ def test_any_number_of_threads_gives_the_same_bits(row):
 
 @of_buffers
 def test_outputs_beyond_the_cache(row, dtypes):
-    if row.op == "reseed_":
-        pytest.skip("no stream of memory: the oracle would take minutes")
-    for shift, (exact, form) in itertools.product((0, 1), ((True, 0), (False, -1))):
+    if row.op == "reseed_" or not row.segments:
+        pytest.skip("it has no output that is large and not read")
+    for shift, form in ((0, 0), (0, -1), (1, 0)):
         # gap 16 keeps the second segment aligned too; shift 1 puts everything off it.
-        options = {"exact": exact, "gap": 16, "shift": shift}
-        inputs = row.inputs([LARGE - 16384, 16384], few(row.counts)[0] or 1, *dtypes, **options)
+        options = {"exact": shift == 0, "gap": 16, "shift": shift}
         with threads(1 + shift):
+            inputs = row.inputs([LARGE - 16384, 16384], 1, *dtypes, **options)
             check(row, inputs, list(row.forms)[form])
 
 
