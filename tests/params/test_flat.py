@@ -207,8 +207,8 @@ def test_a_parameter_that_changed_its_type_is_named():
 
 
 def test_a_panel_is_zeros_on_cache_lines_and_takes_memory_where_it_is_written():
-    """In a process of its own: where earlier tests left a large gap in the heap, the C library fills
-    that with zeros instead of asking the system for pages.
+    """In a process of its own: where earlier tests left a large gap in the heap, the C library
+    fills that with zeros instead of asking the system for pages.
     """
     code = f"import runpy; runpy.run_path({__file__!r})['check_panels']()"
     command = [sys.executable, "-c", code]
