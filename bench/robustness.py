@@ -38,7 +38,7 @@ def main() -> None:
         rows.append(f"| {what} | {count:,} | {outcome} |")
         print(rows[-1], flush=True)
 
-    import test_ops_hypothesis as hypothesis_tests
+    import test_table
 
     import fuzz
     import soak
@@ -54,9 +54,9 @@ def main() -> None:
         )
     report("damaged files, all", total, "no crash, no other exception")
     examples = int(os.environ["LYAPCUDA_EXAMPLES"])
-    for check in hypothesis_tests.CHECKS:
-        hypothesis_tests.test_anything_is_the_oracles(check)
-    count = len(hypothesis_tests.CHECKS)
+    for row in test_table.ROWS:
+        test_table.test_anything("cpu", row)
+    count = len(test_table.ROWS)
     report(
         "examples of hypothesis", examples * count, f"{count} ops, {examples} each: the oracles'"
     )

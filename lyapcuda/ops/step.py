@@ -196,7 +196,7 @@ def recenter_(
         theta: the parameters, at ``offsets``.
         offsets: of the segments.
         state: of k separations.
-        p, p_next: (k, n), both or neither: as q and d.
+        p, p_next: (k, n), both or neither: as q and d. For k > 1 whole rows of p are written.
     """
     mark_written(q, copies, p)
     compiled("recenter_")(q, copies, d, theta, offsets, state, p=p, p_next=p_next)
