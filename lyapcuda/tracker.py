@@ -561,7 +561,8 @@ class CurvatureTracker:
     @property
     def exponent(self) -> Tensor:
         """λ, the Lyapunov exponents of the last step: log(‖d‖/‖q‖), for k > 1 those of
-        Gram–Schmidt, log(R_ii/‖q_i‖). NaN until a step was taken with a β above 0.
+        Gram–Schmidt, log(R_ii/‖q_i‖). After the first step, which only measures: what they would
+        have been at the rate that it found.
         """
         return self._values("exponent")
 
