@@ -8,10 +8,8 @@
 
 namespace lyapcuda::cuda {
 
-// One launch a table of segments; `partial(count)` doubles is where the next launch's rows go.
-//
-// Calls launch(table, blocks, first) for every table, where `first` rows were left by those before.
-// Returns how many rows there are in all.
+// Calls launch(table, blocks, before) for every table of segments: each block of a launch leaves a
+// row of sums, and `before` rows were left by the launches before. Returns how many rows there are.
 template <class P, int kLists, class F>
 int64_t for_each_launch(const Launcher& launcher, const Lists<P, kLists>& lists, int held,
                         const F& launch, int64_t chunk = kernels::kChunk<P>) {
@@ -31,10 +29,8 @@ int64_t for_each_launch(const Launcher& launcher, const Lists<P, kLists>& lists,
 }
 
 // Memory for the rows of sums that the blocks of all launches leave behind.
-inline Tensor scratch_rows(const Launcher& launcher, const Tensor& beside, int64_t tensors,
-                           int held, int64_t width) {
-  return torch::stable::new_empty(beside, {most_blocks(launcher, tensors, held), width},
-                                  ScalarType::Double);
+inline Tensor scratch_rows(const Launcher& launcher, int64_t tensors, int held, int64_t width) {
+  return new_doubles(launcher.beside(), {most_blocks(launcher, tensors, held), width});
 }
 
 // Runs an elementwise op over all segments; its sums end in out.
@@ -46,7 +42,7 @@ void elementwise(const Launcher& launcher, const char* name, const Lists<P, kLis
   std::optional<Tensor> scratch;
   double* rows = nullptr;
   if constexpr (kSums > 0) {
-    scratch = scratch_rows(launcher, launcher.beside(), lists.count(), kHeld, kSums);
+    scratch = scratch_rows(launcher, lists.count(), kHeld, kSums);
     rows = written<double>(*scratch);
   }
   const int64_t count = for_each_launch(

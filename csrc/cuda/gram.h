@@ -25,8 +25,7 @@ void products_of(const Launcher& launcher, kernels::GramArguments<T> arguments, 
                                : kernels::rectangular_pairs(shape.rows, shape.columns);
   const int64_t blocks =
       blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::gram_blocks(kRows));
-  const Tensor partial = torch::stable::new_empty(
-      launcher.beside(), {blocks, kernels::gram_row(pairs)}, ScalarType::Double);
+  const Tensor partial = new_doubles(launcher.beside(), {blocks, kernels::gram_row(pairs)});
   arguments.partial = written<double>(partial);
   launcher.run("gram", kernels::gram<T, kSymmetric, kRows>, blocks, kernels::gram_threads(kRows),
                arguments);

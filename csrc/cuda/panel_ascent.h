@@ -14,7 +14,7 @@ void panel_ascent_of(const Launcher& launcher, const PanelAscentCall& call) {
   const auto g0 = read<P>(call.g0);
   // θ's list is not read where it isn't given.
   const auto lists = lists_of<P>(call.g0, call.offsets, g0, kRealised ? read<P>(call.theta) : g0);
-  const Tensor partial = scratch_rows(launcher, call.state, lists.count(), kHeld, width);
+  const Tensor partial = scratch_rows(launcher, lists.count(), kHeld, width);
   const double* const beta = read<double>(call.state) + state_offset(StateScalar::beta);
   double* const first = written<double>(partial);
   kernels::PanelAscentArguments<T, P> arguments{written<T>(call.d),

@@ -15,8 +15,7 @@ void project(const Launcher& launcher, const Tensor& w, const Tensor& v, const d
   kernels::with_rows<16, 32, 129>(rows + 1, [&](auto most) {
     const int64_t tiles = ceil_div(arguments.n, kernels::kProjectLength<T, most()>);
     const int64_t blocks = blocks_for(launcher, tiles, kernels::project_blocks(most()));
-    const Tensor partial =
-        torch::stable::new_empty(launcher.beside(), {blocks, rows + 1}, ScalarType::Double);
+    const Tensor partial = new_doubles(launcher.beside(), {blocks, rows + 1});
     arguments.partial = written<double>(partial);
     launcher.run("project_", kernels::project<T, most()>, blocks, kernels::kThreads, arguments);
     const double* const to_add = arguments.partial;

@@ -12,7 +12,7 @@ void slopes(const Launcher& launcher, const SlopesCall& call) {
   const int k = static_cast<int>(call.panel.size(0));
   const auto lists =
       lists_of<P>(call.theta, call.offsets, read<P>(call.theta), read<P>(call.gradient));
-  const Tensor partial = scratch_rows(launcher, call.state, lists.count(), kHeld, k);
+  const Tensor partial = scratch_rows(launcher, lists.count(), kHeld, k);
   double* const first = written<double>(partial);
   kernels::SlopesArguments<T> arguments{
       read<T>(call.panel),       call.panel.size(1),       k,

@@ -56,6 +56,11 @@ T* written(const std::optional<Tensor>& tensor) {
   return tensor ? written<T>(*tensor) : nullptr;
 }
 
+// New numbers beside a tensor, in float64.
+inline Tensor new_doubles(const Tensor& beside, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(beside, sizes, ScalarType::Double);
+}
+
 template <class P, class... Data>
 Lists<P, sizeof...(Data)> lists_of(const std::vector<Tensor>& like,
                                    const std::vector<int64_t>& offsets, Data... data) {

@@ -52,9 +52,4 @@ void with_flags(bool a, bool b, const F& f) {
   with_flags(a, [&](auto first) { with_flags(b, [&](auto second) { f(first, second); }); });
 }
 
-// New numbers beside a tensor, in float64.
-inline Tensor new_doubles(const Tensor& beside, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(beside, sizes, ScalarType::Double);
-}
-
 }  // namespace lyapcuda
