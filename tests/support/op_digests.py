@@ -25,8 +25,9 @@ def lines() -> Iterator[str]:
             for form in row.forms:
                 for k in {1, 5, 14} & set(row.counts):
                     yield digest(row, form, SIZES, k, dtypes, shift=k % 2)
-                if not row.scalars:  # several blocks, and runs of them
-                    yield digest(row, form, [70001, 7], max(1, row.counts[0]), dtypes, gap=16)
+            if not row.scalars:  # several blocks, and runs of them
+                last = list(row.forms)[-1]
+                yield digest(row, last, [70001, 7], max(1, row.counts[0]), dtypes, gap=16)
     for row in ROWS:  # around the cache
         if row.segments and not row.scalars:
             yield digest(row, list(row.forms)[0], [LARGE], 1, row.dtypes[0], gap=16)
