@@ -6,6 +6,8 @@ import signal
 # The tests' tensors are small: a second thread would only be waited for. Processes that tests start
 # see it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test asks for two: they don't spin, which would keep other tests' processes waiting.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

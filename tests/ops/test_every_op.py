@@ -31,9 +31,10 @@ def schema_of(row):
 
 
 def calls(row):
-    """(form, arguments) of every form, with k rows and with one; one form of all dtypes."""
-    cases = [(k, row.dtypes[0], form) for k in few(row) for form in row.forms]
-    cases += [(few(row)[-1], dtypes, list(row.forms)[-1]) for dtypes in row.dtypes[1:]]
+    """(form, arguments) of every form; one form with one row, and of the other dtypes."""
+    last = list(row.forms)[-1]
+    cases = [(few(row)[-1], row.dtypes[0], form) for form in row.forms]
+    cases += [(1, dtypes, last) for dtypes in row.dtypes]
     for k, dtypes, form in cases:
         yield form, row.arguments(row.inputs(SIZES, k, *dtypes), form)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from op_inputs import LARGE, bits, tensors_of
+from op_inputs import DTYPES, LARGE, bits, tensors_of
 from op_table import ROWS, Row
 
 SIZES = [5, 9001, 0, (), (3, 11)]
@@ -19,9 +19,10 @@ def digest(row: Row, form: str, sizes: list, k: int, dtypes: tuple, **options) -
     return f"{row.name}, {form}, k = {k}, {dtypes[1]}: {whole.hexdigest()[:16]}"
 
 
-def lines() -> Iterator[str]:
+def lines(of: Sequence[tuple] = DTYPES) -> Iterator[str]:
+    """Those of these dtypes."""
     for row in ROWS:
-        for dtypes in row.dtypes:
+        for dtypes in row.dtypes if row.scalars else [d for d in row.dtypes if d in of]:
             for form in row.forms:
                 for k in {1, 5, 14} & set(row.counts):
                     yield digest(row, form, SIZES, k, dtypes, shift=k % 2)

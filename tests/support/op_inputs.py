@@ -14,6 +14,8 @@ from lyapcuda import ops
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 #: (dtype of the buffers, dtype of gradients and parameters beside them): all there are.
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (F64, F64)]
+#: Those that builds with sanitizers have (LYAPCUDA_FEW_TYPES).
+FEW_DTYPES = DTYPES[:2]
 #: Numbers of separations: around the tiles of 4 × 3 rows, and the most there may be.
 COUNTS = [1, 2, 3, 5, 14, 32]
 #: Around the lanes of a vector, tiles of 256 and 512, blocks of 4096 and 16384 elements.

@@ -30,6 +30,8 @@ RUNS = [
     ["test_table.py", "-k", "every_tail or scalars"],
     ["test_wrong_arguments.py", "-k", "cpu"],
 ]
+#: Prints what an extension makes of every op.
+DIGESTS = "import op_digests, op_inputs; print(*op_digests.lines(op_inputs.FEW_DTYPES), sep='\\n')"
 #: A read beyond the end: of a tensor whose memory was taken away behind the element before.
 OVERRUN = """
 import torch, simt_library
@@ -96,9 +98,8 @@ def fail(what: str, done: subprocess.CompletedProcess[str]) -> None:
 
 
 def check_digests(extension: str, sanitizer: str, **more: str) -> None:
-    code = "import op_digests; print(*op_digests.lines(), sep='\\n')"
-    expected = start(code, None)
-    done = start(code, sanitizer, extension, **more)
+    expected = start(DIGESTS, None)
+    done = start(DIGESTS, sanitizer, extension, **more)
     if done.returncode or REPORTS[sanitizer] in done.stderr:
         fail(f"the ops under {sanitizer}", done)
     if expected.returncode or not expected.stdout or done.stdout != expected.stdout:
@@ -115,8 +116,7 @@ def check_reported(what: str, done: subprocess.CompletedProcess[str], sanitizer:
 def main(extension: str, sanitizer: str) -> None:
     if sanitizer == "thread":
         check_digests(extension, sanitizer)
-        code = "import op_digests; print(*op_digests.lines())"
-        done = start(code, sanitizer, extension, LYAPCUDA_TEST_RACE="1")
+        done = start(DIGESTS, sanitizer, extension, LYAPCUDA_TEST_RACE="1")
         return check_reported("a race", done, sanitizer)
     check_digests(extension, sanitizer, LYAPCUDA_SIMD="baseline")
     emulated = {"LYAPCUDA_SIMT_SANITIZE": "address,undefined", "LYAPCUDA_TEST_SAMPLE": "1"}

@@ -84,7 +84,7 @@ def sanitizer_flags() -> list[str]:
         return []
     checks = [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     # Optimised, the kernels take longer to compile than they save when they run.
-    return [*checks, "-O0", "-g1"]
+    return ["-DLYAPCUDA_FEW_TYPES", *checks, "-O0", "-g1"]
 
 
 def _sources() -> list[Path]:
