@@ -88,9 +88,14 @@ def test_double_precision_central_to_a_millionth(name, which):
 INDEFINITE = ("attention", "gelu_mlp", "tanh_mlp")
 
 
-@pytest.mark.parametrize("k", range(1, 15))
 @pytest.mark.parametrize("which", ["LA", "SA"])
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(
+    ("k", "dtype", "tol"),
+    [
+        *((k, torch.float32, 1e-3) for k in range(1, 15)),
+        *((k, torch.float64, 1e-6) for k in (1, 2, 3, 8, 14)),
+    ],
+)
 def test_any_number_at_either_end(k, which, dtype, tol):
     truth = case(INDEFINITE[k % 3], seed=k, dtype=dtype)
     params = truth.model.parameters()
@@ -104,7 +109,7 @@ def test_any_number_at_either_end(k, which, dtype, tol):
 @pytest.mark.parametrize(
     ("k", "dtype", "tol"),
     [
-        *((k, torch.float32, 1e-3) for k in range(1, 15)),
+        *((k, torch.float32, 1e-3) for k in (1, 2, 3, 5, 8, 11, 14)),
         *((k, torch.float64, 1e-6) for k in (5, 14)),
     ],
 )

@@ -48,9 +48,9 @@ def flat(vectors) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["LA", "BE"])
-@pytest.mark.parametrize("k", [2, 5, 14])
 @pytest.mark.parametrize(
-    ("dtype", "tol", "residual"), [(torch.float32, 1e-3, 2e-3), (torch.float64, 1e-6, 3e-5)]
+    ("k", "dtype", "tol", "residual"),
+    [*((k, torch.float32, 1e-3, 2e-3) for k in (2, 5, 14)), (5, torch.float64, 1e-6, 3e-5)],
 )
 def test_top_k_of_a_smooth_net(name, which, k, dtype, tol, residual):
     if name == "linear" and which == "BE":
@@ -76,7 +76,7 @@ def test_bottom_k_of_a_smooth_net(name):
 @pytest.mark.parametrize("which", ["LA", "BE"])
 def test_every_interval_contains_an_eigenvalue(dtype, which):
     missed = []
-    for seed in range(12):
+    for seed in range(8):
         truth = case(NAMES[seed % 4], seed=seed, dtype=dtype)
         tracker = lyapcuda.CurvatureTracker(truth.model.parameters(), k=4, which=which, seed=seed)
         for step in range(60):

@@ -3,8 +3,9 @@
 Compiles every source of the CUDA backend as setup.py does, for sm_80 and sm_90 with warnings as
 errors, and fails on spills and stack frames, on registers and shared memory past the occupancy a
 kernel was designed for, and where a kernel's PTX has fewer 16-byte loads and stores than it has
-streams, or fewer products on the tensor cores than its sums are unrolled to. Then links all of
-them: what two define, or none, is an error.
+streams, or fewer products on the tensor cores than its sums are unrolled to. Products may be fused
+with sums here, which the extension's build forbids: one that doesn't ask for it is an error, and
+without any the code is the same. Then links all of them: what two define, or none, is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils import cpp_extension
+
+import contraction
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,13 +197,14 @@ def demangled(symbols: Iterable[str]) -> dict[str, str]:
 
 
 def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
-    """nvcc's, as setup.py and torch have them."""
+    """nvcc's, as setup.py and torch have them, but with what `contraction` reads."""
     defines = [
         f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]
     ]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     flags = [*defines, *includes, *cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
-    return [*flags, "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]
+    flags[flags.index("-fmad=false")] = "-fmad=true"
+    return [*flags, "-lineinfo", "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]
 
 
 def compile_source(
@@ -211,7 +215,7 @@ def compile_source(
     command = [nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(out)]
     for arch in ARCHS:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    command += ["--threads", "2", "--keep", "--keep-dir", str(folder), "-Xptxas", "-v,-Werror"]
+    command += ["--keep", "--keep-dir", str(folder), "-Xptxas", "-v,-Werror"]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr
     if done.returncode != 0:
@@ -329,6 +333,7 @@ def main() -> None:
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     sources = [ROOT / name for name in setup["sources"]("cuda")]
     flags, failed, objects = flags_of(setup, options.host_compiler), 0, []
+    fused: set[contraction.Place] = set()
     print(f"{'kernel':64} sm  regs  most  blocks  shared  spills  16-byte ld/st")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -339,10 +344,15 @@ def main() -> None:
 
         for out, report, ptx in pool.map(work, sources):
             failed += check(report, ptx)
+            fused |= contraction.fused(ptx[ARCHS[-1]])
             objects.append(out)
-        for fault in link_faults(objects, options.host_compiler or "c++", Path(folder)):
-            print(f"FAILED: {fault}")
-            failed += 1
+        faults = link_faults(objects, options.host_compiler or "c++", Path(folder))
+    faults += [f"contracted at {line}" for line in contraction.unasked(fused)]
+    if not fused:
+        faults.append("no fused product at all: the PTX is not what contraction.py reads")
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    failed += len(faults)
     print(f"{failed} faults")
     sys.exit(1 if failed else 0)
 
