@@ -1,5 +1,6 @@
 """Settings for every test."""
 
+import gc
 import os
 import signal
 
@@ -20,6 +21,13 @@ torch.set_num_threads(1)
 # A shell that runs the suite in the background (`&`, nohup) has SIGINT ignored.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """What was made so far is kept from the garbage collector: trackers ask it for modules, and
+    would look through thousands of tests each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", *(name for name in simt_library.HERE if name != "simt reverse")])

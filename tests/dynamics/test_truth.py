@@ -28,8 +28,10 @@ def run(tracker: lyapcuda.CurvatureTracker, closure, tol: float, at_most: int = 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["ce", "mse"])
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tol"),
+    [("ce", torch.float32, 1e-3), ("ce", torch.float64, 1e-6), ("mse", torch.float64, 1e-6)],
+)
 def test_h0_of_a_smooth_net(name, kind, dtype, tol):
     truth = case(name, seed=1, dtype=dtype, kind=kind)
     tracker = lyapcuda.CurvatureTracker(truth.model.parameters())

@@ -71,11 +71,14 @@ def test_a_cuda_backend_has_every_op_with_the_same_schema(library):
 @of_ops
 def test_opcheck(row):
     op = getattr(torch.ops.lyapcuda, row.op).default
-    for _, arguments in calls(row):
+    for form, arguments in calls(row):
         names = [a.name for a in op._schema.arguments if not a.kwarg_only]
         given = tuple(arguments[name] for name in names)
         options = {n: v for n, v in arguments.items() if n not in names and v is not None}
-        torch.library.opcheck(op, given, options)
+        # Traced as a whole too, which takes longest, in the last form.
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        tests += ["test_aot_dispatch_dynamic"] if form == list(row.forms)[-1] else []
+        torch.library.opcheck(op, given, options, test_utils=tests)
 
 
 @of_ops
@@ -162,7 +165,7 @@ def test_every_instruction_set_gives_the_same_bits():
     baseline = python(op_digests.__file__, LYAPCUDA_SIMD="baseline")
     with threads(2):
         found = list(op_digests.lines())
-    assert len(found) > 300 and [*found, ""] == baseline
+    assert len(found) > 250 and [*found, ""] == baseline
 
 
 def test_the_instruction_set_can_be_turned_off():

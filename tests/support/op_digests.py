@@ -24,7 +24,7 @@ def lines(of: Sequence[tuple] = DTYPES) -> Iterator[str]:
     for row in ROWS:
         for dtypes in row.dtypes if row.scalars else [d for d in row.dtypes if d in of]:
             for form in row.forms:
-                for k in {1, 5, 14} & set(row.counts):
+                for k in {1, 14} & set(row.counts):
                     yield digest(row, form, SIZES, k, dtypes, shift=k % 2)
             if not row.scalars:  # several blocks, and runs of them
                 last = list(row.forms)[-1]

@@ -50,7 +50,7 @@ def flat(vectors) -> torch.Tensor:
 @pytest.mark.parametrize("which", ["LA", "BE"])
 @pytest.mark.parametrize(
     ("k", "dtype", "tol", "residual"),
-    [*((k, torch.float32, 1e-3, 2e-3) for k in (2, 5, 14)), (5, torch.float64, 1e-6, 3e-5)],
+    [*((k, torch.float32, 1e-3, 2e-3) for k in (2, 14)), (5, torch.float64, 1e-6, 3e-5)],
 )
 def test_top_k_of_a_smooth_net(name, which, k, dtype, tol, residual):
     if name == "linear" and which == "BE":
