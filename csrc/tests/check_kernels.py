@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils import cpp_extension
-
 import contraction
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
