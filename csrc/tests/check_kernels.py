@@ -203,6 +203,7 @@ def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     flags = [*defines, *includes, *cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
     flags[flags.index("-fmad=false")] = "-fmad=true"
+    flags.remove("-O3")  # of the code on the host, which nothing here looks at
     return [*flags, "-lineinfo", "-Xcompiler", "-fPIC", *(["-ccbin", host] if host else [])]
 
 

@@ -16,19 +16,27 @@ def faults():
     return fault_table.read()
 
 
-@pytest.fixture(scope="module")
-def collected(faults):
-    """Test → the ids of its cases, of every file that the table names or that tests faults."""
-    files = {fault_table.path_of(test) for fault in faults for test in fault.tests}
-    files |= set(HERE.glob("test_faults_*.py")) - {Path(__file__)}
+def ids(request, files):
+    """Of the tests of these files: those of this session where it has them all."""
+    chosen = request.config.option.keyword or request.config.option.markexpr
+    items = request.session.items
+    if not chosen and files <= {item.path for item in items}:
+        return [item.nodeid for item in items if item.path in files]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *sorted(files)], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.fixture(scope="module")
+def collected(request, faults):
+    """Test → the ids of its cases, of every file that the table names or that tests faults."""
+    files = {fault_table.path_of(test) for fault in faults for test in fault.tests}
+    files |= set(HERE.glob("test_faults_*.py")) - {Path(__file__)}
     found = {}
-    for line in done.stdout.splitlines():
-        if "::" in line:
-            name, _, case = line.split("/")[-1].partition("[")
-            found.setdefault(name, []).append(case)
+    for line in ids(request, files):
+        name, _, case = line.split("/")[-1].partition("[")
+        found.setdefault(name, []).append(case)
     return found
 
 
