@@ -1,6 +1,8 @@
 """What nvcc makes of the kernels, held against what they were designed for; no GPU is needed.
 
-Compiles every source of the CUDA backend as setup.py does, for sm_80 and sm_90 with warnings as
+    python csrc/tests/check_kernels.py --arch 80 90
+
+Compiles every source of the CUDA backend as setup.py does, for these architectures with warnings as
 errors, and fails on spills and stack frames, on registers and shared memory past the occupancy a
 kernel was designed for, and where a kernel's PTX has fewer 16-byte loads and stores than it has
 streams, or fewer products on the tensor cores than its sums are unrolled to. Products may be fused
@@ -29,9 +31,8 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ARCHS = ("80", "90")
 THREADS = 256  # kThreads
-REGISTERS_PER_SM = 65536  # on both architectures
+REGISTERS_PER_SM = 65536  # on sm_80 and sm_90
 SHARED_PER_BLOCK = 48 << 10  # what static shared memory may have
 #: Of gram, by the rows of its tile: threads and blocks.
 GRAM = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (256, 2), 128: (512, 1), 256: (512, 1)}
@@ -208,19 +209,21 @@ def flags_of(setup: dict[str, Any], host: str | None) -> list[str]:
 
 
 def compile_source(
-    source: Path, nvcc: str, flags: Sequence[str], folder: Path
+    source: Path, archs: Sequence[str], nvcc: str, flags: Sequence[str], folder: Path
 ) -> tuple[Path, str, dict[str, str]]:
     """The object, the compiler's report, and the PTX of each architecture."""
     out = folder / f"{source.stem}.o"
     command = [nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(out)]
-    for arch in ARCHS:
+    for arch in archs:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["--keep", "--keep-dir", str(folder), "-Xptxas", "-v,-Werror"]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr
     if done.returncode != 0:
         sys.exit(f"{report}\nnvcc failed: {' '.join(command)}")
-    ptx = {arch: (folder / f"{source.stem}.compute_{arch}.ptx").read_text() for arch in ARCHS}
+    # One architecture's has no name but the source's.
+    names = {arch: f".compute_{arch}" if len(archs) > 1 else "" for arch in archs}
+    ptx = {a: (folder / f"{source.stem}{name}.ptx").read_text() for a, name in names.items()}
     return out, report, ptx
 
 
@@ -293,7 +296,7 @@ def check(report: str, ptx: dict[str, str]) -> int:
     used = usages(report)
     names = demangled({symbol for symbol, _ in used}) if used else {}
     failed = 0
-    for arch in ARCHS:
+    for arch in ptx:
         texts = entries(ptx[arch])
         if {symbol for symbol, at in used if at == arch} != set(texts):
             print(f"sm_{arch}: the kernels in nvcc's report are not those of the PTX")
@@ -326,6 +329,7 @@ def check(report: str, ptx: dict[str, str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="default: that on PATH")
+    parser.add_argument("--arch", nargs="+", default=["80", "90"], help="default: 80 90")
     parser.add_argument("--host-compiler", help="the C++ compiler that nvcc is to use")
     options = parser.parse_args()
     if not options.nvcc:
@@ -340,11 +344,11 @@ def main() -> None:
         def work(source: Path) -> tuple[Path, str, dict[str, str]]:
             own = Path(folder) / source.stem
             own.mkdir()
-            return compile_source(source, options.nvcc, flags, own)
+            return compile_source(source, options.arch, options.nvcc, flags, own)
 
         for out, report, ptx in pool.map(work, sources):
             failed += check(report, ptx)
-            fused |= contraction.fused(ptx[ARCHS[-1]])
+            fused |= contraction.fused(ptx[options.arch[-1]])
             objects.append(out)
         faults = link_faults(objects, options.host_compiler or "c++", Path(folder))
     faults += [f"contracted at {line}" for line in contraction.unasked(fused)]

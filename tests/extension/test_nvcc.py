@@ -61,8 +61,8 @@ def test_what_nothing_defines_is_found_though_a_library_may_lack_it(tmp_path):
 def contracted(source: Path) -> list[str]:
     """What the check of the kernels says of a source's products."""
     nvcc, flags = str(HOME / "bin" / "nvcc"), check_kernels.flags_of(SETUP, None)
-    _, _, ptx = check_kernels.compile_source(source, nvcc, flags, source.parent)
-    return contraction.unasked(contraction.fused(ptx[check_kernels.ARCHS[-1]]))
+    _, _, ptx = check_kernels.compile_source(source, ["90"], nvcc, flags, source.parent)
+    return contraction.unasked(contraction.fused(ptx["90"]))
 
 
 def test_a_product_that_may_be_fused_is_named_with_its_line(tmp_path):
