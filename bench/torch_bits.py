@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from ops import cpu_name
 
 #: Of ATen, and of MKL.
 SETS = (("default", "SSE4_2"), ("avx2", "AVX2"), ("avx512", "AVX512"))
@@ -69,8 +70,9 @@ def of_process(threads: int, aten: str, mkl: str) -> dict[str, str]:
 def report() -> Sequence[str]:
     """The lines of the report."""
     runs = {(t, *s): of_process(t, *s) for t, s in itertools.product(THREADS, SETS)}
+    machine = f"Machine: {cpu_name()}, torch {torch.__version__}."
     lines = ["# Torch code in place of an op: the same bits?", ""]
-    lines += [f"`python bench/torch_bits.py`, torch {torch.__version__}, {platform.machine()}.", ""]
+    lines += [f"{machine} `python bench/torch_bits.py`.", ""]
     lines += [
         "| torch code | with any number of threads | with any instruction set |",
         "|---|---|---|",

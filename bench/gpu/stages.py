@@ -131,8 +131,8 @@ def tool(name: str) -> Path | None:
 def sanitizer(name: str, seconds: float, rehearse: bool) -> list[Job]:
     """A tool of compute-sanitizer over every op, in parts side by side."""
     jobs, program = [], tool("compute-sanitizer")
-    # Without a GPU all tools look at the same calls.
-    parts = PARTS[:1] if rehearse else PARTS
+    # Without a GPU all tools look at the same calls: a rehearsal makes them all once.
+    parts = PARTS[:1] if rehearse and name != "memcheck" else PARTS
     # "lyapcuda" is in the mangled names of our kernels: torch's own stay out.
     front = [program, "--tool", name, "--error-exitcode", "9", "--kernel-regex", "kns=lyapcuda"]
     # Every tensor its own allocation: else an overrun stays within torch's block.

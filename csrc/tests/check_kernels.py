@@ -331,11 +331,12 @@ def main() -> None:
     parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="default: that on PATH")
     parser.add_argument("--arch", nargs="+", default=["80", "90"], help="default: 80 90")
     parser.add_argument("--host-compiler", help="the C++ compiler that nvcc is to use")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: the extension's")
     options = parser.parse_args()
     if not options.nvcc:
         sys.exit("no nvcc on PATH: name one with --nvcc")
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-    sources = [ROOT / name for name in setup["sources"]("cuda")]
+    sources = options.sources or [ROOT / name for name in setup["sources"]("cuda")]
     flags, failed, objects = flags_of(setup, options.host_compiler), 0, []
     fused: set[contraction.Place] = set()
     print(f"{'kernel':64} sm  regs  most  blocks  shared  spills  16-byte ld/st")

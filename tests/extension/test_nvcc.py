@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "csrc" / "tests")]
+sys.path.insert(0, str(ROOT / "scripts"))
 import build_cuda  # noqa: E402
-import check_kernels  # noqa: E402
-import contraction  # noqa: E402
 
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 HOME = SETUP["cuda_home"]()
@@ -58,20 +56,26 @@ def test_what_nothing_defines_is_found_though_a_library_may_lack_it(tmp_path):
     assert right and any("lyapcuda::nowhere()" in line for line in build_cuda.undefined(out))
 
 
-def contracted(source: Path) -> list[str]:
-    """What the check of the kernels says of a source's products."""
-    nvcc, flags = str(HOME / "bin" / "nvcc"), check_kernels.flags_of(SETUP, None)
-    _, _, ptx = check_kernels.compile_source(source, ["90"], nvcc, flags, source.parent)
-    return contraction.unasked(contraction.fused(ptx["90"]))
+def contraction(source: Path) -> subprocess.CompletedProcess[str]:
+    """What the check of the kernels says of a source. (A kernel without a design is a fault.)"""
+    script = ROOT / "csrc" / "tests" / "check_kernels.py"
+    nvcc = ["--nvcc", str(HOME / "bin" / "nvcc"), "--arch", "90"]
+    return subprocess.run(
+        [sys.executable, str(script), str(source), *nvcc], capture_output=True, text=True
+    )
 
 
 def test_a_product_that_may_be_fused_is_named_with_its_line(tmp_path):
     source = tmp_path / "kernel.cu"
     asked = "__global__ void f(double* x) {\n  x[0] = fma(x[1], x[2], x[3]);\n"
     source.write_text(asked + "  x[4] = x[5] * x[6] + x[7];\n}\n")
-    assert contracted(source) == ["kernel.cu:3: x[4] = x[5] * x[6] + x[7];"]
+    result = contraction(source)
+    assert result.returncode == 1 and "2 faults" in result.stdout
+    assert "FAILED: contracted at kernel.cu:3: x[4] = x[5] * x[6] + x[7];" in result.stdout
+    assert "kernel.cu:2" not in result.stdout
     source.write_text(asked + "  x[4] = __dmul_rn(x[5], x[6]) + x[7];\n}\n")
-    assert contracted(source) == []
+    result = contraction(source)
+    assert "1 faults" in result.stdout and "contracted" not in result.stdout
 
 
 def test_the_extension_is_built_without_contraction():
