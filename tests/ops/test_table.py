@@ -67,7 +67,7 @@ def samples(backend, row, *lists):
 
 
 def chance(i):
-    """The kind of numbers, gap and shift of case i: by chance, so that none goes with a k or a form."""
+    """Kind of numbers, gap and shift of case i: by chance, so that none goes with a k or form."""
     draw = random.Random(i)
     return {
         "exact": draw.random() < 0.5,
