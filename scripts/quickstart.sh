@@ -12,7 +12,9 @@ command -v "${CXX:-c++}" >/dev/null ||
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 export PATH="$PWD/.venv/bin:$PATH"
-pip="python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
+# Bytecode is made of what is imported, when it is first: most of torch never is.
+pip="python -m pip --disable-pip-version-check install --quiet --no-compile"
+pip="$pip --constraint constraints.txt"
 # torch first: the extension is built against it (and not in isolation, which would fetch another).
 $pip torch numpy setuptools ninja pybind11
 $pip --no-build-isolation --editable ".[examples,test]"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -360,19 +361,21 @@ def reseed_(
     if times and math.isfinite(norm / times):
         norm = abs(norm / times)
     size = norm / math.sqrt(7.0 / 12.0 * elements)
-    whole, step = (1 << 64) - 1, 0x9E3779B97F4A7C15
+    step = np.uint64(0x9E3779B97F4A7C15)
 
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & whole
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & whole
-        return x ^ (x >> 31)
+    def mix(x: np.ndarray) -> np.ndarray:  # of uint64: products and sums wrap around
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
-    key = mix((seed + step * int(s["steps"] + s["skipped"])) & whole)
-    for offset, size_of in zip(offsets, sizes, strict=True):
-        for place in range(offset, offset + size_of):
-            bits = mix((key + step * (place + 1)) & whole)
-            magnitude = 0.5 + (bits >> 12) * 2.0**-53
-            row[place] = (-magnitude if bits & 1 else magnitude) * size
+    calls = np.array([int(s["steps"] + s["skipped"])], dtype=np.uint64)
+    key = mix(np.array([seed], dtype=np.int64).astype(np.uint64) + step * calls)
+    for offset, length in zip(offsets, sizes, strict=True):
+        places = np.arange(offset + 1, offset + length + 1, dtype=np.uint64)
+        bits = mix(key + step * places)
+        magnitude = 0.5 + (bits >> np.uint64(12)) * 2.0**-53
+        drawn = np.where(bits & np.uint64(1), -magnitude, magnitude) * size
+        row[offset : offset + length] = torch.from_numpy(drawn)
     return panel
 
 

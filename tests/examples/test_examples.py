@@ -2,13 +2,13 @@
 
 import csv
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -17,17 +17,27 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("tracking", "eigenvalues", "optimizer")
 
 
-def output_of(name: str, *arguments: str) -> tuple[list[str], str]:
-    """The lines that an example prints, and what it says on standard error."""
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "MPLBACKEND": "agg"}
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr
+@pytest.fixture
+def output_of(monkeypatch, capsys):
+    """The lines that an example prints, and what it says on standard error. It runs in this
+    process: a process of its own (scripts/quickstart.sh is one) mostly imports."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    # As Python puts it there for a script.
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(name: str, *arguments: str) -> tuple[list[str], str]:
+        path = str(EXAMPLES / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        runpy.run_path(path, run_name="__main__")
+        printed = capsys.readouterr()
+        return printed.out.splitlines(), printed.err
+
+    with torch.random.fork_rng():
+        yield run
 
 
-@pytest.mark.slow
-def test_tracking_writes_a_row_a_step_and_a_picture(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_tracking_writes_a_row_a_step_and_a_picture(tmp_path, output_of):
     out = tmp_path / "new" / "run"
     # The second run replaces the first.
     for epochs in (1, 2):
@@ -53,7 +63,7 @@ def test_tracking_writes_a_row_a_step_and_a_picture(tmp_path):
     )
 
 
-def test_eigenvalues_prints_them_with_their_error_bars(tmp_path):
+def test_eigenvalues_prints_them_with_their_error_bars(tmp_path, output_of):
     lines, _ = output_of("eigenvalues", "--steps", "20", "-k", "2", "--out", str(tmp_path / "new"))
     number = r"-?[\d.e+-]+"
     assert re.fullmatch(rf"loss {number} after 20 steps", lines[0])
@@ -68,7 +78,8 @@ def test_eigenvalues_prints_them_with_their_error_bars(tmp_path):
     assert (tmp_path / "new" / "density.png").stat().st_size > 10_000
 
 
-def test_optimizer_prints_the_losses_of_every_epoch(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_optimizer_prints_the_losses_of_every_epoch(tmp_path, output_of):
     lines, error = output_of("optimizer", "--epochs", "3", "--out", str(tmp_path / "new"))
     losses = {}
     for line in lines:

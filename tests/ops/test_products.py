@@ -45,7 +45,7 @@ def test_out_is_not_read():
     a = DIFFERENCE.draw(inputs)
     a["out"].fill_(math.nan)
     DIFFERENCE.call(a)
-    assert torch.equal(a["out"].isfinite(), inputs.used())
+    assert torch.equal(a["out"].isfinite(), inputs.used)
 
 
 # --- panels as matrices --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def reseeded(n, k=1, seed=0, **state):
     inputs = Inputs([n], k, F64, F64)
     panel, state = inputs.panel(), inputs.state(**{"reseed": 1.0, **state})
     ops.reseed_(panel, inputs.offsets, [n], state, elements=n, seed=seed)
-    return panel[0, inputs.used()]
+    return panel[0, inputs.used]
 
 
 @pytest.mark.parametrize("asked", [0.0, -1.0, 4.0, math.nan, math.inf])

@@ -80,7 +80,7 @@ def test_what_was_realised_is_what_recenter_left():
             pending.fill_(float(k == 1))
             ops.recenter_(a["q"], copies, a["d"], a["theta"], a["offsets"], a["state"])
             gram = ASCENT.call(a)
-            used, theta = inputs.used(), torch.zeros(inputs.n, dtype=F64)
+            used, theta = inputs.used, torch.zeros(inputs.n, dtype=F64)
             for offset, t in zip(inputs.offsets, a["theta"], strict=True):
                 theta[offset : offset + t.numel()] = t.double()
             moved = (copies.double() - theta)[:, used]
@@ -224,7 +224,7 @@ def test_a_transform_that_is_not_finite_does_not_reach_q_unless_it_is_asked_for(
     before = a["q"].clone()
     RECENTER.call(a)
     assert_same_bits(a["q"], before)
-    assert k > 1 or not a["copies"][0, inputs.used()].isfinite().any()
+    assert k > 1 or not a["copies"][0, inputs.used].isfinite().any()
 
 
 def test_the_transform_of_benettin_makes_an_orthonormal_panel():

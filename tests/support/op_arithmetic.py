@@ -62,7 +62,7 @@ class Segments:
     """Lists and buffers of a call as rows in T, with 0 where there is no segment."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.used = inputs, inputs.used()
+        self.inputs, self.used = inputs, inputs.used
 
     def row(self, tensors: Sequence[Tensor]) -> Tensor:
         row = torch.zeros(self.inputs.n, dtype=self.inputs.buffer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class Inputs:
         drawn = torch.randn(tensor.shape, generator=self.generator, dtype=F64)
         return tensor.copy_(drawn * span)
 
+    @cached_property
     def used(self) -> Tensor:
         """True at the elements of a buffer that belong to a segment."""
         used = torch.zeros(self.n, dtype=torch.bool)
@@ -130,18 +132,17 @@ class Inputs:
     ) -> Tensor:
         rows = self.k if rows is None else rows
         out = guarded(rows * self.n, dtype or self.buffer, self.shift).view(rows, self.n)
-        for offset, count in zip(self.offsets, self.counts, strict=True):
-            self.random(out[:, offset : offset + count], span)
-        return out
+        return out.copy_(torch.where(self.used, self.random(torch.empty_like(out), span), out))
 
     def flat(self, span: float = 1.0) -> Tensor:
         return self.panel(1, span=span)[0]
 
     def listed(self, span: float = 1.0) -> list[Tensor]:
         """A tensor a segment, of the storage's dtype."""
+        drawn = self.random(torch.empty(sum(self.counts), dtype=self.storage), span)
         return [
-            self.random(guarded(count, self.storage, self.shift), span).view(shape)
-            for count, shape in zip(self.counts, self.shapes, strict=True)
+            guarded(len(part), self.storage, self.shift).copy_(part).view(shape)
+            for part, shape in zip(drawn.split(self.counts), self.shapes, strict=True)
         ]
 
     def matrix(self, rows: int, columns: int) -> Tensor:

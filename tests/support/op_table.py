@@ -123,8 +123,8 @@ def put(target: Any, value: Any) -> None:
         for one, other in zip(target, value, strict=True):
             put(one, other)
     else:
-        asked = ~value.isnan()
-        target[asked] = value[asked].to(target.dtype)
+        assert target.shape == value.shape
+        target.copy_(torch.where(value.isnan(), target, value.to(target.dtype)))
 
 
 def assert_same(actual: Arguments, expected: Arguments, exact: bool) -> None:
@@ -133,6 +133,8 @@ def assert_same(actual: Arguments, expected: Arguments, exact: bool) -> None:
         pairs = zip(tensors_of(value), tensors_of(expected[name]), strict=True)
         for i, (one, other) in enumerate(pairs):
             a, b = whole(one), whole(other)
+            if torch.equal(bits(a), bits(b)):
+                continue
             different = bits(a) != bits(b)
             if exact:
                 different &= a != b
@@ -243,7 +245,7 @@ def draw_recenter(i: Inputs, heavy=False, **state) -> Arguments:
         a |= {"p": i.panel(), "p_next": i.panel()}
         if i.k > 1:  # whole rows are taken then: zeros stay zeros between the segments
             for name in ("p", "p_next"):
-                a[name][:, ~i.used()] = 0.0
+                a[name][:, ~i.used] = 0.0
     return a
 
 
