@@ -25,11 +25,9 @@ TESTS = SUPPORT.parent / "ops"
 EXTENSION = "LYAPCUDA_TEST_EXTENSION"
 #: The word by which a sanitizer's report is known.
 REPORTS = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}
-#: What runs under AddressSanitizer: each list of arguments in a process of its own.
-RUNS = [
-    ["test_table.py", "-k", "every_tail or scalars"],
-    ["test_wrong_arguments.py", "-k", "cpu"],
-]
+#: What runs under AddressSanitizer: files, and which of their tests.
+FILES = ["test_table.py", "test_wrong_arguments.py"]
+CHOSEN = "(test_table and (every_tail or scalars)) or (test_wrong_arguments and cpu)"
 #: Prints what an extension makes of every op.
 DIGESTS = "import op_digests; print(*op_digests.few_lines(), sep='\\n')"
 #: A read beyond the end: of a tensor whose memory was taken away behind the element before.
@@ -123,13 +121,13 @@ def main(extension: str, sanitizer: str) -> None:
     for library in ("", "simt"):
         done = start(f"exec({OVERRUN.format(library=library)!r})", sanitizer, extension, **emulated)
         check_reported(f"an overrun ({library or 'CPU'})", done, sanitizer)
-    for name, *options in RUNS:
-        pytest = ["-q", "-s", "-p", "no:cacheprovider", str(TESTS / name), *options]
-        code = f"import pytest, sys; sys.exit(pytest.main({pytest!r}))"
-        done = start(code, sanitizer, extension, **emulated)
-        if done.returncode or REPORTS[sanitizer] in done.stderr:
-            fail(f"{name} under {sanitizer}", done)
-        print(f"{name}: {done.stdout.strip().splitlines()[-1]}")
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", CHOSEN]
+    pytest = [*options, *(str(TESTS / name) for name in FILES)]
+    code = f"import pytest, sys; sys.exit(pytest.main({pytest!r}))"
+    done = start(code, sanitizer, extension, **emulated)
+    if done.returncode or REPORTS[sanitizer] in done.stderr:
+        fail(f"the tests under {sanitizer}", done)
+    print(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":
