@@ -1,6 +1,6 @@
 """Every op in every form, once, on a few small tensors: what compute-sanitizer looks at.
 
-    compute-sanitizer --tool racecheck python -m gpu.every_op PART      # parts: gpu.stages.PARTS
+    compute-sanitizer --tool racecheck python -m gpu.every_op PART...   # parts: gpu.stages.PARTS
 
 Calls are those of the tests' table of ops. Sizes around those of blocks and vectors, aligned and
 not; more tensors than one launch takes. A line says how many calls of a kind were made, so that a
@@ -80,18 +80,19 @@ def calls(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=SHAPES)
+    parser.add_argument("part", nargs="+", choices=SHAPES)
     parser.add_argument("--rehearse", action="store_true", help="a few, on the CPU")
     options = parser.parse_args()
     device, given = "cuda", (DTYPES, (0, 1))
     if options.rehearse:
         device, given = "cpu", (DTYPES[:1], (1,))
     lines = Lines.of_environment()
-    for count, what in calls(options.part, device, *given, few=options.rehearse):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        lines.write("calls", count=count, what=what)
-        print(f"{count} calls: {what}", flush=True)
+    for part in options.part:
+        for count, what in calls(part, device, *given, few=options.rehearse):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            lines.write("calls", count=count, what=what)
+            print(f"{count} calls: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The ops of a module held against the CPU backend: a line an op, whatever the others do.
+"""The ops of modules held against the CPU backend: a line an op, whatever the others do.
 
-    python -m gpu.ops_like_cpu MODULE [--rehearse]      # of lyapcuda.ops: gpu.stages.OP_MODULES
+    python -m gpu.ops_like_cpu MODULE... [--rehearse]   # of lyapcuda.ops: gpu.stages.OP_MODULES
 
 Calls are those of the tests' table of ops. Elements are the CPU's to the bit; sums, and what is
 worked out from them, to their last digits.
@@ -90,11 +90,11 @@ def one(name: str, library: str, every_size: Sequence[list[int]] = SIZES) -> Map
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("module", choices=OP_MODULES)
+    parser.add_argument("module", nargs="+", choices=OP_MODULES)
     parser.add_argument("--rehearse", action="store_true", help="on the emulator")
     options = parser.parse_args()
     lines, right = Lines.of_environment(), True
-    for name in ops_of(options.module):
+    for name in (name for module in options.module for name in ops_of(module)):
         # (Several blocks take the emulator long.)
         line = one(name, "simt copied", SIZES[:1]) if options.rehearse else one(name, "cuda")
         lines.write("op", **line)

@@ -61,8 +61,13 @@ def stage_a(rehearse: bool) -> Iterator[Step]:
     tiny = ["--rehearse"] if rehearse else []
     yield Step(
         [
-            Job(f"ops: {name}", module("ops_like_cpu", name, *tiny), 20, environment=ONE_THREAD)
-            for name in OP_MODULES
+            Job(
+                f"ops: {', '.join(names)}",
+                module("ops_like_cpu", *names, *tiny),
+                20,
+                environment=ONE_THREAD,
+            )
+            for names in apart(OP_MODULES, rehearse)
         ],
         at_once=4,
     )
@@ -101,14 +106,22 @@ def tests(name: str, files: Sequence[str], seconds: float, rehearse: bool, worke
     if has_module("pytest_timeout"):
         # By a thread: a call that waits for the device doesn't see signals.
         command += ["--timeout", "30", "--timeout-method", "thread"]
-    if has_module("xdist"):
-        workers = 1 if rehearse else max(1, min(workers, (os.cpu_count() or 1) - 2))
+    if has_module("xdist") and not rehearse:
+        workers = max(1, min(workers, (os.cpu_count() or 1) - 2))
         command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "64"]
     command += ["-k", f"{ELSEWHERE} and ({FEW})" if rehearse else ELSEWHERE]
     library = "simt copied" if rehearse else "cuda"
     environment = {"LYAPCUDA_TEST_LIBRARIES": library, **ONE_THREAD}
     # Nothing wrong as far as they came is no failure, but not the whole of it either.
     return Job(name, command, seconds, late="unfinished", environment=environment)
+
+
+def apart(names: Sequence[str], rehearse: bool) -> list[Sequence[str]]:
+    """What each process has to do: one of them, so that a crash leaves the others alone. On the
+    CPU, where loading torch takes longest, one process does all."""
+    if rehearse:
+        return [names] if names else []
+    return [[name] for name in names]
 
 
 def has_module(name: str) -> bool:
@@ -132,14 +145,14 @@ def sanitizer(name: str, seconds: float, rehearse: bool) -> list[Job]:
     front = [program, "--tool", name, "--error-exitcode", "9", "--kernel-regex", "kns=lyapcuda"]
     # Every tensor its own allocation: else an overrun stays within torch's block.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **ONE_THREAD}
-    for part in parts:
-        command = module("every_op", part, *(["--rehearse"] if rehearse else []))
+    for some in apart(parts, rehearse):
+        command = module("every_op", *some, *(["--rehearse"] if rehearse else []))
         missing = None
         if not rehearse and program is None:
             missing = "no compute-sanitizer on PATH or in CUDA_HOME"
         jobs.append(
             Job(
-                f"{name}: {part}",
+                f"{name}: {', '.join(some)}",
                 command if rehearse or missing else [*front, *command],
                 seconds,
                 late="unfinished",

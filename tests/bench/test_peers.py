@@ -206,15 +206,22 @@ def _lanczos(connection):
     connection.send(answer["peak"] / (4 * 1_501_000))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
-    """A basis of ncv + 1 rows, g(θ) and the gradient beside it; not the result beside the basis."""
+def _peak_of_lanczos():
     connection, other = peers_worker._SERVER.Pipe()
     process = peers_worker._SERVER.Process(target=_lanczos, args=(other,))
     process.start()
     assert connection.poll(120)
-    assert 10.5 < connection.recv() < 11.7
+    peak = connection.recv()
     process.join()
+    return peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
+    """A basis of ncv + 1 rows, g(θ) and the gradient beside it; not the result beside the basis."""
+    # The least of three: code of torch that the system had dropped before and reads again counts.
+    peaks = [_peak_of_lanczos() for _ in range(3)]
+    assert 10.5 < min(peaks) < 11.7, peaks
 
 
 def test_memory_is_given_back_in_whole_pages():
