@@ -24,8 +24,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_collection_finish():
-    """What was made so far is kept from the garbage collector: trackers ask it for modules, and
-    would look through thousands of tests each."""
+    freeze()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        freeze()
+
+
+def freeze():
+    """What was made so far is kept from the garbage collector: every tracker asks it for modules,
+    and would look through thousands of tests and all that they have imported."""
     gc.collect()
     gc.freeze()
 
