@@ -27,6 +27,7 @@ def pytest_collection_finish():
     freeze()
 
 
+@pytest.hookimpl(trylast=True)  # once the file's fixtures are gone
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is not None and nextitem.path != item.path:
         freeze()

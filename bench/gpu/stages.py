@@ -64,7 +64,7 @@ def stage_a(rehearse: bool) -> Iterator[Step]:
             Job(
                 f"ops: {', '.join(names)}",
                 module("ops_like_cpu", *names, *tiny),
-                20,
+                20 * len(names),
                 environment=ONE_THREAD,
             )
             for names in apart(OP_MODULES, rehearse)
@@ -117,8 +117,8 @@ def tests(name: str, files: Sequence[str], seconds: float, rehearse: bool, worke
 
 
 def apart(names: Sequence[str], rehearse: bool) -> list[Sequence[str]]:
-    """What each process has to do: one of them, so that a crash leaves the others alone. On the
-    CPU, where loading torch takes longest, one process does all."""
+    """The names that each process takes. One, so that a crash leaves the others alone; a rehearsal
+    has one process for all of them, as loading torch is most of its time."""
     if rehearse:
         return [names] if names else []
     return [[name] for name in names]
@@ -154,7 +154,7 @@ def sanitizer(name: str, seconds: float, rehearse: bool) -> list[Job]:
             Job(
                 f"{name}: {', '.join(some)}",
                 command if rehearse or missing else [*front, *command],
-                seconds,
+                seconds * len(some),
                 late="unfinished",
                 fault=SANITIZER_FAULT,
                 environment=alone,

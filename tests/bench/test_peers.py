@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -219,9 +220,9 @@ def _peak_of_lanczos():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
     """A basis of ncv + 1 rows, g(θ) and the gradient beside it; not the result beside the basis."""
-    # The least of three: code of torch that the system had dropped before and reads again counts.
+    # Of three: code of torch that the system had dropped before, and reads again, counts as well.
     peaks = [_peak_of_lanczos() for _ in range(3)]
-    assert 10.5 < min(peaks) < 11.7, peaks
+    assert 10.5 < statistics.median(peaks) < 11.7, peaks
 
 
 def test_memory_is_given_back_in_whole_pages():
