@@ -25,6 +25,8 @@ _LEAST = 0.2
 # mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: everything of at least so many bytes goes back to
 # the system as soon as it is freed.
 _FRUGAL = {-3: 1 << 16, -1: 1 << 16}
+# prctl's PR_SET_THP_DISABLE: a huge page counts 2 MB for whoever touches a byte of it.
+_SMALL_PAGES = 41
 
 # Its children are forked from a process that has imported torch but has run nothing yet.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -115,7 +117,7 @@ class Passes:
 
 
 def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most since `_settle`), in bytes."""
+    """VmRSS, RssFile (now) or VmHWM (the most since `_settle`), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -129,16 +131,27 @@ def _settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def be_frugal() -> None:
+    """From here on this process's resident memory is what it needs (on Linux)."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        for option, value in _FRUGAL.items():
+            library.mallopt(option, value)
+        library.prctl(_SMALL_PAGES, 1, 0, 0, 0)
+
+
 @contextmanager
-def _peak(answer: dict[str, Any], frugal: bool) -> Iterator[None]:
-    """Adds ``peak`` to the answer of a frugal process."""
+def peak_memory(answer: dict[str, Any], frugal: bool) -> Iterator[None]:
+    """Adds ``peak`` to the answer of a frugal process: bytes of data, not of libraries' code."""
     if not frugal or sys.platform != "linux":
         yield
         return
     _settle()
-    before = _resident("VmRSS")
+    before, files = _resident("VmRSS"), _resident("RssFile")
     yield
-    answer["peak"] = _resident("VmHWM") - before
+    # Pages of code are read when they are first run, and as many at once as the file system likes.
+    code = max(0, _resident("RssFile") - files)
+    answer["peak"] = _resident("VmHWM") - before - code
 
 
 def _gradient(problem: Problem, seconds: float = 0.0) -> int:
@@ -157,7 +170,7 @@ def _run(
     answer: dict[str, Any] = {}
     problem.reset()
     passes.forward = passes.backward = 0
-    with _peak(answer, frugal):
+    with peak_memory(answer, frugal):
         start, cpu, calls = time.perf_counter(), time.process_time(), 1
         if tool == "gradient":
             calls = _gradient(problem, 0.0 if frugal else _LEAST)
@@ -203,9 +216,8 @@ def _main(
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     torch.set_num_threads(threads)
-    if frugal and sys.platform == "linux":
-        for option, value in _FRUGAL.items():
-            ctypes.CDLL(None).mallopt(option, value)
+    if frugal:
+        be_frugal()
     try:
         if kind in ("prepare", "reference"):
             connection.send(_once(kind, name, path, extra))
