@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,11 @@ import torch
 from peers_problems import Problem, load, prepare
 from peers_tools import TOOLS, reference
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from resident_memory import be_frugal, peak_memory  # noqa: E402
+
 # A gradient is timed for at least so many seconds at a go.
 _LEAST = 0.2
-# mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: everything of at least so many bytes goes back to
-# the system as soon as it is freed.
-_FRUGAL = {-3: 1 << 16, -1: 1 << 16}
-# prctl's PR_SET_THP_DISABLE: a huge page counts 2 MB for whoever touches a byte of it.
-_SMALL_PAGES = 41
 
 # Its children are forked from a process that has imported torch but has run nothing yet.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -116,44 +111,6 @@ class Passes:
         self.forward += 1
 
 
-def _resident(field: str) -> int:
-    """VmRSS, RssFile (now) or VmHWM (the most since `_settle`), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _settle() -> None:
-    """Gives free memory back to the system, and forgets the peak."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def be_frugal() -> None:
-    """From here on this process's resident memory is what it needs (on Linux)."""
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        for option, value in _FRUGAL.items():
-            library.mallopt(option, value)
-        library.prctl(_SMALL_PAGES, 1, 0, 0, 0)
-
-
-@contextmanager
-def peak_memory(answer: dict[str, Any], frugal: bool) -> Iterator[None]:
-    """Adds ``peak`` to the answer of a frugal process: bytes of data, not of libraries' code."""
-    if not frugal or sys.platform != "linux":
-        yield
-        return
-    _settle()
-    before, files = _resident("VmRSS"), _resident("RssFile")
-    yield
-    # Pages of code are read when they are first run, and as many at once as the file system likes.
-    code = max(0, _resident("RssFile") - files)
-    answer["peak"] = _resident("VmHWM") - before - code
-
-
 def _gradient(problem: Problem, seconds: float = 0.0) -> int:
     """Plain gradients for so many seconds; returns how many."""
     end, count = time.perf_counter() + seconds, 0
@@ -170,7 +127,7 @@ def _run(
     answer: dict[str, Any] = {}
     problem.reset()
     passes.forward = passes.backward = 0
-    with peak_memory(answer, frugal):
+    with peak_memory() if frugal else nullcontext() as peak:
         start, cpu, calls = time.perf_counter(), time.process_time(), 1
         if tool == "gradient":
             calls = _gradient(problem, 0.0 if frugal else _LEAST)
@@ -180,6 +137,8 @@ def _run(
             values = [float(value) for value in found]
         answer["seconds"] = (time.perf_counter() - start) / calls
         answer["cpu"] = (time.process_time() - cpu) / calls
+    if peak is not None:
+        answer["peak"] = peak.bytes
     if tool != "gradient":
         answer["values"] = sorted(values, key=lambda v: -abs(v) if math.isfinite(v) else 0.0)
     return answer | {"forward": passes.forward, "backward": passes.backward}
@@ -216,6 +175,7 @@ def _main(
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     torch.set_num_threads(threads)
+    frugal = frugal and sys.platform == "linux"
     if frugal:
         be_frugal()
     try:

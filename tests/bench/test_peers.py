@@ -14,6 +14,7 @@ import peers  # noqa: E402
 import peers_problems  # noqa: E402
 import peers_tools  # noqa: E402
 import peers_worker  # noqa: E402
+import resident_memory  # noqa: E402
 from peers_report import markdown  # noqa: E402
 
 
@@ -182,7 +183,7 @@ def test_the_report_says_which_goals_were_met():
 
 def _lanczos(connection):
     """In a process of its own: the peak of a Lanczos run, in vectors."""
-    peers_worker.be_frugal()
+    resident_memory.be_frugal()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = torch.nn.Linear(3000, 2000)
@@ -198,26 +199,20 @@ def _lanczos(connection):
         )
 
     solve(1)
-    answer: dict = {}
-    with peers_worker.peak_memory(answer, frugal=True):
+    with resident_memory.peak_memory() as peak:
         solve(12)
-    connection.send(answer["peak"] / (4 * 6_002_000))
-
-
-def _peak_of_lanczos():
-    connection, other = peers_worker._SERVER.Pipe()
-    process = peers_worker._SERVER.Process(target=_lanczos, args=(other,))
-    process.start()
-    assert connection.poll(120)
-    peak = connection.recv()
-    process.join()
-    return peak
+    connection.send(peak.bytes / (4 * 6_002_000))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs():
     """A basis of ncv + 1 rows, g(θ) and the gradient beside it; not the result beside the basis."""
-    assert 10.5 < _peak_of_lanczos() < 11.7
+    connection, other = peers_worker._SERVER.Pipe()
+    process = peers_worker._SERVER.Process(target=_lanczos, args=(other,))
+    process.start()
+    assert connection.poll(120)
+    assert 10.5 < connection.recv() < 11.7
+    process.join()
 
 
 def test_memory_is_given_back_in_whole_pages():

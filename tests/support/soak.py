@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import lyapcuda
+from resident_memory import resident
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,6 @@ class Soak:
     steps: int
     memory: tuple[int, int]
     tensors: tuple[int, int]
-
-
-def resident() -> int:
-    line = next(x for x in Path("/proc/self/status").open() if x.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
 
 
 def living() -> int:
