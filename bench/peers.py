@@ -20,10 +20,10 @@ the error as it is). That one is then timed, all tools taking turns.
 - Gradient-times: that over one plain forward and backward pass, timed in the same rounds.
 - Passes: forward passes of the model and runs of the autograd engine (a plain gradient is 1 + 1; a
   run through a double backward's graph costs about twice a plain one).
-- Memory: a second process for each tool, with malloc set to give everything back at once and
-  without huge pages. Its peak of resident memory during the call is taken over what it held before
-  (libraries, model, batch, and whatever a first call leaves) and the code that it reads meanwhile.
-  No gradient is held before. Linux only.
+- Memory: of a second process for each tool, in which malloc gives everything back at once and huge
+  pages are off. It is the most that was resident during the call, less two things: what was held
+  before it (libraries, model, batch, and whatever a first call leaves), and code of libraries that
+  was loaded during it. No gradient is held before. Linux only.
 """
 
 from __future__ import annotations
