@@ -1,9 +1,11 @@
-"""Memory that a piece of code needs, from the resident memory of its process (peaks: Linux only).
+"""The memory that a piece of code needs, from the resident memory of its process.
 
     be_frugal()
     with peak_memory() as peak:
         work()
     print(peak.bytes)
+
+On Linux, as /proc/self has it.
 """
 
 from __future__ import annotations
