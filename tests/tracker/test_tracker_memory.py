@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocated_memory import peak_allocated
 
 import lyapcuda
+from allocated_memory import peak_allocated
 
 N = 1_000_000
 
