@@ -14,7 +14,7 @@ from resident_memory import resident
 
 @dataclass(frozen=True)
 class Soak:
-    """Resident memory in bytes and living tensors, a tenth of the way in and at the end."""
+    """Bytes of resident data and living tensors, a tenth of the way in and at the end."""
 
     steps: int
     memory: tuple[int, int]
@@ -49,7 +49,7 @@ def soak(steps: int) -> Soak:
             sgd.zero_grad()
             sgd.step(closure)
         if step in (steps // 10, steps - 1):
-            memory.append(resident())
+            memory.append(resident("RssAnon"))
             tensors.append(living())
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     return Soak(steps, tuple(memory), tuple(tensors))
