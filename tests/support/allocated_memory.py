@@ -8,6 +8,7 @@ megabytes. Blind to what isn't torch's: `resident_memory` counts that too.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_allocated(work: Callable[[], object]) -> int:
     """The most bytes that `work()` holds at once, of those it allocates itself."""
+    gc.collect()  # what earlier work left isn't freed meanwhile, which would count as less
     cpu = [ProfilerActivity.CPU]
     with profile(activities=cpu, profile_memory=True, acc_events=True) as profiled:
         work()

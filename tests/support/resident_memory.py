@@ -32,7 +32,7 @@ class Peak:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes: all (VmRSS), data (RssAnon), files (RssFile), the most in `peak_memory` (VmHWM)."""
+    """Bytes of memory in use: all (VmRSS), data (RssAnon), files (RssFile), peak (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
