@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from lyapcuda.objective.loss_graph import COARSE
-from lyapcuda.params.flat import FlatLayout
+from lyapcuda.params.flat import FlatLayout, squared_norm
 
-__all__ = ["adapted_perturbation", "chosen_perturbation", "default_perturbation", "separation_size"]
+__all__ = [
+    "Extent",
+    "active_extent",
+    "adapted_perturbation",
+    "chosen_perturbation",
+    "default_perturbation",
+    "separation_size",
+]
 
 
 # A tracker's Δq in ε^(1/3)·‖θ‖: at most; on smooth losses that over √N, but at least that over
@@ -29,13 +40,51 @@ _SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
 _LENGTH = 0.5
 # Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
 _KINKED = 0.2
+# An ε below this is float64's.
+_FINE = 1e-12
 # Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
 _LEAST = 0.3
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How large a set of parameters is.
+
+    Attributes:
+        norm: ‖θ‖.
+        numel: how many numbers.
+    """
+
+    norm: float
+    numel: int
+
+    @property
+    def size(self) -> float:
+        """‖θ‖, or what stands in for parameters that start at zero."""
+        return max(self.norm, 1e-2 * math.sqrt(self.numel))
+
+
+def active_extent(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Extent | None:
+    """The extent of the numbers whose gradient isn't zero; None where all are.
+
+    An embedding has rows that no sample uses: they say nothing about the distance over which the
+    loss changes.
+    """
+    square, numel = 0.0, 0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            active = gradient != 0
+            count = int(active.sum())
+            held = parameter.detach()
+            square += squared_norm(held if count == held.numel() else held[active])
+            numel += count
+    return Extent(math.sqrt(square), numel) if numel else None
+
+
 def _size(layout: FlatLayout) -> float:
-    # The second one stands in for parameters that start at zero.
-    return max(layout.norm(), 1e-2 * math.sqrt(layout.numel))
+    return Extent(layout.norm(), layout.numel).size
 
 
 def default_perturbation(
@@ -74,20 +123,24 @@ def separation_size(
     kinked: bool = False,
     epsilon: float | None = None,
     length: float = math.inf,
+    extent: Extent | None = None,
 ) -> float:
     """Δq for a difference of gradients that are computed to ``epsilon`` (default: the parameters'
     precision).
 
     ``length``: where it is known, the distance over which the curvature changes by as much as it
-    is (`lyapcuda.solvers.difference_error`).
+    is (`lyapcuda.solvers.difference_error`). ``extent``: of the parameters that get a gradient
+    (default: of all).
     """
     factor, power = _SIZES[difference]
-    norm, epsilon = layout.norm(), layout.epsilon() if epsilon is None else epsilon
-    size = _size(layout) / layout.numel**0.25
+    epsilon = layout.epsilon() if epsilon is None else epsilon
+    extent = Extent(layout.norm(), layout.numel) if extent is None else extent
+    size = extent.size / extent.numel**0.25
     # The Δq that balances the errors goes as length^(1 − p).
     size *= min(1.0, length / (_LENGTH * size)) ** (1.0 - power)
-    least = _KINKED * size if kinked else 0.0
-    return max(factor * epsilon**power * size, _LEAST * epsilon * norm, least)
+    # In float64 a Δq is affordable that crosses none.
+    least = _KINKED * size if kinked and epsilon > _FINE else 0.0
+    return max(factor * epsilon**power * size, _LEAST * epsilon * extent.norm, least)
 
 
 def chosen_perturbation(

@@ -37,6 +37,14 @@ class Batches:
         self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
         self._samples: int | None = None
 
+    @property
+    def count(self) -> int | None:
+        """How many batches a pass has, where the data can tell."""
+        try:
+            return len(self.data)
+        except TypeError:
+            return None
+
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Every batch and its size. Raises ValueError where the passes aren't of equal length."""
         samples = 0

@@ -7,7 +7,6 @@ and accumulation inside the closure work.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.pointing import pointing
+from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.shards import locals_of, reset
 
-__all__ = ["Closure", "Evaluator", "Gradients", "check_loss", "lacks_any"]
+__all__ = ["Closure", "Evaluator", "Gradients", "check_loss", "check_same", "lacks_any"]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
 #: itself or leave that to us.
@@ -190,12 +190,11 @@ class Evaluator:
                     losses.append(loss)
                     before.restore()
             if check:  # the last two of all, so that a closure that alternates is found too
-                loss, once = self.evaluate(closure)
-                once = [g if g is None else g.detach().clone() for g in once]
+                once = Fingerprint.of(*self.evaluate(closure))
                 before.restore()
             loss0, g0 = self.evaluate(closure)
             if check:
-                _check_same(loss, once, loss0, g0)
+                check_same(once, Fingerprint.of(loss0, g0))
         except BaseException:
             reset(self.modules)
             before.restore()
@@ -207,30 +206,13 @@ class Evaluator:
         return Gradients(g0, found, loss0, losses)
 
 
-def _check_same(
-    loss: Tensor, once: Sequence[Tensor | None], loss0: Tensor, g0: Sequence[Tensor | None]
-) -> None:
+def check_same(once: Fingerprint, again: Fingerprint) -> None:
     """Raises a RuntimeError where two evaluations at the same θ differ by more than rounding."""
-    reason = "expected the same loss and gradient every time"
-    apart = square = coarsest = 0.0
-    for a, b in zip(once, g0, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                raise RuntimeError(f"closure: a gradient at the same θ came once only; {reason}")
-            continue
-        apart += float((a.double() - b.double()).square().sum())
-        square += float(b.double().square().sum())
-        coarsest = max(coarsest, torch.finfo(b.dtype).eps)
-    # Rounding that isn't the same every time (atomics on a GPU) stays far below the root of ε.
-    rounding = math.sqrt(coarsest)
-    first, second = float(loss), float(loss0)
-    same = math.isclose(first, second, rel_tol=rounding) or math.isnan(first) and math.isnan(second)
-    if not same or apart > rounding**2 * square:
+    difference = once.differs(again)
+    if difference is not None:
         raise RuntimeError(
-            f"closure: two evaluations at the same θ gave the losses {first:.9g} and {second:.9g}, "
-            f"gradients {math.sqrt(apart):.3g} apart of norm {math.sqrt(square):.3g}; {reason}: "
-            "take the minibatch from the loader outside of the closure, and random numbers from "
-            "the global generators"
+            f"closure: two evaluations at the same θ gave {difference}; expected the same loss and "
+            f"gradient every time: {ADVICE}"
         )
 
 

@@ -8,37 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda.objective.batches import Batches
-from lyapcuda.objective.evaluator import Closure, Evaluator, check_loss
+from lyapcuda.objective.double_backward import GradientGraph
+from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.random_states import RandomStates
 
 __all__ = ["FixedObjective", "Point"]
 
-#: What is handed the gradients where they lie, None where a parameter gets none.
-Take = Callable[[list[Tensor | None]], None]
+#: What is handed the gradients where they lie, None where a parameter gets none, and the loss.
+Take = Callable[[Sequence[Tensor | None], Tensor], None]
 #: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
-
-
-@dataclass
-class _Graph:
-    """Autograd's graph of a loss and its gradient, from which exact products are taken.
-
-    Attributes:
-        loss: 0-dim, detached.
-        gradients: None for a parameter that the loss doesn't depend on.
-        versions: of the parameters then.
-    """
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    versions: list[int]
 
 
 class FixedObjective:
@@ -70,7 +55,7 @@ class FixedObjective:
         devices = (p.device for p in evaluator.parameters)
         self._states = RandomStates(devices, self._generators)
         #: Of one batch, from one product to the next, inside `keeping_graph`.
-        self._graph: _Graph | None = None
+        self._graph: GradientGraph | None = None
         self._keeps = False
 
     def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:
@@ -79,9 +64,9 @@ class FixedObjective:
         Args:
             points: where to evaluate, and tensors of the parameters' shapes that receive the
                 gradient, zeros where a parameter gets none. Both may be the same memory, except
-                with batches, whose gradients are added up there. Without them a function may stand
-                in their place: it is handed the gradients as they are, which saves a copy, and may
-                write to where they were evaluated.
+                with batches, whose gradients are added up there. A function may stand in their
+                place: it is handed the gradients as they are, which without batches saves a copy,
+                and the loss; without batches it may write to where they were evaluated.
             closure: stands in for the objective's own, of which it is a wrapper.
 
         Returns:
@@ -104,30 +89,40 @@ class FixedObjective:
 
     def _average(self, closure: Closure, total: Sequence[Tensor] | Take) -> Tensor:
         """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
+        if self.batches is not None and callable(total):
+            sums = [torch.zeros_like(p) for p in self.evaluator.parameters]
+            loss = self._average(closure, sums)
+            total(sums, loss)
+            return loss
         if self.batches is None:
             loss, gradients = self.evaluator.evaluate(closure)
             if callable(total):
-                total(gradients)
+                total(gradients, loss)
                 return loss
             return _into(total, loss, gradients)
-        return self._over_batches(total, lambda b: self.evaluator.evaluate(lambda: closure(b)))
-
-    def _over_batches(
-        self,
-        total: Sequence[Tensor],
-        one: Callable[[Any], tuple[Tensor, Sequence[Tensor | None]]],
-    ) -> Tensor:
-        """The mean of what ``one`` gives for every batch, weighted by the batches' sizes."""
         for out in total:
             out.zero_()
-        samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
-        for batch, size in self.batches:
-            loss, rows = one(batch)
+
+        def one(batch: Any, size: int) -> Tensor:
+            loss, rows = self.evaluator.evaluate(lambda: closure(batch))
             for out, row in zip(total, rows, strict=True):
                 if row is not None:
                     out.add_(row.detach(), alpha=size)
+            return loss
+
+        return self._mean(one, total)
+
+    def _mean(self, one: Callable[[Any, int], Tensor], sums: Sequence[Tensor]) -> Tensor:
+        """Takes ``one`` (batch, size) for every batch, and divides the ``sums`` that it adds to.
+
+        Returns:
+            The mean of the losses that it returns, weighted by the batches' sizes.
+        """
+        samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
+        for batch, size in self.batches:
+            loss = one(batch, size)
             samples, loss_sum = samples + size, loss_sum.to(loss.device) + size * loss.double()
-        for out in total:
+        for out in sums:
             out.div_(samples)
         return loss_sum / samples
 
@@ -147,93 +142,105 @@ class FixedObjective:
             if not outer:
                 self._graph = None
 
-    def hessian_product(self, vector: Sequence[Tensor], total: Sequence[Tensor]) -> Tensor:
+    def hessian_product(
+        self,
+        vector: Sequence[Tensor],
+        total: Sequence[Tensor],
+        closure: Closure | None = None,
+    ) -> Tensor:
         """Writes the exact product of the Hessian and a vector, by double backward, to ``total``.
 
-        The closure must not call ``backward()`` itself. With batches no graph is kept.
+        The closure must not call ``backward()`` itself. With several batches no graph is kept.
 
         Returns:
             The loss, 0-dim, detached.
 
         Raises:
-            RuntimeError: something in the loss has no second derivative in torch.
+            DoubleBackwardError: something in the loss has no second derivative in torch.
         """
+        return self.hessian_products([vector], [total], closure)
+
+    def hessian_products(
+        self,
+        vectors: Sequence[Sequence[Tensor]],
+        totals: Sequence[Sequence[Tensor]],
+        closure: Closure | None = None,
+    ) -> Tensor:
+        """Those of several vectors, for one forward pass over each batch."""
+        closure = self.closure if closure is None else closure
+        with self._as_it_was():
+            if self.is_one_batch:
+                graph = self._graph_at(closure)
+                for vector, total in zip(vectors, totals, strict=True):
+                    keep = self._keeps or vector is not vectors[-1]
+                    graph.product(vector, total, keep=keep)
+                return graph.loss
+            for total in totals:
+                for out in total:
+                    out.zero_()
+
+            def one(batch: Any, size: int) -> Tensor:
+                graph = GradientGraph(lambda: closure(batch), self.evaluator.parameters)
+                for vector, total in zip(vectors, totals, strict=True):
+                    graph.product(vector, total, keep=vector is not vectors[-1], weight=size)
+                return graph.loss
+
+            return self._mean(one, [out for total in totals for out in total])
+
+    def graph_gradient(
+        self, take: Callable[[Sequence[Tensor | None]], None], closure: Closure | None = None
+    ) -> Tensor:
+        """Hands the gradient at θ over, out of the graph that exact products of one batch are then
+        taken from, within `keeping_graph`.
+
+        Returns:
+            The loss, 0-dim, detached.
+        """
+        with self._as_it_was():
+            self._graph = None
+            return self._graph_at(self.closure if closure is None else closure, take).loss
+
+    def drop_graph(self) -> None:
+        """Lets go of what is kept within `keeping_graph`."""
+        self._graph = None
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether a pass over the data is one batch, so that one graph holds all of it."""
+        return self.batches is None or self.batches.count == 1
+
+    def _graph_at(
+        self,
+        closure: Closure,
+        take: Callable[[Sequence[Tensor | None]], None] | None = None,
+    ) -> GradientGraph:
+        """The graph at θ: the one kept, or a new one."""
+        parameters = self.evaluator.parameters
+        if self._graph is not None and self._graph.versions == [p._version for p in parameters]:
+            return self._graph
+        self._graph = None  # before there is another one
+        if self.batches is None:
+            graph = GradientGraph(closure, parameters, take)
+        else:
+            (batch, _), *_ = self.batches
+            graph = GradientGraph(lambda: closure(batch), parameters, take)
+        if self._keeps:
+            self._graph = graph
+        return graph
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """From the same states as every evaluation; afterwards everything is as it was."""
         before = self.evaluator.snapshot(self._generators)
         try:
             self._states.restore()
-            if self.batches is None:
-                return _into(total, *self._second(self.closure, vector, self._keeps))
-            return self._over_batches(
-                total, lambda b: self._second(lambda: self.closure(b), vector, False)
-            )
+            yield
         finally:
             before.restore()
             before.restore_gradients()
-
-    def _second(
-        self, closure: Closure, vector: Sequence[Tensor], keep: bool
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        parameters = self.evaluator.parameters
-        graph = self._graph if keep else None
-        if graph is not None and graph.versions == [p._version for p in parameters]:
-            return graph.loss, _rows(graph, parameters, vector, keep=True)
-        self._graph = graph = None  # before there is another one
-        torch.clear_autocast_cache()
-        with torch.enable_grad():
-            graph = _graph_of(closure, parameters)
-            rows = _rows(graph, parameters, vector, keep)
-        torch.clear_autocast_cache()
-        if keep:
-            self._graph = graph
-        return graph.loss, rows
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:
     for out, row in zip(total, rows, strict=True):
         out.zero_() if row is None else out.copy_(row.detach())
     return loss
-
-
-def _graph_of(closure: Closure, parameters: Sequence[Tensor]) -> _Graph:
-    for parameter in parameters:
-        parameter.grad = None
-    loss = closure()
-    check_loss(loss)
-    if any(p.grad is not None for p in parameters):
-        raise ValueError("closure: it called backward(); an exact product needs the loss alone")
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError("closure: the loss it returned can't be differentiated")
-    with _twice():
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    return _Graph(loss.detach().reshape(()), gradients, [p._version for p in parameters])
-
-
-def _rows(
-    graph: _Graph, parameters: Sequence[Tensor], vector: Sequence[Tensor], keep: bool
-) -> Sequence[Tensor | None]:
-    pairs = [
-        (g, v)
-        for g, v in zip(graph.gradients, vector, strict=True)
-        if g is not None and g.requires_grad
-    ]
-    if not pairs:  # linear in the parameters
-        return [None] * len(parameters)
-    with _twice():
-        return torch.autograd.grad(
-            [g for g, _ in pairs],
-            parameters,
-            [v for _, v in pairs],
-            retain_graph=keep,
-            allow_unused=True,
-        )
-
-
-@contextmanager
-def _twice() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"mode=exact: the loss can't be differentiated twice ({error}); gradient differences "
-            "(mode='difference') don't need that"
-        ) from error

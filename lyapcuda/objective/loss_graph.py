@@ -9,7 +9,7 @@ import torch
 
 from lyapcuda.objective import tf32
 
-__all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon"]
+__all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon", "unproven"]
 
 #: A larger ε than this is that of a 16-bit type, or of TF32.
 COARSE = 1e-4
@@ -18,6 +18,9 @@ _KINKS = (
     *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
 )
+
+# Functions of torch whose double backward is wrong (weight_norm treats a part as constant).
+_WRONG = ("WeightNormInterface",)
 
 
 def graph_nodes(loss: Any) -> Iterator[Any]:
@@ -69,3 +72,16 @@ def is_smooth(loss: Any) -> bool:
     nodes = list(graph_nodes(loss))
     hidden = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
     return bool(nodes) and not hidden and not has_kinks(loss)
+
+
+def unproven(loss: Any) -> tuple[str | None, str | None]:
+    """The name of a function in the loss whose double backward is known to be wrong, and of one of
+    the user's own, of which it isn't known to be right; None where the graph shows none.
+    """
+    wrong = custom = None
+    for node in graph_nodes(loss):
+        if node.name().startswith(_WRONG):
+            wrong = node.name()
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            custom = node.name()
+    return wrong, custom

@@ -14,7 +14,8 @@ order                  no other Ritz value may still turn out to come before it
 missed eigenvalues     none between the values found, as far as the start vector can tell
                        (`UNLUCKY`, `SHY`, `REPELLED`; `lyapcuda.solvers.missed`)
 differences            estimated error + `ERROR_FACTOR` · error of the differences ≤ tol · |ρ|
-zero                   or |ρ| ≤ `ZERO` · error of the differences: they can't tell it from zero
+zero                   or |ρ| ≤ `ZERO` · error of the differences, which can't tell it from zero,
+                       where that error is at most tol · ‖H‖ and ‖H‖/`ZERO_LEAST`
 =====================  =========================================================================
 
 Everything here is NumPy in float64 on the host, of the size of a basis.
@@ -50,8 +51,10 @@ UNLUCKY = 0.01
 SHY = 0.006
 # Nor is one looked for closer to a found one than this fraction of their usual distance.
 REPELLED = 10.0
-# Values of at most this many times the differences' error count as zero.
+# Values of at most this many times the differences' error count as zero,
 ZERO = 3.0
+# where that error is small beside ‖H‖: at most tol of it, and never more than 1/30.
+ZERO_LEAST = 30.0
 # Residuals of so many times the differences' error are nothing but that, for a good part.
 BLOCK_NOISE = 5.0
 # An end can't win by magnitude where it lies so many residuals short of it, after so many steps.
@@ -65,6 +68,8 @@ KRYLOV_STEPS = 6
 # Relative error of an eigenvalue that differences have on smooth losses, c·ε^power of the
 # parameters' dtype: at most so much on the nets of the tests.
 DIFFERENCE_ACCURACY = {"forward": (1.5, 1 / 2), "central": (5.0, 2 / 3)}
+# That of exact products, in ε of 16-bit types and TF32.
+EXACT_ACCURACY = 2.0
 # Forward differences do for tolerances of at least so many times their accuracy.
 FORWARD_MARGIN = 1.9
 
@@ -86,6 +91,7 @@ class ConvergenceStatus:
         errors: estimated error of the differences.
         done: the solver has nothing more to do for it.
         converged: done, and the differences are good for the tolerance.
+        scale: the largest magnitude of a Ritz value: a lower bound of ‖H‖.
     """
 
     indices: np.ndarray
@@ -95,6 +101,7 @@ class ConvergenceStatus:
     errors: np.ndarray
     done: np.ndarray
     converged: np.ndarray
+    scale: float
 
     @property
     def limited(self) -> bool:
@@ -173,7 +180,8 @@ class Criterion:
         # No product makes noise less.
         done |= (ritz.outside <= noise * errors) & (bounds <= SOLVER_SHARE * tolerance)
         # Zero, as far as differences can tell.
-        return done | (np.abs(ritz.values) + ritz.outside <= ZERO * errors)
+        size = np.abs(ritz.values)
+        return done | self.is_zero(size + ritz.outside, errors, size.max())
 
     def status(
         self,
@@ -186,25 +194,35 @@ class Criterion:
         """Of the ``wanted`` ones: what is done has converged where both errors together are within
         the tolerance, or where it is zero.
         """
-        good = self._good(ritz.values, bounds, errors)
+        good = self._good(ritz.values, bounds, errors, np.abs(ritz.values).max())
         parts = (ritz.values, ritz.residuals, bounds, errors, done, done & good)
-        return ConvergenceStatus(wanted, *(part[wanted] for part in parts))
+        scale = float(np.abs(ritz.values).max())
+        return ConvergenceStatus(wanted, *(part[wanted] for part in parts), scale)
 
-    def coarser(self, status: ConvergenceStatus, error: float) -> ConvergenceStatus:
-        """The status, where differences have turned out to be off by so much of each value."""
+    def coarser(
+        self, status: ConvergenceStatus, error: float, least: float = 0.0
+    ) -> ConvergenceStatus:
+        """The status, where products have turned out to be off by so much of each value, and by
+        ``least``.
+        """
         errors = np.maximum(status.errors, error * np.abs(status.values))
-        good = self._good(status.values, status.bounds, errors)
+        errors = np.maximum(errors, least)
+        good = self._good(status.values, status.bounds, errors, status.scale)
         return replace(status, errors=errors, converged=status.converged & good)
 
-    def _good(self, values: np.ndarray, bounds: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    def _good(
+        self, values: np.ndarray, bounds: np.ndarray, errors: np.ndarray, scale: float
+    ) -> np.ndarray:
         size = np.abs(values)
         within = bounds + ERROR_FACTOR * errors <= self.tol * size
-        return within | self.is_zero(values, errors)
+        return within | self.is_zero(size, errors, scale)
 
-    @staticmethod
-    def is_zero(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
-        """Whether the differences can't tell them from zero."""
-        return np.abs(values) <= ZERO * errors
+    def is_zero(self, size: np.ndarray, errors: np.ndarray, scale: float) -> np.ndarray:
+        """Whether the differences can't tell values of this size from zero, though their error is
+        small beside ‖H‖ (``scale``).
+        """
+        small = errors <= min(self.tol, 1.0 / ZERO_LEAST) * scale
+        return small & (size <= ZERO * errors)
 
     def without_hidden(
         self, status: ConvergenceStatus, values: np.ndarray, growth: KrylovGrowth

@@ -13,10 +13,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from lyapcuda.solvers.agreement import SPREAD
 from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.operator import HessianOperator
 
 __all__ = ["TruncationError", "truncation_along"]
+
+
+# What of a spread is left at a fraction of the separation: where it is no more than this, it is
+# bend. Kinks show more at smaller separations, not less.
+_BEND = 0.45
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,12 @@ class TruncationError:
     Attributes:
         error: of the differences, relative to the curvature; their rounding included.
         length: the distance over which the curvature changes by as much as it is.
+        jumps: whether the gradient seems to jump beside θ, or to be computed coarsely.
     """
 
     error: float
     length: float
+    jumps: bool = False
 
     def central(self, perturbation: float) -> float:
         """The relative error that central differences at this Δq are expected to have, were the
@@ -39,33 +49,48 @@ class TruncationError:
 
 
 def truncation_along(
-    operator: HessianOperator, u: Basis, spare: Basis, value: float
+    operator: HessianOperator, u: Basis, spare: Basis, value: float, residual: float
 ) -> TruncationError:
-    """Measures it with two gradients beside θ.
+    """Measures it with two gradients beside θ; with two more where these lie far apart.
 
-    For forward differences at the same Δq on both sides, for central
-    ones at twice the Δq, where they are off four times as far.
+    For forward differences at the same Δq on both sides, for central ones at twice the Δq, where
+    they are off four times as far. Where the whole product changes far more than the bend of a
+    smooth loss accounts for, the gradient jumps.
 
     Args:
         u: one row, norm 1.
         spare: one row, which is overwritten.
         value: the curvature along u as the operator's differences have seen it; not 0.
+        residual: ‖Hu − value·u‖ as they have seen it.
 
     Raises:
         FloatingPointError: a gradient isn't finite.
     """
     step = operator.perturbation
 
-    def curvature(perturbation: float) -> float:
+    def seen(perturbation: float) -> tuple[float, float]:
+        """The curvature, and how far the whole product is from value·u, relative to it."""
         operator.product(u.row(0), spare.row(0), perturbation=perturbation)
-        return float(on_host(u.gram(spare))[0, 0])
+        sums = torch.stack([u.gram(spare)[0, 0], spare.gram(spare)[0, 0], u.gram(u)[0, 0]])
+        along, square, one = on_host(sums)
+        rest = square - 2.0 * value * along + value**2 * one
+        return float(along), math.sqrt(max(float(rest) - residual**2, 0.0)) / abs(value)
+
+    def jumps(spread: float, smaller: float) -> bool:
+        return spread > SPREAD and seen(smaller)[1] > _BEND * spread
 
     if operator.difference == "central":
-        error = abs(curvature(2.0 * step) - value) / (3.0 * abs(value))
-        return TruncationError(error, step / math.sqrt(6.0 * error) if error else math.inf)
-    plus, minus = curvature(step), curvature(-step)
+        curvature, spread = seen(2.0 * step)
+        error = abs(curvature - value) / (3.0 * abs(value))
+        length = step / math.sqrt(6.0 * error) if error else math.inf
+        jump = jumps(spread, step / 2.0)
+        return TruncationError(max(error, spread) if jump else error, length, jump)
+    (plus, above), (minus, below) = seen(step), seen(-step)
+    spread = max(above, below)
     mean = (plus + minus) / 2.0
     size = abs(mean) or abs(value)
     change = abs(plus - minus) / size
     error = max(change / 2.0, abs(value - mean) / size)
-    return TruncationError(error, step / change if change else math.inf)
+    jump = jumps(spread, step / 4.0)
+    length = step / change if change else math.inf
+    return TruncationError(max(error, spread) if jump else error, length, jump)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -15,18 +15,35 @@ from torch import Tensor
 
 from lyapcuda.arguments import choice, whole
 from lyapcuda.arguments import seed as check_seed
+from lyapcuda.objective.double_backward import DoubleBackwardError
+from lyapcuda.objective.loss_graph import COARSE
+from lyapcuda.solvers.agreement import (
+    SPREAD,
+    Agreement,
+    believed,
+    failed,
+    known_wrong,
+    unbelieved,
+)
 from lyapcuda.solvers.basis import MAX_ROWS, Basis, Solution
 from lyapcuda.solvers.convergence import (
     DIFFERENCE_ACCURACY,
+    EXACT_ACCURACY,
     FORWARD_MARGIN,
     ConvergenceStatus,
     Criterion,
 )
 from lyapcuda.solvers.difference_error import TruncationError, truncation_along
-from lyapcuda.solvers.initial_vectors import fill_, refill_, start_vector
+from lyapcuda.solvers.initial_vectors import fill_, refill_, start_vectors
 from lyapcuda.solvers.lanczos import lanczos
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
-from lyapcuda.solvers.result import EigenResult, warn_unless_converged
+from lyapcuda.solvers.result import (
+    KINKS,
+    NOT_ITS_OWN,
+    PRECISION,
+    EigenResult,
+    warn_unless_converged,
+)
 from lyapcuda.solvers.ritz import WHICH
 from lyapcuda.solvers.subspace_iteration import MAX_BLOCK, block_size, subspace_iteration
 
@@ -55,13 +72,17 @@ def eigsh(
 ) -> EigenResult:
     """Returns eigenvalues and eigenvectors of the Hessian of a loss, from gradients alone.
 
-    Where the operator left ``difference`` open, forward differences are taken if the tolerance,
-    the parameters' precision and the loss allow it. Central ones are taken for 16-bit parameters,
-    for losses with kinks (ReLU), and for a tolerance below 1e-3 in float32, 4e-8 in float64. Where
-    forward ones turn out too coarse for one of the values, it goes on with central ones from the
-    vectors found so far. Where it is Δq that was too large, as is measured along the leading
-    vector, central ones take a smaller one. Neither where ``maxiter`` ended a run. The operator
-    itself stays what it is.
+    Products are exact where double backward works, else differences of gradients: the operator's
+    `mode`; ``mode`` and ``reason`` of the result say which, and why. Exact ones are compared with
+    differences along the leading vector at the end, and aren't believed where these disagree.
+
+    Where differences are taken, and the operator left ``difference`` open, they are forward ones if
+    the tolerance, the parameters' precision and the loss allow it. Central ones are taken for
+    16-bit parameters, for losses whose gradient jumps (ReLU), and for a tolerance below 1e-3 in
+    float32, 4e-8 in float64. Where forward ones turn out too coarse for one of the values, it goes
+    on with central ones from the vectors found so far. Where it is Δq that was too large, as is
+    measured along the leading vector, central ones take a smaller one. Neither where ``maxiter``
+    ended a run. The operator itself stays what it is.
 
     Args:
         operator: the Hessian. Or, as the short form, a closure and its parameters, and further
@@ -72,8 +93,10 @@ def eigsh(
             end (one more from the high end where k is odd).
         tol: relative error of each eigenvalue.
         maxiter: iterations at most. Default 300.
-        v0: (n,) start vector. Default: a random one, mixed half and half with g(θ), which is known
-            anyway and lies in the leading eigenspace for a good part.
+        v0: (n,) start vector, (m, n) several, or a `CurvatureTracker` of the same parameters, whose
+            separations are near the eigenvectors already. Default: a random one, mixed half and
+            half with g(θ), which is known anyway and lies in the leading eigenspace for a good
+            part.
         method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lyapunov": Benettin
             subspace iteration at a frozen θ, about 3k vectors and, for many values or close ones,
             some ten times the gradients; "LM" and "BE" run it twice, up and down. It can't tell
@@ -100,77 +123,19 @@ def eigsh(
         tensor([10.,  4.], dtype=torch.float64)
     """
     _check(k, which, tol, maxiter, method, ncv, seed)
-    layout, before = operator.layout, operator.gradient_evaluations
-    n = layout.numel
+    n = operator.layout.numel
     if k > n:
         raise ValueError(f"k={k}: there are only {n} parameters")
     rows = _rows(k, ncv, n, method)
-    start = None if v0 is None else start_vector(v0, operator)
-    if operator.mode == "difference":
-        coarse = operator.needs_central or tol < FORWARD_MARGIN * _accuracy(operator, "forward")
-        if coarse and operator.chooses_difference:
-            operator = operator.central()
-    rounding = torch.finfo(layout.dtype).eps
-    criterion = Criterion(k, which, tol, _accuracy(operator), rounding, n)
-    basis = Basis.empty(layout, rows)
+    starts = None if v0 is None else start_vectors(v0, operator)
     limit = 300 if maxiter is None else maxiter
-    spent: list[int] = []
-
+    request = _Request(k, which, tol, limit, method, rows, starts, seed, verify)
     with operator.keeping_graph(), _progress_bar(limit if progress else None, k) as show:
-
-        def report(status: ConvergenceStatus) -> None:
-            spent.append(operator.gradient_evaluations - before)
-            show(status, spent[-1])
-
-        def solve(found: Basis | None = None) -> Solution:
-            generators = [
-                torch.Generator(group.device).manual_seed(seed + i)
-                for i, group in enumerate(layout.groups)
-            ]
-            starts = 1 if method == "lanczos" else rows
-            # Both ends take the same rows to start from.
-            if found is None or (method == "lyapunov" and which in ("LM", "BE")):
-                fill_(basis[:starts], start, operator, generators)
-            else:
-                refill_(basis, starts, found, generators, random=v0 is None)
-            if method == "lyapunov":
-                return subspace_iteration(
-                    operator.product, basis, criterion, maxiter=limit, report=report
-                )
-            return lanczos(
-                operator.product,
-                basis,
-                criterion,
-                maxiter=limit,
-                generators=generators,
-                verify=verify,
-                # What the found vectors miss, the run that found them has looked for.
-                look=v0 is None and found is None,
-                provisional=found is None and _may_refine(operator),
-                report=report,
-            )
-
-        solution = solve()
-        for reruns in range(_RERUNS + 1):
-            by_itself = solution.iterations < limit or bool(solution.status.done.all())
-            again = by_itself and reruns < _RERUNS and _may_refine(operator)
-            length = _check_truncation(operator, solution, basis, criterion)
-            finer = operator
-            if again and solution.status.limited:
-                finer = _finer(operator, length)
-            if finer is operator:
-                break
-            operator, first = finer, solution
-            expected = TruncationError(0.0, length).central(operator.perturbation)
-            criterion = replace(criterion, accuracy=max(_accuracy(operator), expected))
-            solution = solve(found=first.vectors)
-            solution = replace(
-                solution,
-                history=[*first.history, *solution.history],
-                iterations=first.iterations + solution.iterations,
-            )
-    gradients = operator.gradient_evaluations - before
-    result = _result(solution, operator, criterion, method, gradients, spent)
+        run = _Run(operator, request, show)
+        outcome = run.by_exact_products() if operator.mode != "difference" else None
+        if outcome is None:
+            outcome = run.by_differences()
+    result = run.result(outcome)
     warn_unless_converged(result)
     return result
 
@@ -209,24 +174,221 @@ def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
     return kept + 1
 
 
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a user asked for."""
+
+    k: int
+    which: str
+    tol: float
+    maxiter: int
+    method: str
+    rows: int
+    starts: Basis | None
+    seed: int
+    verify: bool
+
+
+@dataclass
+class _Outcome:
+    """What a run ended with: whose products, and what speaks against every one of its values."""
+
+    operator: HessianOperator
+    solution: Solution
+    doubts: list[str]
+
+
+class _Run:
+    """One call of `eigsh`: by exact products, by differences, or by one after the other."""
+
+    def __init__(self, operator: HessianOperator, request: _Request, show: Any) -> None:
+        self.operator, self.request, self.show = operator, request, show
+        self.before = operator.gradient_evaluations
+        self.spent: list[int] = []
+
+    def by_exact_products(self) -> _Outcome | None:
+        """Solves by double backward; None where ``mode="auto"`` then takes differences."""
+        asked = self.operator.mode == "exact"
+        operator = self.operator if asked else self.operator.exactly()
+        try:
+            basis = self._start(operator)
+            if operator.products.wrong is not None and not asked:
+                self.operator.settle("difference", known_wrong(operator.products.wrong))
+                return None
+            criterion = self._criterion(operator, _accuracy(operator))
+            solution = self._solve(operator, basis, criterion)
+        except DoubleBackwardError as error:
+            if asked:
+                raise
+            self.operator.settle("difference", failed(error))
+            return None
+        operator.objective.drop_graph()
+        basis[len(solution.vectors) :].release()
+        found, reason = self._compared(operator, solution, criterion)
+        doubts = _doubts(operator)
+        if reason is not None and not doubts:
+            if not asked:
+                self.operator.settle("difference", reason)
+                self.spent.clear()
+                return None
+            doubts.append(reason)
+        if found is not None:
+            if not found.own and not doubts:
+                doubts.append(NOT_ITS_OWN)
+            solution.status = criterion.coarser(solution.status, found.bias)
+            if not asked:
+                self.operator.settle("exact", believed(found))
+        return _Outcome(operator, solution, doubts)
+
+    def _compared(
+        self, operator: HessianOperator, solution: Solution, criterion: Criterion
+    ) -> tuple[Agreement | None, str | None]:
+        """How differences agree along the leading vector; why exact products aren't believed."""
+        status = solution.status
+        lead = int(np.abs(status.values).argmax())
+        value, residual = float(status.values[lead]), float(status.residuals[lead])
+        if not status.done.any():
+            return None, None
+        u, scaled = solution.vectors[lead : lead + 1], Basis.empty(operator.layout, 1)
+        scaled.combine_(u, torch.full((1, 1), value, dtype=torch.float64, device=operator.device))
+        one = torch.ones((), dtype=torch.float64, device=operator.device)
+        size = abs(value)
+        found = operator.compared(u, scaled, one, residual / size if size else 0.0)
+        # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
+        skewed = status.errors[lead] > max(4.0 * operator.epsilon**0.5, self.request.tol) * size
+        reason = unbelieved(found, skewed and size > 0, operator.products.custom)
+        if found.spread > SPREAD and reason is None and found.own:
+            # Along g(θ) the loss changes most: there it shows whether that is its own gradient.
+            found = replace(found, own=operator.along_gradient().own)
+        return found, reason
+
+    def by_differences(self) -> _Outcome:
+        """Solves by differences of gradients: finer ones where the first are too coarse."""
+        operator, tol = self.operator, self.request.tol
+        coarse = operator.needs_central or tol < FORWARD_MARGIN * _accuracy(operator, "forward")
+        if coarse and operator.chooses_difference:
+            operator = operator.central()
+        basis = self._start(operator)
+        criterion = self._criterion(operator, _accuracy(operator))
+        found: Basis | None = None
+        history, iterations = [], 0
+        for reruns in range(_RERUNS + 1):
+            solution = self._solve(operator, basis, criterion, found)
+            history, iterations = history + solution.history, iterations + solution.iterations
+            by_itself = solution.iterations < self.request.maxiter or solution.status.done.all()
+            again = bool(by_itself) and reruns < _RERUNS and _may_refine(operator)
+            length = _check_truncation(operator, solution, basis, criterion)
+            finer = operator
+            if again and solution.status.limited:
+                finer = _finer(operator, length)
+            if finer is operator:
+                break
+            expected = TruncationError(0.0, length).central(finer.perturbation)
+            operator, found = finer, solution.vectors
+            criterion = replace(criterion, accuracy=max(_accuracy(operator), expected))
+        solution = replace(solution, history=history, iterations=iterations)
+        doubts = _doubts(operator)
+        if not doubts and operator.kinked:
+            doubts.append(KINKS if operator.epsilon <= COARSE else PRECISION)
+        return _Outcome(operator, solution, doubts)
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _criterion(self, operator: HessianOperator, accuracy: float) -> Criterion:
+        request, layout = self.request, operator.layout
+        rounding = torch.finfo(layout.dtype).eps
+        return Criterion(
+            request.k, request.which, request.tol, accuracy, rounding, layout.numel
+        )
+
+    def _generators(self, operator: HessianOperator) -> list[torch.Generator]:
+        return [
+            torch.Generator(group.device).manual_seed(self.request.seed + i)
+            for i, group in enumerate(operator.layout.groups)
+        ]
+
+    def _start(self, operator: HessianOperator) -> Basis:
+        """A basis that holds the start vectors."""
+        request = self.request
+        basis = Basis.empty(operator.layout, request.rows)
+        starts = 1 if request.method == "lanczos" else request.rows
+        generators = self._generators(operator)
+        if request.starts is None:
+            fill_(basis[:starts], operator, generators)
+        else:
+            operator.products.start(basis.row(0), exact=operator.mode == "exact")
+            refill_(basis, starts, request.starts, generators, random=False)
+        return basis
+
+    def _solve(
+        self,
+        operator: HessianOperator,
+        basis: Basis,
+        criterion: Criterion,
+        found: Basis | None = None,
+    ) -> Solution:
+        request, generators = self.request, self._generators(operator)
+
+        def report(status: ConvergenceStatus) -> None:
+            self.spent.append(operator.gradient_evaluations - self.before)
+            self.show(status, self.spent[-1])
+
+        if found is not None:
+            starts = 1 if request.method == "lanczos" else request.rows
+            # Both ends take the same rows to start from.
+            if request.method == "lyapunov" and request.which in ("LM", "BE"):
+                fill_(basis[:starts], operator, generators)
+            else:
+                refill_(basis, starts, found, generators, random=request.starts is None)
+        if request.method == "lyapunov":
+            return subspace_iteration(
+                operator.product, basis, criterion, maxiter=request.maxiter, report=report
+            )
+        return lanczos(
+            operator.product,
+            basis,
+            criterion,
+            maxiter=request.maxiter,
+            generators=generators,
+            verify=request.verify,
+            # What the found vectors miss, the run that found them has looked for.
+            look=request.starts is None and found is None,
+            provisional=found is None and _may_refine(operator),
+            report=report,
+        )
+
+    def result(self, outcome: _Outcome) -> EigenResult:
+        """What the user gets."""
+        gradients = self.operator.gradient_evaluations - self.before
+        return _result(outcome, self.request, self.operator.reason, gradients, self.spent)
+
+
+def _doubts(operator: HessianOperator) -> list[str]:
+    return [] if operator.changed is None else [f"closure: {operator.changed}"]
+
+
 # --- finite differences: how good, and finer ones ------------------------------------------------
 
 
 def _accuracy(operator: HessianOperator, difference: str | None = None) -> float:
     """Relative error of an eigenvalue that the operator's products have on a smooth loss."""
     if operator.mode == "exact":
-        return torch.finfo(operator.dtype).eps
+        coarse = operator.epsilon > COARSE
+        return EXACT_ACCURACY * operator.epsilon if coarse else torch.finfo(operator.dtype).eps
     factor, power = DIFFERENCE_ACCURACY[difference or operator.difference]
     return factor * operator.epsilon**power
 
 
 def _may_refine(operator: HessianOperator) -> bool:
     """Whether differences that are too coarse may be made finer."""
-    if operator.mode == "exact":
+    if operator.mode == "exact" or operator.changed is not None:
         return False
     if operator.difference == "forward":
         return operator.chooses_difference
-    return operator.chooses
+    return operator.chooses and not operator.kinked
 
 
 def _finer(operator: HessianOperator, length: float) -> HessianOperator:
@@ -249,17 +411,25 @@ def _check_truncation(
     """
     status = solution.status
     lead = int(np.abs(status.values).argmax())
-    needed = operator.chooses and bool(status.done.any())
-    if not needed or criterion.is_zero(status.values, status.errors)[lead]:
+    if not status.done.any() or status.values[lead] == 0.0:
         return math.inf
     apart = len(basis) > len(solution.vectors)
     spare = basis[len(basis) - 1 :] if apart else Basis.empty(basis.layout, 1)
     seen = truncation_along(
-        operator, solution.vectors[lead : lead + 1], spare, float(status.values[lead])
+        operator,
+        solution.vectors[lead : lead + 1],
+        spare,
+        float(status.values[lead]),
+        float(status.residuals[lead]),
     )
     spare.release()
-    solution.status = criterion.coarser(status, seen.error)
-    return seen.length
+    if seen.jumps:
+        operator.products.jumps = True
+    if operator.chooses or seen.jumps:
+        # Jumps are as large along any vector.
+        least = seen.error * abs(float(status.values[lead])) if seen.jumps else 0.0
+        solution.status = criterion.coarser(status, seen.error, least)
+    return math.inf if seen.jumps else seen.length
 
 
 # --- progress, result ----------------------------------------------------------------------------
@@ -291,14 +461,10 @@ def _progress_bar(limit: int | None, k: int) -> Iterator[Any]:
 
 
 def _result(
-    solution: Solution,
-    operator: HessianOperator,
-    criterion: Criterion,
-    method: str,
-    gradients: int,
-    spent: list[int],
+    outcome: _Outcome, request: _Request, reason: str, gradients: int, spent: list[int]
 ) -> EigenResult:
-    kind = "exact" if operator.mode == "exact" else operator.difference
+    operator, solution = outcome.operator, outcome.solution
+    exact = operator.mode == "exact"
     layout, status = operator.layout, solution.status
     shape = (len(status.values), layout.numel)
     vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
@@ -310,12 +476,13 @@ def _result(
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values.copy(), device=layout.device)
 
+    converged = tensor(status.converged)
     return EigenResult(
         eigenvalues=tensor(status.values),
         eigenvectors=vectors,
         residuals=tensor(status.residuals),
         difference_errors=tensor(status.errors),
-        converged=tensor(status.converged),
+        converged=torch.zeros_like(converged) if outcome.doubts else converged,
         iterations=solution.iterations,
         gradient_evaluations=gradients,
         history=[
@@ -326,10 +493,14 @@ def _result(
             }
             for (values, residuals), count in zip(solution.history, spent, strict=True)
         ],
-        method=method,
-        which=criterion.which,
-        difference=kind,
-        perturbation=None if kind == "exact" else operator.perturbation,
-        tol=criterion.tol,
+        method=request.method,
+        which=request.which,
+        mode=operator.mode,
+        reason=reason,
+        difference="exact" if exact else operator.difference,
+        perturbation=None if exact else operator.perturbation,
+        tol=request.tol,
+        doubts=tuple(outcome.doubts),
+        epsilon=operator.epsilon,
         _layout=layout,
     )

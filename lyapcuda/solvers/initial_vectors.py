@@ -9,53 +9,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda import ops
 from lyapcuda.solvers.basis import Basis
 from lyapcuda.solvers.operator import HessianOperator
 
-__all__ = ["fill_", "refill_", "start_vector"]
+__all__ = ["fill_", "refill_", "start_vectors"]
 
 
-def start_vector(v0: Any, operator: HessianOperator) -> Tensor:
-    """The user's, of norm 1; ValueError otherwise."""
-    if not isinstance(v0, Tensor) or v0.shape != operator.shape[:1] or v0.is_complex():
+def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
+    """The user's, of norm 1, a row each.
+
+    Args:
+        v0: (n,) or (m, n) real; or a tracker of the same parameters, whose separations they are.
+
+    Raises:
+        TypeError, ValueError: something else, naming it.
+    """
+    layout, (n, _) = operator.layout, operator.shape
+    if hasattr(v0, "separations") and hasattr(v0, "parameters"):
+        rows = [_flat(vector, operator) for vector in _separations_of(v0)]
+    elif not isinstance(v0, Tensor) or v0.is_complex() or v0.shape[-1:] != (n,) or v0.dim() > 2:
         described = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
         raise ValueError(
-            f"v0: expected a real tensor of shape {operator.shape[:1]}, got {described}"
+            f"v0: expected a real tensor of shape ({n},) or (m, {n}), or a tracker of these "
+            f"parameters, got {described}"
         )
-    norm = float(v0.detach().double().norm())
-    if not 0 < norm < math.inf:
-        raise ValueError(f"v0: its norm is {norm}, expected a finite vector other than 0")
-    return v0.detach().double() / norm
+    else:
+        rows = list(v0.detach().reshape(-1, n))
+    starts = Basis.empty(layout, len(rows))
+    for i, row in enumerate(rows):
+        norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+        if not 0 < norm < math.inf:
+            raise ValueError(f"v0: its norm is {norm}, expected a finite vector other than 0")
+        layout.scatter(row / norm, starts.row(i))
+    return starts
 
 
-def fill_(
-    basis: Basis,
-    start: Tensor | None,
-    operator: HessianOperator,
-    generators: Sequence[torch.Generator],
-) -> None:
-    """Random vectors in every row, the start vector in the first."""
+def _separations_of(tracker: Any) -> list[list[Tensor]]:
+    if tracker.separations is None:
+        raise ValueError("v0: this tracker hasn't measured anything yet")
+    return tracker.separations.vectors()
+
+
+def _flat(vector: Sequence[Tensor], operator: HessianOperator) -> Tensor:
+    """One vector of a tracker's, shaped like its parameters, as a flat one."""
+    shapes = [p.tensor.shape for p in operator.layout.parameters]
+    if [part.shape for part in vector] != shapes:
+        raise ValueError(
+            f"v0: this tracker follows {len(vector)} other parameters than the {len(shapes)} of "
+            "this Hessian"
+        )
+    return torch.cat([part.detach().reshape(-1).to(operator.dtype) for part in vector])
+
+
+def fill_(basis: Basis, operator: HessianOperator, generators: Sequence[torch.Generator]) -> None:
+    """Random vectors in every row; the first one mixed half and half with g(θ).
+
+    Half of it is known to matter, half makes sure that nothing is left out.
+    """
+    first = basis[:1]
+    operator.products.start(first.row(0), exact=operator.mode == "exact")
+    square = first.gram(first)[0, 0]
+    gradient = [row.clone() for row in first.row(0)]
     for i in range(len(basis)):
         basis.randomise_(i, generators)
-    first = basis[:1]
-    if start is not None:
-        operator.layout.scatter(start, basis.row(0))
-    elif operator.mode == "difference":
-        # Half of it is known to matter, half makes sure that nothing is left out.
-        gradient = operator.gradient()
-        square = sum(_square(part).to(operator.device) for part in gradient)
-        random = first.gram(first)[0, 0]
-        scale = torch.where(square > 0, (random / square).sqrt(), 0.0)
-        for row, part in zip(basis.row(0), gradient, strict=True):
-            row.addcmul_(part.to(row.dtype), scale.to(row.device, row.dtype))
+    random = first.gram(first)[0, 0]
+    scale = torch.where(square > 0, (random / square).sqrt(), 0.0)
+    for row, part in zip(first.row(0), gradient, strict=True):
+        row.addcmul_(part, scale.to(row.device, row.dtype))
     first.orthogonalise_(0)
-
-
-def _square(part: Tensor) -> Tensor:
-    if part.dtype in (torch.float32, torch.float64):
-        return ops.gram(part[None], part[None])[0, 0]
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
 
 
 def refill_(
@@ -72,6 +93,7 @@ def refill_(
             or as many as were found, or more, which get a random vector each.
     """
     device = basis.panels[0].device
+    found = found if starts == 1 else found[: min(len(found), starts)]
     k, first = len(found), basis[:1]
     if starts == 1:
         weights = torch.full((k, 1), k**-0.5, dtype=torch.float64, device=device)

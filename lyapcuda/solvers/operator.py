@@ -1,4 +1,4 @@
-"""The Hessian of a loss as a symmetric linear operator, from gradient differences."""
+"""The Hessian of a loss as a symmetric linear operator."""
 
 from __future__ import annotations
 
@@ -9,80 +9,62 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, positive
 from lyapcuda.dynamics.perturbation import separation_size
 from lyapcuda.objective.batches import Batches
+from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.isolation import chosen_modules, modules_of
-from lyapcuda.objective.loss_graph import COARSE, has_kinks, loss_epsilon
+from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.collect import Parameters, select_by_name
-from lyapcuda.params.flat import FlatGroup, FlatLayout
+from lyapcuda.params.flat import FlatLayout
+from lyapcuda.solvers.agreement import (
+    SPREAD,
+    Agreement,
+    believed,
+    both_sides,
+    failed,
+    known_wrong,
+    unbelieved,
+)
+from lyapcuda.solvers.basis import Basis
+from lyapcuda.solvers.products import Products
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
 
-MODES = ("difference", "exact")
+MODES = ("auto", "exact", "difference")
 #: Gradients that one product needs (the forward one besides g(θ), which is computed once).
 DIFFERENCES = {"forward": 1, "central": 2}
 
 
-class _GroupBuffers:
-    """What one group needs beside v and Hv: where to evaluate, and the gradient to subtract."""
+@dataclass
+class _Choice:
+    """Which products mode="auto" takes, and why; None before the first one."""
 
-    def __init__(self, group: FlatGroup, streams: bool) -> None:
-        self.group = group
-        # A gradient that is added up over batches can't lie where its θ + q does.
-        apart = streams or group.rounds
-        self.copies = group.new_buffer(group.dtype) if apart else None
-        self.minus = group.new_buffer(None if streams else group.dtype)
-        self._minus_copies = None if streams else self.minus
-
-    @property
-    def minus_copies(self) -> Tensor:
-        """Where θ − q lies, for central differences."""
-        if self._minus_copies is None:
-            self._minus_copies = self.group.new_buffer(self.group.dtype)
-        return self._minus_copies
-
-
-class _Shared:
-    """What operators of one objective have in common: g(θ), its buffers, what was seen of the loss.
-
-    Attributes:
-        buffers: none before the first product.
-        origin: g(θ), in the order of the parameters; views of the buffers.
-        versions: of the parameters that the loss was last seen at.
-        holds_gradient: False once a central product has written over g(θ).
-        gradient_evaluations: so far.
-        kinked: whether the loss has kinks, as far as autograd's graph shows it; None before g(θ).
-        epsilon: of the coarsest type that the loss is computed in, 16 bits under autocast, or TF32;
-            as far as the graph shows it, and at least the parameters' own.
-    """
-
-    def __init__(self, epsilon: float) -> None:
-        self.buffers: list[_GroupBuffers] = []
-        self.origin: list[Tensor] = []
-        self.versions: list[int] | None = None
-        self.holds_gradient = False
-        self.gradient_evaluations = 0
-        self.kinked: bool | None = None
-        self.epsilon = epsilon
+    mode: str | None = None
+    reason: str = ""
 
 
 class HessianOperator:
     """H, the Hessian of the loss at θ (plus weight decay), without ever forming it.
 
-    Products are differences of gradients, (g(θ + Δq·v) − g(θ))/Δq, divided by the displacement that
-    the parameters' precision realised. H is one fixed matrix: every product sees the random states
-    of this operator's making (so one dropout mask), the same module buffers and the same batches.
-    After every call, and after an exception of the closure, parameters, their ``.grad``, buffers
-    and random states are bitwise what they were.
+    Products are exact, by double backward, where that works and agrees with differences of
+    gradients. Elsewhere they are those differences, (g(θ + Δq·v) − g(θ))/Δq, divided by the
+    displacement that the parameters' precision realised. `mode` says which, and `reason` why.
+
+    H is one fixed matrix: every product sees the random states of this operator's making (so one
+    dropout mask), the same module buffers and the same batches. After every call, and after an
+    exception of the closure, parameters, their ``.grad``, buffers and random states are bitwise
+    what they were.
 
     Vectors are flat, in the order of ``params``, of `dtype` and on `device`.
 
@@ -93,9 +75,12 @@ class HessianOperator:
             "weight_decay" counts as part of the loss (½·wd·‖θ‖²).
         data: an iterable of batches, a DataLoader for instance. The loss is the mean over all of
             them, weighted by their sizes (the length of the first tensor in a batch).
-        mode: "difference", or "exact" for double backward, to check against; that takes more memory
-            and fails, or is silently wrong, beside functions without a second derivative. Within
-            `keeping_graph` it takes half the time.
+        mode: "exact": by double backward. "difference": differences of gradients, which need first
+            derivatives alone, and see kinks (ReLU) at their scale Δq. "auto": exact, unless that
+            fails (fused attention, compiled parts), is wrong (weight_norm, functions that are
+            differentiable once) or would leave ranks apart (DDP); which of both the first product
+            decides, for three gradients more. Within `keeping_graph` exact products over one batch
+            share the forward pass, for the memory of the activations.
         difference: "forward": one gradient a product, and once g(θ); "central": two, more accurate.
             None is "forward", and leaves it to `eigsh` to go on with central ones where forward
             ones are too coarse.
@@ -106,6 +91,8 @@ class HessianOperator:
         weight_decay: for parameters whose group names none.
         model: the modules whose buffers are put back. Without it: every module that holds one of
             the parameters, with its children.
+        debug: evaluate g(θ) before every product, and raise a RuntimeError where it isn't what it
+            was: the closure is another function then.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -125,12 +112,13 @@ class HessianOperator:
         params: Parameters,
         *,
         data: Iterable[Any] | None = None,
-        mode: str = "difference",
+        mode: str = "auto",
         difference: str | None = None,
         perturbation: float | None = None,
         select: str | Sequence[str] | None = None,
         weight_decay: float = 0.0,
         model: nn.Module | Iterable[nn.Module] | None = None,
+        debug: bool = False,
     ) -> None:
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
@@ -147,10 +135,11 @@ class HessianOperator:
                 "params: DTensor parameters (FSDP2) are not supported yet by HessianOperator, "
                 "eigsh, trace and spectral_density; CurvatureTracker takes them"
             )
-        self.mode, self.difference = mode, difference or "forward"
+        self._mode, self.difference, self.debug = mode, difference or "forward", debug
+        self._choice = _Choice(*((mode, "as asked for") if mode != "auto" else ()))
         #: Whether `difference` was left to the solvers.
         self.chooses_difference = difference is None
-        #: Δq; None until the first product has chosen it.
+        #: Δq; None until the first difference has chosen it.
         self.perturbation = perturbation
         self._fixed = perturbation is not None
         self._warn_if_small(perturbation)
@@ -159,27 +148,59 @@ class HessianOperator:
         evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
         batches = None if data is None else Batches(data)
         self.objective = FixedObjective(evaluator, closure, batches)
-        self._shared = _Shared(self.layout.epsilon())
+        self.products = Products(self.layout, self.objective)
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
-        self._first = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.layout.device)
+        replicas = any(isinstance(m, DistributedDataParallel) for m in evaluator.modules)
+        if mode == "auto" and replicas:
+            self.settle("difference", "DistributedDataParallel averages first gradients alone")
+
+    # --- which products --------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """Which products these are: "exact" or "difference"; "auto" before the first one."""
+        return self._choice.mode or "auto"
+
+    @property
+    def reason(self) -> str:
+        """Why, in one sentence; empty before the first product."""
+        return self._choice.reason
+
+    def settle(self, mode: str, reason: str) -> None:
+        """Has mode="auto" take these products from now on."""
+        self._choice.mode, self._choice.reason = mode, reason
+
+    def exactly(self) -> HessianOperator:
+        """Returns the same Hessian by exact products; this operator stays what it is.
+
+        The two share their buffers and the count of gradients.
+        """
+        other = copy.copy(self)
+        other._choice = _Choice("exact", self.reason)
+        return other
 
     @property
     def gradient_evaluations(self) -> int:
         """Evaluations of the gradient so far (an exact product counts as two)."""
-        return self._shared.gradient_evaluations
+        return self.products.gradient_evaluations
 
     @property
     def kinked(self) -> bool | None:
-        """Whether the loss has kinks, as far as autograd's graph shows it; None before g(θ)."""
-        return self._shared.kinked
+        """Whether the gradient was seen to jump beside θ (ReLU); None before that was looked at."""
+        return self.products.jumps
+
+    @property
+    def changed(self) -> str | None:
+        """How two evaluations at one θ differed; None where they didn't, as far as was seen."""
+        return self.products.changed
 
     @property
     def epsilon(self) -> float:
         """Machine epsilon of the coarsest type that the loss was seen to be computed in."""
-        return self._shared.epsilon
+        return self.products.epsilon
 
     def _warn_if_small(self, perturbation: float | None) -> None:
-        if perturbation is None or self.mode == "exact":
+        if perturbation is None or self._mode == "exact":
             return
         advised = separation_size(self.layout, self.difference)
         if perturbation < advised / 30.0:
@@ -219,9 +240,7 @@ class HessianOperator:
             raise ValueError(
                 f"v: expected a real tensor of shape {self.shape[:1]}, got {described}"
             )
-        vectors = [group.new_buffer() for group in self.layout.groups]
-        self.layout.scatter(v.detach(), vectors)
-        out = [group.new_buffer() for group in self.layout.groups]
+        vectors, out = self._scattered(v), self._new_buffers()
         square = sum(
             ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
         )
@@ -233,8 +252,30 @@ class HessianOperator:
         if not isinstance(matrix, Tensor) or matrix.dim() != 2:
             raise ValueError("matrix: expected a tensor of shape (n, m)")
         with self.keeping_graph():
-            columns = [self.matvec(column) for column in matrix.T]
+            columns = self._columns(list(matrix.T))
         return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
+
+    def _new_buffers(self) -> list[Tensor]:
+        return [group.new_buffer() for group in self.layout.groups]
+
+    def _scattered(self, v: Tensor) -> list[Tensor]:
+        buffers = self._new_buffers()
+        self.layout.scatter(v.detach(), buffers)
+        return buffers
+
+    def _columns(self, columns: list[Tensor]) -> list[Tensor]:
+        """The products; exact ones over several batches for one pass over the data."""
+        found: list[Tensor] = []
+        while len(found) < len(columns) and (self.mode != "exact" or self.objective.is_one_batch):
+            found.append(self.matvec(columns[len(found)]))
+        rest = columns[len(found) :]
+        if self.debug and rest:
+            self.products.check_unchanged()
+        vectors = [self._scattered(v) for v in rest]
+        products = [self._new_buffers() for _ in rest]
+        if rest:
+            self.products.exact(vectors, products, 1.0)
+        return found + [self.layout.gather(product) for product in products]
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if isinstance(other, Tensor) and other.dim() == 2:
@@ -282,102 +323,109 @@ class HessianOperator:
         """
         for group in self.layout.groups:
             group.check()
+        if self.debug:
+            self.products.check_unchanged()
+        if self.mode == "auto":
+            return self._decided(vectors, out, length, norm)
         if self.mode == "exact":
-            return self._exact(vectors, out, length)
-        central, shared, objective = self.difference == "central", self._shared, self.objective
-        if central:
-            self._look()
-        else:
-            self.gradient()
+            return self.products.exact([vectors], [out], length)
+        self.look()
         norm = torch.full_like(self._unit, length) if norm is None else norm
         size = self.perturbation if perturbation is None else perturbation
         step = torch.where(norm > 0, size / norm, 0.0)
-        copies = [
-            buffer if part.copies is None else part.copies
-            for part, buffer in zip(shared.buffers, out, strict=True)
-        ]
-        sums = self._displace(copies, vectors, step)
-        minus: Sequence[Tensor | None] = shared.origin
-        if central:
-            shared.holds_gradient = False
-            others = [part.minus_copies for part in shared.buffers]
-            sums = sums - self._displace(others, vectors, -step) * self._first
-            minus = self.layout.views([part.minus for part in shared.buffers])
-        # Divided by what was realised along v; 0 for v = 0.
-        moved = sums[0] * length
-        scale = torch.where(sums[1] > 0, sums[1] / moved, 0.0)
+        return self.products.difference(vectors, out, step, length, self.difference == "central")
 
-        def divided(plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
-            for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
-                decay = group.weight_decay
-                ops.difference_(
-                    y,
-                    group.segments(group.own(plus)),
-                    group.segments(group.own(minus)),
-                    group.offsets,
-                    scale.to(y.device),
-                    weight_decay=decay / length if decay else 0.0,
-                    v=v if decay else None,
-                )
-
-        if objective.batches is None:
-            # The last gradient is taken where it lies.
-            plus = self.layout.views(copies)
-            if central:
-                points = [(plus, plus), (minus, lambda found: divided(plus, found))]
-            else:
-                points = [(plus, lambda found: divided(found, minus))]
+    def _decided(
+        self, vectors: Sequence[Tensor], out: Sequence[Tensor], length: float, norm: Tensor | None
+    ) -> Tensor:
+        """The first product of mode="auto": both ways, to see which of them to take."""
+        u, hu = (Basis(self.layout, [b[None] for b in buffers]) for buffers in (vectors, out))
+        try:
+            loss = self.products.exact([vectors], [out], 1.0)
+        except DoubleBackwardError as error:
+            self.settle("difference", failed(error))
         else:
-            plus = self.layout.views(out)
-            points = [(self.layout.views(copies), plus)]
-            if central:
-                points.append((self.layout.views(others), minus))
-        losses = objective.gradients_at(points)
-        if objective.batches is not None:
-            divided(plus, minus)
-        shared.gradient_evaluations += len(points)
-        return losses[-1]
+            if self.products.wrong is not None:
+                self.settle("difference", known_wrong(self.products.wrong))
+        if self.mode == "difference":
+            return self.product(vectors, out, length, norm=norm)
+        norm = torch.full_like(self._unit, length) if norm is None else norm
+        if not float(norm) > 0:
+            return loss
+        found = self.compared(u, hu, norm)
+        # Among jumps, a product that is wrong shows in nothing but that H isn't symmetric.
+        asymmetric = found.agrees and found.spread > SPREAD and not self._symmetric(u, hu)
+        reason = unbelieved(found, asymmetric, self.products.custom)
+        if reason is None:
+            self.settle("exact", believed(found))
+            for buffer in out:
+                buffer.mul_(1.0 / length)
+            return loss
+        self.settle("difference", reason)
+        return self.product(vectors, out, length, norm=norm)
+
+    def compared(self, u: Basis, hu: Basis, norm: Tensor, residual: float = 0.0) -> Agreement:
+        """Returns how differences on both sides of θ agree with Hu, for three gradients.
+
+        Arguments as for `lyapcuda.solvers.agreement.both_sides`.
+        """
+        self.products.gradient()
+        size = self._advised("forward", kinked=False)
+        return both_sides(self.products, u, hu, norm, size, residual)
+
+    def _symmetric(self, u: Basis, hu: Basis) -> bool:
+        """Whether exact products of u and of a random vector are those of a symmetric matrix."""
+        other, product = Basis.empty(self.layout, 1), Basis.empty(self.layout, 1)
+        generators = [
+            torch.Generator(g.device).manual_seed(i) for i, g in enumerate(self.layout.groups)
+        ]
+        other.randomise_(0, generators)
+        self.products.exact([other.row(0)], [product.row(0)], 1.0)
+        pairs = ((other, hu), (u, product), (hu, hu))
+        here, there, square = (float(a.gram(b)[0, 0]) for a, b in pairs)
+        # A random vector's part along Hu is about ‖Hu‖.
+        return abs(here - there) <= 4.0 * math.sqrt(self.epsilon) * math.sqrt(square)
 
     def gradient(self) -> list[Tensor]:
         """Returns g(θ), one flat buffer a group (live: a central product writes there).
 
-        Evaluated once; again where the parameters, or the buffers, have been written to since.
+        Evaluated once, and once more to see that it is the same; again where the parameters, or the
+        buffers, have been written to since.
         """
-        self._look(gradient=True)
-        return [part.minus for part in self._shared.buffers]
+        return self.products.gradient()
 
-    def _look(self, gradient: bool = False) -> None:
-        """Evaluates g(θ), unless the loss was seen at this θ already (and g(θ) isn't asked for)."""
-        shared, objective = self._shared, self.objective
-        if not shared.buffers:
-            streams = objective.batches is not None
-            shared.buffers = [_GroupBuffers(group, streams) for group in self.layout.groups]
-            shared.origin = self.layout.views([part.minus for part in shared.buffers])
-        versions = [p._version for p in objective.evaluator.parameters]
-        if versions == shared.versions and (shared.holds_gradient or not gradient):
-            return
-
-        def watched(*batch: Any) -> Tensor | float:
-            loss = objective.closure(*batch)
-            if shared.kinked is None:
-                shared.kinked = has_kinks(loss)
-                shared.epsilon = max(shared.epsilon, loss_epsilon(loss))
-            return loss
-
-        objective.gradients_at([(None, shared.origin)], closure=watched)
-        shared.versions, shared.holds_gradient = versions, True
-        shared.gradient_evaluations += 1
+    def look(self) -> None:
+        """Evaluates g(θ), unless that was seen at this θ, and chooses Δq."""
+        self.products.look()
         if self.perturbation is None:
-            self.perturbation = self._advised()
+            # What has kinks by name may be far from all of them.
+            if self.products.kinks_named and self.products.jumps is None:
+                self.products.jumps = self.along_gradient().spread > SPREAD
+            self.perturbation = self._advised(self.difference)
 
-    def _advised(self, length: float = math.inf) -> float:
-        shared = self._shared
-        return separation_size(self.layout, self.difference, shared.kinked, shared.epsilon, length)
+    def along_gradient(self) -> Agreement:
+        """Returns how differences on both sides of θ agree along g(θ), for two gradients."""
+        u = Basis.empty(self.layout, 1)
+        for row, part in zip(u.row(0), self.products.gradient(), strict=True):
+            row.copy_(part)
+        norm = u.gram(u)[0, 0].sqrt()
+        norm = torch.where(norm > 0, norm, 1.0)
+        size = self._advised("forward", kinked=False)
+        return both_sides(self.products, u, None, norm, size)
+
+    def _advised(
+        self, difference: str, length: float = math.inf, kinked: bool | None = None
+    ) -> float:
+        products = self.products
+        kinked = bool(products.jumps) if kinked is None else kinked
+        return separation_size(
+            self.layout, difference, kinked, products.epsilon, length, products.extent
+        )
 
     def release(self) -> None:
         """Frees the buffers and g(θ), which the next product would make anew."""
-        self._shared.buffers, self._shared.origin = [], []
-        self._shared.versions, self._shared.holds_gradient = None, False
+        self.products.release()
+        self.objective.drop_graph()
 
     def keeping_graph(self) -> AbstractContextManager[None]:
         """Returns a context in which exact products over one batch share autograd's graph.
@@ -396,52 +444,25 @@ class HessianOperator:
             length: where it is known, the distance over which the curvature changes by as much as
                 it is: Δq is smaller for a small one, unless it was given.
         """
-        self._look()
+        self.look()
         finer = copy.copy(self)
         finer.difference = "central"
+        if finer.mode != "difference":
+            finer._choice = _Choice("difference", "as asked for")
         if not self._fixed:
-            finer.perturbation = finer._advised(length)
+            finer.perturbation = finer._advised("central", length)
         return finer
 
     @property
     def needs_central(self) -> bool:
         """Whether forward differences are too coarse whatever the tolerance: 16 bits, or kinks."""
-        self._look()
+        self.look()
         return bool(self.kinked) or self.epsilon > COARSE
 
     @property
     def chooses(self) -> bool:
-        """Whether Δq is this operator's to choose, and the smaller the truer but for rounding."""
-        return self.mode == "difference" and not self._fixed and not self.kinked
-
-    def _displace(
-        self, copies: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor
-    ) -> Tensor:
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for group, where, v in zip(self.layout.groups, copies, vectors, strict=True):
-            sums = ops.displace_(
-                group.segments(group.views(where)),
-                v,
-                group.segments(group.tensors),
-                group.offsets,
-                step.to(v.device),
-            )
-            total += sums.to(total.device)
-        return total
-
-    def _exact(self, vectors: Sequence[Tensor], out: Sequence[Tensor], length: float) -> Tensor:
-        parameters = self.objective.evaluator.parameters
-        pieces = [
-            v.to(p.dtype) for v, p in zip(self.layout.views(vectors), parameters, strict=True)
-        ]
-        loss = self.objective.hessian_product(pieces, self.layout.views(out))
-        self._shared.gradient_evaluations += 2
-        for group, v, y in zip(self.layout.groups, vectors, out, strict=True):
-            if group.weight_decay:
-                y.add_(v, alpha=group.weight_decay)
-            if length != 1.0:
-                y.mul_(1.0 / length)
-        return loss
+        """Whether Δq is this operator's to choose."""
+        return self.mode == "difference" and not self._fixed
 
 
 def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:

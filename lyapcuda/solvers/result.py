@@ -10,9 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 
-__all__ = ["ConvergenceWarning", "EigenResult", "warn_unless_converged"]
+__all__ = [
+    "KINKS",
+    "NOT_ITS_OWN",
+    "PRECISION",
+    "ConvergenceWarning",
+    "EigenResult",
+    "warn_unless_converged",
+]
+
+# What speaks against every value of a run.
+KINKS = (
+    "kinks: the gradient jumps beside θ (ReLU, max-pooling, routing; or arithmetic coarser than the "
+    "parameters'), so differences of gradients see a curvature at their scale, see finite_scale; "
+    "mode='exact' gives the pointwise one, where the loss can be differentiated twice"
+)
+PRECISION = (
+    "precision: the gradient is computed too coarsely for differences to show its slope; take the "
+    "loss in float32, outside of autocast"
+)
+NOT_ITS_OWN = (
+    "gradient: it isn't that of the loss the closure returned, which changes by another amount "
+    "along it (a stopped or replaced gradient, a scaled or clipped one): there may be no Hessian "
+    "to it"
+)
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -29,25 +53,32 @@ class EigenResult:
         eigenvectors: (k, n), a vector a row, of norm 1, in the order of the parameters.
         residuals: (k,) float64, ‖Hu − ρu‖ of the map that was measured: were that symmetric, an
             eigenvalue of it would lie within so much. Rigorous.
-        difference_errors: (k,) float64, an estimate of how far the differences' map and the Hessian
-            are apart along u: from the asymmetry of the projected matrix, and at least what
-            differences of this kind and precision have on smooth losses. On a smooth loss, where
-            any value would count as converged, also from a measurement along the leading one's
-            vector (`lyapcuda.solvers.difference_error`), unless the ``perturbation`` was given.
+        difference_errors: (k,) float64, an estimate of how far that map and the Hessian are apart
+            along u: from the asymmetry of the projected matrix, and at least what products of this
+            kind and precision have on smooth losses. Where any value would count as converged, also
+            from a measurement along the leading one's vector, by differences of gradients on both
+            sides of θ (`lyapcuda.solvers.difference_error`, `lyapcuda.solvers.agreement`).
         converged: (k,) bool. The error of the eigenvalue, estimated from the residuals and the gaps
-            between values (R²/gap), and one and a half times that of the differences are within the
+            between values (R²/gap), and one and a half times that of the products are within the
             tolerance together; and the residual, which bounds the error rigorously where a gap can
             mislead (a close pair not yet told apart), is within five times of it. Or the value is
-            zero within the differences' error. Lanczos asks for more: the residual within half of
-            the tolerance where values are crowded, and without ``v0`` that an overlooked eigenvalue
-            would have shown by now, unless its vector has less than a hundredth of the usual part
-            in the start vector, or it lies closer to a found one than ``tol`` or a tenth of their
-            usual distance (`lyapcuda.solvers.missed`).
+            zero within the products' error, and that is small beside ‖H‖. Lanczos asks for more:
+            the residual within half of the tolerance where values are crowded, and without ``v0``
+            that an overlooked eigenvalue would have shown by now, unless its vector has less than a
+            tenth of a random vector's usual part in the start vector
+            (`lyapcuda.solvers.missed`). Never where there are ``doubts``.
         iterations: of the method.
         gradient_evaluations: of the whole data (an exact product counts as two).
         history: per iteration ``{"eigenvalues": [...], "residuals": [...],
             "gradient_evaluations": so far}``.
-        method, which, difference, perturbation, tol: how it was measured ("exact": no difference).
+        method, which, tol: as asked for.
+        mode: "exact" or "difference": which products were taken.
+        reason: why, in a sentence.
+        difference: "forward" or "central"; "exact" where there was none.
+        perturbation: Δq of the differences; None for exact products.
+        doubts: what speaks against every one of the values, a sentence each: products that aren't
+            those of one symmetric matrix (data, generators, kinks, precision).
+        epsilon: machine epsilon of the coarsest type that the loss was seen to be computed in.
     """
 
     eigenvalues: Tensor
@@ -60,15 +91,22 @@ class EigenResult:
     history: list[dict[str, Any]] = field(repr=False)
     method: str
     which: str
+    mode: str
+    reason: str
     difference: str
     perturbation: float | None
     tol: float
+    doubts: tuple[str, ...]
+    epsilon: float
     _layout: FlatLayout = field(repr=False, compare=False)
 
     @property
     def interval(self) -> Tensor:
-        """(k, 2) float64: eigenvalue ± (residual + three times the differences' error). Each holds
-        an eigenvalue of the Hessian, as far as the estimate of that error is right.
+        """(k, 2) float64: eigenvalue ± (residual + three times the products' error).
+
+        It promises that *some* eigenvalue of the Hessian lies in each, as far as the estimate of
+        that error is right. It doesn't promise that this is the i-th largest: one that was
+        overlooked may lie outside of all of them.
         """
         width = self.residuals + 3.0 * self.difference_errors
         return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
@@ -85,19 +123,34 @@ def warn_unless_converged(result: EigenResult) -> None:
     missing = result.eigenvalues.numel() - int(result.converged.sum())
     if not missing:
         return
-    size = result.eigenvalues.abs()
-    limited = (result.difference_errors > result.tol * size) & ~result.converged
-    limited = limited.any() and result.difference != "exact"
-    advice = (
-        f"the differences themselves ({result.difference}, perturbation="
-        f"{result.perturbation:.2g}) aren't good for more: difference='central' or a larger tol; "
-        "on a loss with kinks (ReLU) the curvature belongs to its scale, see finite_scale"
-        if limited
-        else "more maxiter, a larger ncv or tol"
-    )
+    if result.doubts:
+        advice = "; ".join(result.doubts)
+    else:
+        size = result.eigenvalues.abs()
+        limited = (result.difference_errors > result.tol * size) & ~result.converged
+        advice = _limits(result) if limited.any() else "more maxiter, a larger ncv or tol"
     warnings.warn(
         f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
         f"after {result.iterations} iterations (see .interval); {advice}",
         ConvergenceWarning,
         stacklevel=4,
+    )
+
+
+def _limits(result: EigenResult) -> str:
+    """Why no further product makes the values better."""
+    if result.epsilon > COARSE:
+        return (
+            f"precision: the loss is computed to {result.epsilon:.1g} (16 bits, or TF32), and its "
+            "products aren't good for more: a larger tol, or the loss in float32"
+        )
+    if result.mode == "exact":
+        return (
+            "the exact products aren't good for more: they are rounded, or not symmetric; a larger "
+            "tol, or float64"
+        )
+    return (
+        f"the differences themselves ({result.difference}, perturbation="
+        f"{result.perturbation:.2g}) aren't good for more: difference='central', mode='exact' or a "
+        "larger tol"
     )

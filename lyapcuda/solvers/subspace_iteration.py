@@ -152,7 +152,8 @@ def merged(parts: Sequence[Solution], criterion: Criterion) -> Solution:
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
     names = ("values", "residuals", "bounds", "errors", "done", "converged")
-    status = ConvergenceStatus(wanted, *(joined(name)[wanted] for name in names))
+    scale = max(part.status.scale for part in parts)
+    status = ConvergenceStatus(wanted, *(joined(name)[wanted] for name in names), scale)
     if criterion.which == "LM":
         # What is still on its way may come to lie before one that was chosen.
         way = np.setdiff1d(np.flatnonzero(~joined("done")), wanted)

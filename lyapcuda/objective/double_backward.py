@@ -1,0 +1,138 @@
+"""Exact products of a Hessian and a vector: the gradient is differentiated once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from lyapcuda.objective.evaluator import Closure, check_loss
+
+__all__ = ["DoubleBackwardError", "GradientGraph"]
+
+
+class DoubleBackwardError(RuntimeError):
+    """A loss that can't be differentiated twice."""
+
+
+class GradientGraph:
+    """Autograd's graph of a loss and its gradient at θ, from which any number of products is taken.
+
+    The gradient's own numbers are let go: a product needs where it came from alone.
+
+    Args:
+        closure: returns the loss; must not call ``backward()`` itself.
+        parameters: leaf tensors.
+        take: handed the gradients, None where a parameter gets none.
+
+    Attributes:
+        loss: 0-dim, detached.
+        versions: of the parameters then.
+
+    Raises:
+        DoubleBackwardError: the closure called ``backward()``, its loss has no graph, or a function
+            in it has no second derivative in torch.
+
+    Example:
+        >>> p = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> graph, out = GradientGraph(lambda: (p**3).sum(), [p]), [torch.empty(2)]
+        >>> graph.product([torch.ones(2)], out, keep=False)
+        >>> out
+        [tensor([ 6., 12.])]
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        parameters: Sequence[Tensor],
+        take: Callable[[Sequence[Tensor | None]], None] | None = None,
+    ) -> None:
+        self._parameters = parameters
+        for parameter in parameters:
+            parameter.grad = None
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            loss = closure()
+            check_loss(loss)
+            if any(p.grad is not None for p in parameters):
+                raise DoubleBackwardError(
+                    "closure: it called backward(); an exact product needs the loss alone"
+                )
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise DoubleBackwardError("closure: the loss it returned can't be differentiated")
+            with _twice():
+                gradients = torch.autograd.grad(
+                    loss, parameters, create_graph=True, allow_unused=True
+                )
+        torch.clear_autocast_cache()
+        self.loss = loss.detach().reshape(())
+        self.versions = [p._version for p in parameters]
+        self._edges = [
+            get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients
+        ]
+        if take is not None:
+            take([None if g is None else g.detach() for g in gradients])
+
+    def product(
+        self,
+        vector: Sequence[Tensor],
+        total: Sequence[Tensor],
+        *,
+        keep: bool,
+        weight: float | None = None,
+    ) -> None:
+        """Writes the product to ``total``; with a ``weight``, adds so many times it.
+
+        Args:
+            vector, total: of the parameters' shapes.
+            keep: the graph stays, for further products.
+
+        Raises:
+            DoubleBackwardError: a function in the loss has no second derivative in torch.
+        """
+        outputs = [(e, v) for e, v in zip(self._edges, vector, strict=True) if e is not None]
+        rows: Sequence[Tensor | None] = [None] * len(total)
+        if outputs:  # else the loss is linear in the parameters
+            edges, factors = zip(*outputs, strict=True)
+            # Each part goes where it belongs as soon as it is known: no second vector is held.
+            hooks = [
+                parameter.register_hook(_receiver(out, weight))
+                for parameter, out in zip(self._parameters, total, strict=True)
+                if out.dtype == parameter.dtype
+            ]
+            try:
+                with _twice():
+                    rows = torch.autograd.grad(
+                        edges, self._parameters, factors, retain_graph=keep, allow_unused=True
+                    )
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for out, row in zip(total, rows, strict=True):
+            if row is None:
+                if weight is None:
+                    out.zero_()
+            elif row.data_ptr() != out.data_ptr() or row.dtype != out.dtype:
+                _receiver(out, weight)(row)
+
+
+def _receiver(out: Tensor, weight: float | None) -> Callable[[Tensor], Tensor]:
+    def receive(part: Tensor) -> Tensor:
+        part = part.detach()
+        return out.copy_(part) if weight is None else out.add_(part, alpha=weight)
+
+    return receive
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DoubleBackwardError(
+            f"mode=exact: the loss can't be differentiated twice ({error}); gradient differences "
+            "(mode='difference') don't need that"
+        ) from error

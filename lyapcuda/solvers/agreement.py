@@ -1,0 +1,149 @@
+"""How a product agrees with differences of gradients, on both sides of θ.
+
+On a smooth loss the differences on the two sides, y₊ and y₋, are the product but for their bend and
+their rounding, which both set them apart from each other as well. Where the gradient jumps (ReLU,
+max-pooling, routing) each side counts jumps of its own: measured on ReLU nets, the two sides lie as
+far from each other as their mean from the exact product (0.8 to 1.3 times, bench/kinks.py), and
+that is 5 to 2000 % of it in float32. A double backward that is wrong shows as a mean that is off
+while the two sides agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lyapcuda.solvers.basis import Basis, on_host
+from lyapcuda.solvers.products import Products
+
+__all__ = ["SPREAD", "Agreement", "believed", "both_sides", "failed", "known_wrong", "unbelieved"]
+
+# Exact products are believed where differences are off by at most so many times their own spread.
+_BELIEVED = 2.5
+#: A spread of less than this, relative to the product, is bend and rounding.
+SPREAD = 0.05
+# The gradient is the loss's own where the loss changes along it by as much as it says, to so much.
+_OWN = 0.05
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of a product Hu and differences of gradients along u, norms relative to ‖Hu‖.
+
+    Attributes:
+        offset: how far the mean of y₊ and y₋ is from Hu.
+        spread: half of the distance of y₊ and y₋.
+        noise: about what rounding sets them apart by.
+        along: the curvature along u as either side sees it.
+        bias: how far their mean is from that of Hu, relative, less what they are apart.
+        own: whether the loss changes along u as its gradient says.
+        residual: by how much what was taken for Hu is known to be off.
+    """
+
+    offset: float
+    spread: float
+    noise: float
+    along: tuple[float, float]
+    bias: float
+    own: bool
+    residual: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether differences are off by no more than they themselves are uncertain."""
+        slack = _BELIEVED * self.spread + 8.0 * self.noise + 1.5 * self.residual
+        return self.offset <= slack
+
+
+def believed(found: Agreement) -> str:
+    """Why exact products are taken, in one sentence."""
+    if found.spread > SPREAD:
+        return "double backward works; differences of gradients see kinks here, or rounding"
+    return "double backward works, and agrees with differences of gradients"
+
+
+def unbelieved(found: Agreement, asymmetric: bool, custom: str | None = None) -> str | None:
+    """Why exact products aren't taken, in one sentence; None where they are.
+
+    Args:
+        asymmetric: whether they are those of a matrix that isn't symmetric.
+        custom: the name of a function in the loss whose double backward torch doesn't know.
+    """
+    if asymmetric:
+        return "double backward is wrong here: its products aren't those of a symmetric matrix"
+    if not found.agrees:
+        return f"double backward is wrong here: {found.offset:.1g} off differences of gradients"
+    if custom is not None and found.spread > SPREAD:
+        return f"kinks hide whether the double backward of {custom} is right"
+    return None
+
+
+def known_wrong(name: str) -> str:
+    """Why exact products aren't taken where such a function is in the loss."""
+    return f"the double backward of {name} is wrong in torch"
+
+
+def failed(error: Exception) -> str:
+    """Why exact products can't be taken, in one sentence."""
+    cause = " ".join(str(error.__cause__ or error).split())
+    return f"double backward fails here: {cause[:150]}"
+
+
+def both_sides(
+    products: Products,
+    u: Basis,
+    hu: Basis | None,
+    norm: Tensor,
+    size: float,
+    residual: float = 0.0,
+) -> Agreement:
+    """Measures it with two gradients beside θ.
+
+    Args:
+        products: of the objective (`lyapcuda.solvers.products.Products`).
+        u, hu: one row each, and Hu; None for the mean of both sides.
+        norm: ‖u‖, 0-dim float64; not 0.
+        size: Δq, at which the differences are taken.
+        residual: by how much what stands for Hu is known to be off, relative to it.
+
+    Raises:
+        FloatingPointError: a gradient isn't finite.
+    """
+    layout, step = products.layout, size / norm
+    gradient = products.gradient()
+    slope = _dot(gradient, u.row(0), layout.device)
+    plus, minus = Basis.empty(layout, 1), Basis.empty(layout, 1)
+    above = products.difference(u.row(0), plus.row(0), step, 1.0, False).double()
+    below = products.difference(u.row(0), minus.row(0), -step, 1.0, False).double()
+    pairs = [(plus, plus), (minus, minus), (plus, minus), (u, plus), (u, minus)]
+    if hu is not None:
+        pairs += [(hu, hu), (hu, plus), (hu, minus), (hu, u)]
+    losses = [x.reshape(()).to(layout.device) for x in (above, below, products.loss.double())]
+    grams = [a.gram(b)[0, 0] for a, b in pairs]
+    host = on_host(torch.stack([slope, norm, *losses, *grams])).tolist()
+    slope, length, above, below, loss, pp, mm, pm, up, um, *exact = host
+    mean, middle = (pp + mm + 2.0 * pm) / 4.0, (up + um) / 2.0
+    hh, hp, hm, uh = exact or (mean, mean, mean, middle)
+    scale = math.sqrt(hh) or math.sqrt(max(pp, mm)) or 1.0
+    spread = math.sqrt(max(pp + mm - 2.0 * pm, 0.0)) / 2.0
+    offset = math.sqrt(max(mean - hp - hm + hh, 0.0))
+    noise = products.rounding / size * length
+    # L(θ + Δu) − L(θ − Δu): twice the slope but for third derivatives, kinks and rounding.
+    move = size / length
+    expected, seen = 2.0 * move * slope, above - below
+    slack = _OWN * abs(expected) + move**2 * abs(up - um) + 16.0 * products.epsilon * abs(loss)
+    own = abs(seen - expected) <= slack
+    along = (up / length**2, um / length**2)
+    bias = max(abs(middle - uh) - abs(up - um), 0.0) / max(abs(uh), 1e-300) if exact else 0.0
+    return Agreement(
+        offset / scale, spread / scale, noise / scale, along, bias, own, residual
+    )
+
+
+def _dot(a, b, device: torch.device) -> Tensor:
+    """Of vectors that are one flat buffer a group, whatever their dtypes."""
+    parts = [(x.double() * y.double()).sum().to(device) for x, y in zip(a, b, strict=True)]
+    return torch.stack(parts).sum()
