@@ -23,6 +23,7 @@ from hard.problem import (
     clusters,
     dense_hessian,
     eigenvalues,
+    many,
     mlp,
     supervised,
 )
@@ -110,7 +111,7 @@ def _plain_softplus(z: Tensor) -> Tensor:
 
 
 def _net(name: str, kind: str, build: Build, plain: Build, climbs: Asks = ()) -> Family:
-    return Family(name, kind, lambda s, d: supervised(s, d, build, plain), climbs=climbs)
+    return Family(name, kind, lambda s, d: supervised(s, d, build, plain, data=many), climbs=climbs)
 
 
 def _activation(
@@ -247,6 +248,7 @@ def _without_graph(name: str, closure: Callable, act: Callable, plain: Callable)
             dtype,
             lambda: mlp(lambda: Act(act)),
             lambda: mlp(lambda: Act(plain)),
+            data=many,
             closure=closure,
         )
 

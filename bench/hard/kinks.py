@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hard.problem import Act, Asks, Family, Problem, clusters, mlp, pictures, supervised
+from hard.problem import Act, Asks, Family, Problem, clusters, many, mlp, pictures, supervised
 
 _CLIMBS: Asks = (("LA", 1), ("BE", 3))
 
@@ -117,6 +117,7 @@ def _activation(name: str, act: Callable, plain: Callable, climbs: Asks = ()) ->
             dtype,
             lambda: mlp(lambda: Act(act), narrower=narrower),
             lambda: mlp(lambda: Act(plain), narrower=narrower),
+            data=many,
         )
 
     kind = "kinks shown" if name in _SHOWN else "kinks hidden"
@@ -202,7 +203,12 @@ def _kinked_loss(name: str) -> Family:
 
     def make(seed: int, dtype: torch.dtype) -> Problem:
         return supervised(
-            seed, dtype, lambda: mlp(nn.Tanh), criterion=criterion, plain_criterion=plain
+            seed,
+            dtype,
+            lambda: mlp(nn.Tanh),
+            data=many,
+            criterion=criterion,
+            plain_criterion=plain,
         )
 
     kind = "kinks shown" if name == "L1 loss" else "kinks hidden"
@@ -252,7 +258,7 @@ class PlainExperts(Experts):
 
 def _routed(top: int) -> Family:
     def make(seed: int, dtype: torch.dtype) -> Problem:
-        return supervised(seed, dtype, lambda: Experts(top), lambda: PlainExperts(top))
+        return supervised(seed, dtype, lambda: Experts(top), lambda: PlainExperts(top), data=many)
 
     return Family(f"mixture of experts, top {top}", "kinks hidden", make)
 

@@ -91,6 +91,11 @@ def clusters(samples: int = 64, features: int = 8, classes: int = 4) -> tuple[Te
     return torch.randn(classes, features)[labels] + torch.randn(samples, features), labels
 
 
+def many() -> tuple[Tensor, Tensor]:
+    """So many samples that some unit changes sides wherever one goes."""
+    return clusters(256)
+
+
 def pictures(samples: int = 32, classes: int = 4) -> tuple[Tensor, Tensor]:
     """The same, of 1 × 8 × 8."""
     x, y = clusters(samples, 64, classes)
