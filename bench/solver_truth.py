@@ -4,8 +4,8 @@
         [--out bench/results/solver_truth]
 
 The nets of tests/support/nets.py (linear, two MLPs, convolution, attention), cross-entropy and
-squared error in turn; k from 1 to 14 at every end; float32 with tol 1e-3 (once with the default
-differences, once with central ones) and float64 with tol 1e-6. The truth is the dense Hessian in
+squared error in turn; k from 1 to 14 at every end; float32 with tol 1e-3 (by default, which takes
+exact products; by differences; by central ones alone) and float64 with tol 1e-6. The truth is the dense Hessian in
 float64 at the same parameters. Counted are, of all values returned,
 
 - wrong: called converged, and further from the exact i-th wanted value than tol (relative; a value
@@ -16,8 +16,8 @@ float64 at the same parameters. Counted are, of all values returned,
 
 and the median of the gradient evaluations a run; "skew" is the largest |UUᵀ − 1| of the returned
 eigenvectors. method="lyapunov" runs on the --climbs seeds only, k of 1, 3 and 8: it takes some ten
-times the gradients. A float32 run with default differences counts those of both kinds where forward
-ones turned out too coarse.
+times the gradients. A float32 run by differences counts those of both kinds where forward ones
+turned out too coarse; one by exact products counts each as two.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ from truths import is_off, wanted  # noqa: E402
 
 KINDS = {
     "float32": (torch.float32, dict(tol=1e-3)),
-    "float32, central": (torch.float32, dict(tol=1e-3, difference="central")),
+    "float32, differences": (torch.float32, dict(tol=1e-3, mode="difference")),
+    "float32, central": (torch.float32, dict(tol=1e-3, mode="difference", difference="central")),
     "float64": (torch.float64, dict(tol=1e-6)),
+    "float64, differences": (torch.float64, dict(tol=1e-6, mode="difference")),
 }
 WHICH = ("LA", "SA", "LM", "BE")
 COUNTS = {"lanczos": (1, 2, 3, 5, 8, 14), "lyapunov": (1, 3, 8)}

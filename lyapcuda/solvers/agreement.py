@@ -31,7 +31,7 @@ _OWN = 0.05
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a product Hu and differences of gradients along u, norms relative to ‖Hu‖.
+    """Of a product Hu and differences of gradients along u, norms relative to ‖Hu‖ (or ‖H‖·‖u‖, where that is known).
 
     Attributes:
         offset: how far the mean of y₊ and y₋ is from Hu.
@@ -99,6 +99,7 @@ def both_sides(
     norm: Tensor,
     size: float,
     residual: float = 0.0,
+    least: float = 0.0,
 ) -> Agreement:
     """Measures it with two gradients beside θ.
 
@@ -107,7 +108,8 @@ def both_sides(
         u, hu: one row each, and Hu; None for the mean of both sides.
         norm: ‖u‖, 0-dim float64; not 0.
         size: Δq, at which the differences are taken.
-        residual: by how much what stands for Hu is known to be off, relative to it.
+        residual: by how much what stands for Hu is known to be off.
+        least: what norms are relative to where ‖Hu‖ is smaller: a lower bound of ‖H‖·‖u‖.
 
     Raises:
         FloatingPointError: a gradient isn't finite.
@@ -127,7 +129,7 @@ def both_sides(
     slope, length, above, below, loss, pp, mm, pm, up, um, *exact = host
     mean, middle = (pp + mm + 2.0 * pm) / 4.0, (up + um) / 2.0
     hh, hp, hm, uh = exact or (mean, mean, mean, middle)
-    scale = math.sqrt(hh) or math.sqrt(max(pp, mm)) or 1.0
+    scale = max(math.sqrt(max(hh, 0.0)), least) or math.sqrt(max(pp, mm)) or 1.0
     spread = math.sqrt(max(pp + mm - 2.0 * pm, 0.0)) / 2.0
     offset = math.sqrt(max(mean - hp - hm + hh, 0.0))
     noise = products.rounding / size * length
@@ -137,9 +139,9 @@ def both_sides(
     slack = _OWN * abs(expected) + move**2 * abs(up - um) + 16.0 * products.epsilon * abs(loss)
     own = abs(seen - expected) <= slack
     along = (up / length**2, um / length**2)
-    bias = max(abs(middle - uh) - abs(up - um), 0.0) / max(abs(uh), 1e-300) if exact else 0.0
+    bias = max(abs(middle - uh) - abs(up - um), 0.0) / (max(abs(uh), least * length) or 1.0) if exact else 0.0
     return Agreement(
-        offset / scale, spread / scale, noise / scale, along, bias, own, residual
+        offset / scale, spread / scale, noise / scale, along, bias, own, residual / scale
     )
 
 

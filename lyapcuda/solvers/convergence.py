@@ -12,10 +12,10 @@ rigorous bound         r ≤ `RIGOROUS` · tol · |ρ|; where values are crowded
                        `CROWDED_SHARE` · tol · |ρ| or 1/`CROWDED` of their spacing
 order                  no other Ritz value may still turn out to come before it
 missed eigenvalues     none between the values found, as far as the start vector can tell
-                       (`UNLUCKY`, `SHY`, `REPELLED`; `lyapcuda.solvers.missed`)
+                       (`UNLUCKY`; `lyapcuda.solvers.missed`)
 differences            estimated error + `ERROR_FACTOR` · error of the differences ≤ tol · |ρ|
 zero                   or |ρ| ≤ `ZERO` · error of the differences, which can't tell it from zero,
-                       where that error is at most tol · ‖H‖ and ‖H‖/`ZERO_LEAST`
+                       where so much is within tol · ‖H‖ and ‖H‖/`ZERO_LEAST`
 =====================  =========================================================================
 
 Everything here is NumPy in float64 on the host, of the size of a basis.
@@ -46,14 +46,11 @@ RIGOROUS = 5.0
 CROWDED_SHARE = 0.5
 CROWDED = 50.0
 # An overlooked eigenvalue's part in the start vector isn't taken to be less than this share of what
-# is usual in a random vector, or than this share of what the found ones have.
-UNLUCKY = 0.01
-SHY = 0.006
-# Nor is one looked for closer to a found one than this fraction of their usual distance.
-REPELLED = 10.0
+# is usual in a random vector.
+UNLUCKY = 0.1
 # Values of at most this many times the differences' error count as zero,
 ZERO = 3.0
-# where that error is small beside ‖H‖: at most tol of it, and never more than 1/30.
+# where so much is small beside ‖H‖: at most tol of it, and never more than 1/30.
 ZERO_LEAST = 30.0
 # Residuals of so many times the differences' error are nothing but that, for a good part.
 BLOCK_NOISE = 5.0
@@ -221,7 +218,7 @@ class Criterion:
         """Whether the differences can't tell values of this size from zero, though their error is
         small beside ‖H‖ (``scale``).
         """
-        small = errors <= min(self.tol, 1.0 / ZERO_LEAST) * scale
+        small = ZERO * errors <= min(self.tol, 1.0 / ZERO_LEAST) * scale
         return small & (size <= ZERO * errors)
 
     def without_hidden(
@@ -233,9 +230,9 @@ class Criterion:
         outermost; for LM those of either sign down to the least magnitude. There is no other Ritz
         value in them, and between two of those ‖w‖ has a single hump: their ends are enough.
         """
-        margin = np.maximum(self.tol * np.abs(values), spacing(values) / REPELLED)
-        found = growth.of(values[status.indices])
-        least = max(UNLUCKY / np.sqrt(2.0 * self.size), SHY / float(np.median(found)))
+        margin = self.tol * np.abs(values)
+        # Of the start vector, half of which is random.
+        least = UNLUCKY / np.sqrt(2.0 * self.size)
         size, done = np.abs(status.values), status.done.copy()
         smallest = status.indices[size.argmin()]
         for side, towards in (
@@ -277,6 +274,16 @@ class Criterion:
         values = np.sort(status.values)
         slack = self.tol * np.abs(values) + 2.0 * status.errors.max(initial=0.0)
         return bool((np.diff(values) <= slack[1:]).any())
+
+    def may_repeat_zero(self, status: ConvergenceStatus) -> bool:
+        """Whether further copies of a value that seems to be zero would displace wanted ones."""
+        zero = status.indices[np.abs(status.values) <= ZERO * status.errors]
+        sides = (self._side(status, up=True), self._side(status, up=False))
+        if self.which == "LM":
+            sides = (status.indices,)
+        # `BE` lists the low end from the inside outwards.
+        inmost = [side[0 if self.which == "BE" and i else -1] for i, side in enumerate(sides) if len(side)]
+        return bool(len(np.setdiff1d(zero, inmost)))
 
     def _passed(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:
         """For each wanted value whether another one may still turn out to come before it."""

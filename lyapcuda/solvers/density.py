@@ -13,6 +13,7 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.arguments import positive, whole
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.product_error import product_error
 from lyapcuda.solvers.random_vectors import RandomVectors
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ class SpectralDensity:
         nodes, weights: (draws, steps) float64, the quadrature of every random vector: Ritz values
             and the share of the spectrum that each stands for (rows sum to 1; steps a vector could
             not take have weight 0).
-        width: the standard deviation of the Gaussian.
+        width: the standard deviation of the Gaussian; at least the products' error.
         gradient_evaluations: what it cost.
+        product_error: by how much products of the Hessian and a vector of norm 1 may be off: no
+            eigenvalue's place is known any better.
+        mode, reason: "exact" or "difference": which products were taken, and why.
+        doubts: what speaks against all of the products, a sentence each (data, kinks, precision).
     """
 
     grid: Tensor
@@ -44,6 +49,10 @@ class SpectralDensity:
     weights: Tensor
     width: float
     gradient_evaluations: int
+    product_error: float
+    mode: str
+    reason: str
+    doubts: tuple[str, ...]
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A figure of the density.
@@ -138,8 +147,11 @@ def spectral_density(
         steps: Lanczos steps, so products, for each; N at most are taken. Memory: that many vectors.
         points: of the grid.
         width: the standard deviation of the Gaussian that stands for each node; None for 1 % of
-            the range of the nodes.
+            the range of the nodes, or the products' error, where that is larger.
         seed: of the random vectors; the global random states are not touched.
+
+    Warns:
+        ConvergenceWarning: where the products aren't those of one symmetric matrix.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -157,12 +169,18 @@ def spectral_density(
     positive("width", width)
     before = operator.gradient_evaluations
     source = RandomVectors(operator, seed)
-    rows = [_quadrature(operator, source.signs(1)[0], steps) for _ in range(draws)]
+    with operator.keeping_graph():
+        rows = [_quadrature(operator, source.signs(1)[0], steps) for _ in range(draws)]
+        probe = source.signs(1)[0]
+        off = product_error(operator, probe, operator @ probe)
+    off.warn("spectral_density")
+    scatter = off.across / math.sqrt(len(probe))
     nodes, weights = (torch.stack(parts) for parts in zip(*rows, strict=True))
     used = nodes[weights > 0]
     low, high = float(used.min()), float(used.max())
     if width is None:
         width = 0.01 * (high - low) or 1e-3 * max(abs(high), 1.0)
+        width = max(width, scatter)
     grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
     # Summed a node at a time: points × draws × steps numbers at once would be many.
     curves = torch.zeros(draws, points, dtype=torch.float64)
@@ -172,5 +190,15 @@ def spectral_density(
     curves /= width * math.sqrt(2 * math.pi)
     error = curves.std(0) / math.sqrt(draws) if draws > 1 else torch.full_like(grid, math.nan)
     return SpectralDensity(
-        grid, curves.mean(0), error, nodes, weights, width, operator.gradient_evaluations - before
+        grid,
+        curves.mean(0),
+        error,
+        nodes,
+        weights,
+        width,
+        operator.gradient_evaluations - before,
+        scatter,
+        operator.mode,
+        operator.reason,
+        off.doubts,
     )

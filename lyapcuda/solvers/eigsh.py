@@ -255,11 +255,11 @@ class _Run:
         u, scaled = solution.vectors[lead : lead + 1], Basis.empty(operator.layout, 1)
         scaled.combine_(u, torch.full((1, 1), value, dtype=torch.float64, device=operator.device))
         one = torch.ones((), dtype=torch.float64, device=operator.device)
-        size = abs(value)
-        found = operator.compared(u, scaled, one, residual / size if size else 0.0)
+        size = status.scale
+        found = operator.compared(u, scaled, one, residual, size)
         # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
         skewed = status.errors[lead] > max(4.0 * operator.epsilon**0.5, self.request.tol) * size
-        reason = unbelieved(found, skewed and size > 0, operator.products.custom)
+        reason = unbelieved(found, bool(skewed), operator.products.custom)
         if found.spread > SPREAD and reason is None and found.own:
             # Along g(θ) the loss changes most: there it shows whether that is its own gradient.
             found = replace(found, own=operator.along_gradient().own)

@@ -192,7 +192,9 @@ def lanczos(
         ritz = state.ritz()
         left = state.left(ritz)
         grown = state.fresh[: state.size]
-        fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if grown.sum() < KRYLOV_STEPS else None
+        # (Products are counted, not rows: a restart leaves few of those.)
+        new = state.injected and state.since < KRYLOV_STEPS
+        fresh = (ritz.vectors[grown] ** 2).sum(0) > 0.5 if new else None
         status = criterion.judge(ritz, fresh)
         # Looked for only beside values that would be believed, or built upon: where the differences
         # themselves aren't good for the tolerance (kinks), no further product makes them so. And
@@ -210,8 +212,10 @@ def lanczos(
             enough = False
         # An invariant subspace holds one copy of a multiple eigenvalue: before values out of one
         # are believed, a random vector has to leave them as they are.
-        # So where two of them are equal, rounding has brought one in, and there may be more.
-        doubtful = verify or left <= noise or state.injected > 0 or criterion.repeats(status)
+        # So where two of them are equal, rounding has brought one in, and there may be more. And
+        # where one is zero: it has as many copies as there are directions that do nothing.
+        doubtful = verify or left <= noise or state.injected > 0
+        doubtful = doubtful or criterion.repeats(status) or criterion.may_repeat_zero(status)
         if enough and doubtful:
             known, believed = believed, status.values
             slack = criterion.tol * np.abs(believed) + status.errors

@@ -364,14 +364,16 @@ class HessianOperator:
         self.settle("difference", reason)
         return self.product(vectors, out, length, norm=norm)
 
-    def compared(self, u: Basis, hu: Basis, norm: Tensor, residual: float = 0.0) -> Agreement:
+    def compared(
+        self, u: Basis, hu: Basis, norm: Tensor, residual: float = 0.0, least: float = 0.0
+    ) -> Agreement:
         """Returns how differences on both sides of θ agree with Hu, for three gradients.
 
         Arguments as for `lyapcuda.solvers.agreement.both_sides`.
         """
         self.products.gradient()
         size = self._advised("forward", kinked=False)
-        return both_sides(self.products, u, hu, norm, size, residual)
+        return both_sides(self.products, u, hu, norm, size, residual, least)
 
     def _symmetric(self, u: Basis, hu: Basis) -> bool:
         """Whether exact products of u and of a random vector are those of a symmetric matrix."""

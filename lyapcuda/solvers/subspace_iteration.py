@@ -27,6 +27,8 @@ MAX_BLOCK = ops.MAX_K
 
 # Vectors beside the wanted ones.
 _GUARDS = 2
+# What has less than this of its squared norm outside of other vectors is one of them.
+_SAME = 0.01
 # Nodes are at least so far from zero, relative to ‖H‖.
 _FLAT = 1e-4
 
@@ -136,6 +138,22 @@ def _largest(square: np.ndarray) -> float:
     return math.sqrt(max(float(np.linalg.eigvalsh(square)[-1]), 0.0))
 
 
+def _apart(high: Basis, low: Basis) -> np.ndarray:
+    """Makes the rows of ``low`` orthogonal to those of ``high`` and to each other.
+
+    Returns:
+        What is left of each row's squared norm.
+    """
+    rows = Basis.empty(low.layout, len(high) + len(low))
+    for panel, first, second in zip(rows.panels, high.panels, low.panels, strict=True):
+        panel[: len(high)].copy_(first)
+        panel[len(high) :].copy_(second)
+    left = np.array([rows.orthogonalise_(len(high) + i)[-1] for i in range(len(low))])
+    for panel, second in zip(rows.panels, low.panels, strict=True):
+        second.copy_(panel[len(high) :])
+    return left
+
+
 def merged(parts: Sequence[Solution], criterion: Criterion) -> Solution:
     """The wanted pairs of two solutions, one from each end of the spectrum."""
 
@@ -151,6 +169,11 @@ def merged(parts: Sequence[Solution], criterion: Criterion) -> Solution:
         wanted = by_size[~twice[by_size]][: criterion.k]
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
+        # Both climbs may have ended in one eigenspace: there, the low end takes another basis of it.
+        left = _apart(*(part.vectors for part in parts))
+        lost = np.concatenate([np.zeros(len(parts[0].vectors), dtype=bool), left < _SAME])
+        for part, gone in zip(parts, np.split(lost, [len(parts[0].vectors)]), strict=True):
+            part.status.done[gone] = part.status.converged[gone] = False
     names = ("values", "residuals", "bounds", "errors", "done", "converged")
     scale = max(part.status.scale for part in parts)
     status = ConvergenceStatus(wanted, *(joined(name)[wanted] for name in names), scale)

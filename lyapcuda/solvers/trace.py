@@ -11,6 +11,7 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.arguments import whole
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.product_error import product_error
 from lyapcuda.solvers.random_vectors import RandomVectors
 
 __all__ = ["TraceResult", "check_samples", "trace"]
@@ -22,15 +23,23 @@ class TraceResult:
 
     Attributes:
         trace: the estimate.
-        standard_error: of the random part of it; 0 where the sketch caught everything.
+        standard_error: of the random part of it, and of the products.
         samples: products of the Hessian and a vector.
         gradient_evaluations: what they cost.
+        product_error: what of `standard_error` is that of the products: 0 for exact ones but for
+            rounding; of differences how they change with Δq and from one side of θ to the other.
+        mode, reason: "exact" or "difference": which products were taken, and why.
+        doubts: what speaks against all of the products, a sentence each (data, kinks, precision).
     """
 
     trace: float
     standard_error: float
     samples: int
     gradient_evaluations: int
+    product_error: float
+    mode: str
+    reason: str
+    doubts: tuple[str, ...]
 
 
 def _orthonormalised(panel: Tensor) -> Tensor:
@@ -73,8 +82,11 @@ def trace(
     Args:
         operator: the Hessian; or, as the short form, a closure and its parameters, and further
             arguments of `HessianOperator` by name.
-        samples: products to spend, at least 6.
+        samples: products to spend, at least 6; three or fewer more show how far they are off.
         seed: of the random vectors; the global random states are not touched.
+
+    Warns:
+        ConvergenceWarning: where the products aren't those of one symmetric matrix.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -93,10 +105,11 @@ def trace(
     def products(panel: Tensor) -> Tensor:
         nonlocal used
         used += len(panel)
-        return torch.stack([operator @ row for row in panel])
+        return (operator @ panel.T).T.contiguous()
 
     third = min(samples // 3, operator.shape[0])
-    basis = _orthonormalised(products(draws.normal(third)))
+    sketch = products(draws.normal(third))
+    basis = _orthonormalised(sketch)
     caught = 0.0
     if len(basis):
         caught = float(ops.gram(basis, products(basis)).trace())
@@ -111,7 +124,17 @@ def trace(
     values = torch.zeros(len(rest), dtype=torch.float64)
     if len(basis) < operator.shape[0]:
         values = ops.gram(rest, products(rest)).diagonal().cpu()
-    error = float(values.std() / math.sqrt(len(values)))
+    random = float(values.std() / math.sqrt(len(values)))
+    probe = draws.signs(1)
+    off = product_error(operator, probe[0], products(probe)[0])
+    off.warn("trace")
     return TraceResult(
-        caught + float(values.mean()), error, used, operator.gradient_evaluations - before
+        caught + float(values.mean()),
+        math.hypot(random, off.along),
+        used,
+        operator.gradient_evaluations - before,
+        off.along,
+        operator.mode,
+        operator.reason,
+        off.doubts,
     )

@@ -1,0 +1,68 @@
+"""How far products of a Hessian may be off, as traces and densities count it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.result import KINKS, PRECISION, ConvergenceWarning
+
+__all__ = ["ProductError", "product_error"]
+
+# What differences at one separation are off by, in what they change to one of four times the size:
+# measured on ReLU nets, where it halves (bench/kinks.py), so that the rest is about as much again.
+_REST = 3.0
+# A change of less than this, relative to the product, is bend and rounding.
+_JUMP = 0.05
+
+
+@dataclass(frozen=True)
+class ProductError:
+    """Of one product Hv, as it stands for others along random vectors.
+
+    Attributes:
+        along: of v·Hv.
+        across: of the whole product, its norm.
+        doubts: what speaks against all products, a sentence each.
+    """
+
+    along: float
+    across: float
+    doubts: tuple[str, ...]
+
+    def warn(self, name: str) -> None:
+        """A `ConvergenceWarning` where there are doubts, for the caller's caller's caller."""
+        if self.doubts:
+            warnings.warn(
+                f"{name}: not known as well as its standard error says; " + "; ".join(self.doubts),
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+
+
+def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductError:
+    """Measures it along v: by a second g(θ), and of differences by others at four times the Δq.
+
+    Args:
+        v, hv: (n,), and Hv as the operator gave it.
+    """
+    v, hv = v.double(), hv.double()
+    if operator.mode == "exact":
+        operator.products.look(gradient=False)
+        across = operator.epsilon * float(hv.norm())
+        along, doubts = across * float(v.norm()) / len(v) ** 0.5, []
+    else:
+        wide = 4.0 * operator.perturbation
+        other = operator.matvec(v.to(operator.dtype), perturbation=wide).double()
+        back = operator.matvec(v.to(operator.dtype), perturbation=-operator.perturbation).double()
+        along = max(abs(float(v @ (y - hv))) for y in (other, back)) * _REST
+        across = max(float((y - hv).norm()) for y in (other, back))
+        jumps = across > _JUMP * max(float(hv.norm()), 1e-300)
+        doubts = [KINKS if operator.kinked or operator.epsilon < 1e-4 else PRECISION] if jumps else []
+    if operator.changed is not None:
+        doubts.insert(0, f"closure: {operator.changed}")
+    return ProductError(along, across, tuple(doubts))
