@@ -40,6 +40,7 @@ class Agreement:
         along: the curvature along u as either side sees it.
         bias: how far their mean is from that of Hu, relative, less what they are apart.
         own: whether the loss changes along u as its gradient says.
+        size: Δq, at which the differences were taken.
         residual: by how much what was taken for Hu is known to be off.
     """
 
@@ -49,6 +50,7 @@ class Agreement:
     along: tuple[float, float]
     bias: float
     own: bool
+    size: float
     residual: float = 0.0
 
     @property
@@ -141,7 +143,7 @@ def both_sides(
     along = (up / length**2, um / length**2)
     bias = max(abs(middle - uh) - abs(up - um), 0.0) / (max(abs(uh), least * length) or 1.0) if exact else 0.0
     return Agreement(
-        offset / scale, spread / scale, noise / scale, along, bias, own, residual / scale
+        offset / scale, spread / scale, noise / scale, along, bias, own, size, residual / scale
     )
 
 

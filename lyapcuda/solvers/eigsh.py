@@ -239,8 +239,10 @@ class _Run:
             if not found.own and not doubts:
                 doubts.append(NOT_ITS_OWN)
             solution.status = criterion.coarser(solution.status, found.bias)
+            operator.perturbation = found.size
             if not asked:
                 self.operator.settle("exact", believed(found))
+                self.operator.perturbation = found.size
         return _Outcome(operator, solution, doubts)
 
     def _compared(
@@ -498,7 +500,7 @@ def _result(
         mode=operator.mode,
         reason=reason,
         difference="exact" if exact else operator.difference,
-        perturbation=None if exact else operator.perturbation,
+        perturbation=operator.perturbation,
         tol=request.tol,
         doubts=tuple(outcome.doubts),
         epsilon=operator.epsilon,

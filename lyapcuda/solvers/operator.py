@@ -79,7 +79,8 @@ class HessianOperator:
             derivatives alone, and see kinks (ReLU) at their scale Δq. "auto": exact, unless that
             fails (fused attention, compiled parts), is wrong (weight_norm, functions that are
             differentiable once) or would leave ranks apart (DDP); which of both the first product
-            decides, for three gradients more. Within `keeping_graph` exact products over one batch
+            decides, for three gradients more; a ``difference`` or ``perturbation`` that is given
+            asks for "difference". Within `keeping_graph` exact products over one batch
             share the forward pass, for the memory of the activations.
         difference: "forward": one gradient a product, and once g(θ); "central": two, more accurate.
             None is "forward", and leaves it to `eigsh` to go on with central ones where forward
@@ -139,7 +140,8 @@ class HessianOperator:
         self._choice = _Choice(*((mode, "as asked for") if mode != "auto" else ()))
         #: Whether `difference` was left to the solvers.
         self.chooses_difference = difference is None
-        #: Δq; None until the first difference has chosen it.
+        #: Δq; None until the first difference has chosen it. With exact products, that of the
+        #: differences they were compared with.
         self.perturbation = perturbation
         self._fixed = perturbation is not None
         self._warn_if_small(perturbation)
@@ -150,6 +152,8 @@ class HessianOperator:
         self.objective = FixedObjective(evaluator, closure, batches)
         self.products = Products(self.layout, self.objective)
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
+        if mode == "auto" and (difference is not None or perturbation is not None):
+            self.settle("difference", "a difference was asked for")
         replicas = any(isinstance(m, DistributedDataParallel) for m in evaluator.modules)
         if mode == "auto" and replicas:
             self.settle("difference", "DistributedDataParallel averages first gradients alone")
@@ -358,6 +362,7 @@ class HessianOperator:
         reason = unbelieved(found, asymmetric, self.products.custom)
         if reason is None:
             self.settle("exact", believed(found))
+            self.perturbation = found.size
             for buffer in out:
                 buffer.mul_(1.0 / length)
             return loss

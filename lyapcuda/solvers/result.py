@@ -75,7 +75,8 @@ class EigenResult:
         mode: "exact" or "difference": which products were taken.
         reason: why, in a sentence.
         difference: "forward" or "central"; "exact" where there was none.
-        perturbation: Δq of the differences; None for exact products.
+        perturbation: Δq of the differences; with exact products, of those they were compared with at
+            the end (None where nothing was done).
         doubts: what speaks against every one of the values, a sentence each: products that aren't
             those of one symmetric matrix (data, generators, kinks, precision).
         epsilon: machine epsilon of the coarsest type that the loss was seen to be computed in.
