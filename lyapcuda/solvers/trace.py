@@ -82,7 +82,7 @@ def trace(
     Args:
         operator: the Hessian; or, as the short form, a closure and its parameters, and further
             arguments of `HessianOperator` by name.
-        samples: products to spend, at least 6; three or fewer more show how far they are off.
+        samples: products to spend, at least 6; of differences, two more show how far they are off.
         seed: of the random vectors; the global random states are not touched.
 
     Warns:
@@ -108,7 +108,9 @@ def trace(
         return (operator @ panel.T).T.contiguous()
 
     third = min(samples // 3, operator.shape[0])
-    sketch = products(draws.normal(third))
+    start = draws.normal(third)
+    sketch = products(start)
+    off = product_error(operator, start[0], sketch[0])
     basis = _orthonormalised(sketch)
     caught = 0.0
     if len(basis):
@@ -125,8 +127,6 @@ def trace(
     if len(basis) < operator.shape[0]:
         values = ops.gram(rest, products(rest)).diagonal().cpu()
     random = float(values.std() / math.sqrt(len(values)))
-    probe = draws.signs(1)
-    off = product_error(operator, probe[0], products(probe)[0])
     off.warn("trace")
     return TraceResult(
         caught + float(values.mean()),

@@ -198,7 +198,7 @@ def test_what_is_still_on_its_way_leaves_nothing_smaller_converged(residual, con
     for row, (value, r, done) in enumerate([(5.0, 1e-6, True), (-4.9, residual, False)]):
         vectors = Basis(layout, [torch.eye(2)[row : row + 1].clone()])
         numbers = (np.array([x]) for x in (0, value, r, r, 1e-9, done, done))
-        parts.append(Solution(ConvergenceStatus(*numbers), vectors, 1))
+        parts.append(Solution(ConvergenceStatus(*numbers, scale=5.0), vectors, 1))
     status = merged(parts, Criterion(1, "LM", 1e-3, 1e-9, 1e-16, 2)).status
     assert status.values.tolist() == [5.0]
     assert status.done.tolist() == [converged] == status.converged.tolist()

@@ -38,7 +38,7 @@ def test_the_dense_hessian(name, dtype, difference, tol):
     worst = (found - expected).double().norm(dim=0).max()
     assert float(worst) < tol * float(truth.eigenvalues.abs().max())
     per = {"forward": 1, "central": 2}[difference]
-    assert operator.gradient_evaluations == per * columns.shape[1] + 1
+    assert operator.gradient_evaluations == per * columns.shape[1] + 2
 
 
 def test_exact_products_are_the_dense_hessian():
@@ -107,8 +107,9 @@ def test_the_graph_of_exact_products_is_gone_after_an_exception(counted):
 def test_eigsh_computes_the_loss_once_for_all_exact_products(counted):
     closure, params = counted
     result = lyapcuda.eigsh(closure, params, 2, mode="exact", tol=1e-6)
-    assert closure.calls == 1 and closure.graph() is None
-    assert result.gradient_evaluations == 2 * result.iterations
+    # And once more at θ and on both sides of it, to see whether a difference agrees.
+    assert closure.calls == 1 + 3 and closure.graph() is None
+    assert result.gradient_evaluations == 2 * result.iterations + 3
     other = lyapcuda.eigsh(closure, params, 2, difference="central", tol=1e-6)
     torch.testing.assert_close(result.eigenvalues, other.eigenvalues, rtol=1e-6, atol=0)
 
@@ -251,9 +252,9 @@ def test_a_closure_is_told_that_it_is_at_a_copy():
         seen.append(at_a_copy())
         return truth.closure()
 
-    operator = lyapcuda.HessianOperator(closure, truth.model.parameters())
+    operator = lyapcuda.HessianOperator(closure, truth.model.parameters(), mode="difference")
     operator @ torch.ones(operator.shape[0])
-    assert seen == [False, True]
+    assert seen == [False, False, True]
 
 
 # --- where exact products fail -------------------------------------------------------------------
@@ -331,20 +332,20 @@ def test_a_small_perturbation_warns():
         lyapcuda.HessianOperator(truth.closure, truth.model.parameters(), perturbation=1e-7)
 
 
-def test_kinks_are_seen():
-    smooth, kinked = nn.GELU(), nn.ReLU()
+def test_kinks_are_seen_by_what_they_do():
+    """A hard sigmoid far inside of its linear part has the name of a kink, but is none."""
     sizes = []
-    for activation in (smooth, kinked):
+    for activation, scale in ((nn.GELU(), 1.0), (nn.Hardsigmoid(), 0.1), (nn.ReLU(), 1.0)):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 2))
-        x = torch.randn(10, 6)
+        model = nn.Sequential(nn.Linear(6, 100), activation, nn.Linear(100, 2))
+        x = scale * torch.randn(2000, 6)
         operator = lyapcuda.HessianOperator(
-            lambda m=model, x=x: m(x).square().mean(), model.parameters()
+            lambda m=model, x=x: m(x).square().mean(), model.parameters(), mode="difference"
         )
         operator @ torch.ones(operator.shape[0])
-        assert operator.kinked is (activation is kinked)
+        assert bool(operator.kinked) is isinstance(activation, nn.ReLU)
         sizes.append(operator.perturbation)
-    assert sizes[1] > 10 * sizes[0]
+    assert sizes[2] > 10 * max(sizes[:2])
 
 
 def test_random_states_of_python_and_numpy_stay():

@@ -42,7 +42,7 @@ def test_every_solver_takes_both_forms(truth):
 @pytest.mark.filterwarnings("ignore::lyapcuda.ConvergenceWarning")
 def test_solvers_leave_the_operator_as_it_is(truth):
     """A tolerance that forward differences can't keep, so that eigsh goes on with central ones."""
-    h = operator(truth)
+    h = operator(truth, mode="difference")
     before = h @ torch.ones(h.shape[0])
     perturbation = h.perturbation
     assert lyapcuda.eigsh(h, tol=1e-5).difference == "central"

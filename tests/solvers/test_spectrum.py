@@ -22,7 +22,9 @@ def test_trace_of_a_smooth_net(name, dtype):
         truth.closure, truth.model.parameters(), samples=30, difference="central"
     )
     assert abs(found.trace - exact) < 4 * found.standard_error + 1e-3 * abs(exact)
-    assert found.samples == 30 and found.gradient_evaluations in (60, 61)  # perhaps g(θ)
+    # g(θ) twice, and two products more to see how far they are off.
+    assert found.samples == 30 and found.gradient_evaluations == 2 + 60 + 4
+    assert found.product_error < 1e-3 * abs(exact) and not found.doubts
 
 
 def test_the_standard_error_of_the_trace_is_honest():
@@ -43,7 +45,7 @@ def test_a_sketch_that_catches_everything_is_exact():
     assert found.standard_error < 1e-5
     theta, closure, _ = quadratic(np.array([3.0, -1.0, 0.5]), seed=3)
     found = lyapcuda.trace(closure, [theta], samples=30)
-    assert found.trace == pytest.approx(2.5, abs=1e-6) and found.standard_error == 0.0
+    assert found.trace == pytest.approx(2.5, abs=1e-6) and found.standard_error < 1e-12
 
 
 def test_hutchpp_beats_the_plain_mean():
