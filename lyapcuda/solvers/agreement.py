@@ -19,12 +19,29 @@ from torch import Tensor
 from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.products import Products
 
-__all__ = ["SPREAD", "Agreement", "believed", "both_sides", "failed", "known_wrong", "unbelieved"]
+__all__ = [
+    "BEND",
+    "Agreement",
+    "believed",
+    "both_sides",
+    "failed",
+    "is_rough",
+    "known_wrong",
+    "unbelieved",
+]
 
 # Exact products are believed where differences are off by at most so many times their own spread.
 _BELIEVED = 2.5
-#: A spread of less than this, relative to the product, is bend and rounding.
-SPREAD = 0.05
+# Rounding sets the two sides apart by at most so many times its estimate (twice, on smooth nets).
+_ROUNDING = 8.0
+# A spread of so many tolerances isn't yet seen in an eigenvalue: one that is kinks' is off by up to
+# half of it.
+_SPREAD = 5.0
+# The tolerance where none is asked for.
+_TOLERANCE = 1e-3
+#: What of a spread is left at a quarter of the separation: where it is no more than this, it is
+# bend. Kinks show more at smaller separations, not less.
+BEND = 0.45
 # The gradient is the loss's own where the loss changes along it by as much as it says, to so much.
 _OWN = 0.05
 
@@ -56,14 +73,25 @@ class Agreement:
     @property
     def agrees(self) -> bool:
         """Whether differences are off by no more than they themselves are uncertain."""
-        slack = _BELIEVED * self.spread + 8.0 * self.noise + 1.5 * self.residual
+        slack = _BELIEVED * self.spread + _ROUNDING * self.noise + 1.5 * self.residual
         return self.offset <= slack
+
+    def is_rough(self, tol: float = _TOLERANCE) -> bool:
+        """Whether the two sides are further apart than rounding leaves them, and than an eigenvalue
+        to ``tol`` allows: by kinks, or by bend.
+        """
+        return is_rough(self.spread, self.noise, tol)
+
+
+def is_rough(spread: float, noise: float, tol: float = _TOLERANCE) -> bool:
+    """The same, of a spread and of rounding's."""
+    return spread > max(_SPREAD * tol, _ROUNDING * noise)
 
 
 def believed(found: Agreement) -> str:
     """Why exact products are taken, in one sentence."""
-    if found.spread > SPREAD:
-        return "double backward works; differences of gradients see kinks here, or rounding"
+    if found.is_rough():
+        return "double backward works; differences of gradients see kinks here, or a sharp bend"
     return "double backward works, and agrees with differences of gradients"
 
 
@@ -78,7 +106,7 @@ def unbelieved(found: Agreement, asymmetric: bool, custom: str | None = None) ->
         return "double backward is wrong here: its products aren't those of a symmetric matrix"
     if not found.agrees:
         return f"double backward is wrong here: {found.offset:.1g} off differences of gradients"
-    if custom is not None and found.spread > SPREAD:
+    if custom is not None and found.is_rough():
         return f"kinks hide whether the double backward of {custom} is right"
     return None
 

@@ -15,16 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lyapcuda.solvers.agreement import SPREAD
+from lyapcuda.solvers.agreement import BEND, is_rough
 from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.operator import HessianOperator
 
 __all__ = ["TruncationError", "truncation_along"]
 
-
-# What of a spread is left at a fraction of the separation: where it is no more than this, it is
-# bend. Kinks show more at smaller separations, not less.
-_BEND = 0.45
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,12 @@ class TruncationError:
 
 
 def truncation_along(
-    operator: HessianOperator, u: Basis, spare: Basis, value: float, residual: float
+    operator: HessianOperator,
+    u: Basis,
+    spare: Basis,
+    value: float,
+    residual: float,
+    tol: float,
 ) -> TruncationError:
     """Measures it with two gradients beside θ; with two more where these lie far apart.
 
@@ -62,11 +63,13 @@ def truncation_along(
         spare: one row, which is overwritten.
         value: the curvature along u as the operator's differences have seen it; not 0.
         residual: ‖Hu − value·u‖ as they have seen it.
+        tol: relative error that the value may have.
 
     Raises:
         FloatingPointError: a gradient isn't finite.
     """
     step = operator.perturbation
+    one = torch.ones((), dtype=torch.float64, device=operator.device)
 
     def seen(perturbation: float) -> tuple[float, float]:
         """The curvature, and how far the whole product is from value·u, relative to it."""
@@ -76,21 +79,21 @@ def truncation_along(
         rest = square - 2.0 * value * along + value**2 * one
         return float(along), math.sqrt(max(float(rest) - residual**2, 0.0)) / abs(value)
 
-    def jumps(spread: float, smaller: float) -> bool:
-        return spread > SPREAD and seen(smaller)[1] > _BEND * spread
-
     if operator.difference == "central":
         curvature, spread = seen(2.0 * step)
         error = abs(curvature - value) / (3.0 * abs(value))
         length = step / math.sqrt(6.0 * error) if error else math.inf
-        jump = jumps(spread, step / 2.0)
+        noise = operator.products.rounding / (step * abs(value))
+        jump = is_rough(spread, noise, tol) and seen(step / 2.0)[1] > BEND * spread
         return TruncationError(max(error, spread) if jump else error, length, jump)
-    (plus, above), (minus, below) = seen(step), seen(-step)
-    spread = max(above, below)
+    found = operator.compared(u, None, one, size=step)
+    plus, minus = found.along
     mean = (plus + minus) / 2.0
     size = abs(mean) or abs(value)
     change = abs(plus - minus) / size
     error = max(change / 2.0, abs(value - mean) / size)
-    jump = jumps(spread, step / 4.0)
+    jump = found.is_rough(tol)
+    if jump:
+        jump = operator.compared(u, None, one, size=step / 4.0).spread > BEND * found.spread
     length = step / change if change else math.inf
-    return TruncationError(max(error, spread) if jump else error, length, jump)
+    return TruncationError(max(error, found.spread) if jump else error, length, jump)

@@ -18,7 +18,6 @@ from lyapcuda.arguments import seed as check_seed
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.solvers.agreement import (
-    SPREAD,
     Agreement,
     believed,
     failed,
@@ -262,7 +261,7 @@ class _Run:
         # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
         skewed = status.errors[lead] > max(4.0 * operator.epsilon**0.5, self.request.tol) * size
         reason = unbelieved(found, bool(skewed), operator.products.custom)
-        if found.spread > SPREAD and reason is None and found.own:
+        if found.is_rough(self.request.tol) and reason is None and found.own:
             # Along g(θ) the loss changes most: there it shows whether that is its own gradient.
             found = replace(found, own=operator.along_gradient().own)
         return found, reason
@@ -423,6 +422,7 @@ def _check_truncation(
         spare,
         float(status.values[lead]),
         float(status.residuals[lead]),
+        criterion.tol,
     )
     spare.release()
     if seen.jumps:

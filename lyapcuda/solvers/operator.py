@@ -28,7 +28,7 @@ from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.collect import Parameters, select_by_name
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
-    SPREAD,
+    BEND,
     Agreement,
     believed,
     both_sides,
@@ -358,7 +358,7 @@ class HessianOperator:
             return loss
         found = self.compared(u, hu, norm)
         # Among jumps, a product that is wrong shows in nothing but that H isn't symmetric.
-        asymmetric = found.agrees and found.spread > SPREAD and not self._symmetric(u, hu)
+        asymmetric = found.agrees and found.is_rough() and not self._symmetric(u, hu)
         reason = unbelieved(found, asymmetric, self.products.custom)
         if reason is None:
             self.settle("exact", believed(found))
@@ -370,14 +370,20 @@ class HessianOperator:
         return self.product(vectors, out, length, norm=norm)
 
     def compared(
-        self, u: Basis, hu: Basis, norm: Tensor, residual: float = 0.0, least: float = 0.0
+        self,
+        u: Basis,
+        hu: Basis | None,
+        norm: Tensor,
+        residual: float = 0.0,
+        least: float = 0.0,
+        size: float | None = None,
     ) -> Agreement:
         """Returns how differences on both sides of θ agree with Hu, for three gradients.
 
         Arguments as for `lyapcuda.solvers.agreement.both_sides`.
         """
         self.products.gradient()
-        size = self._advised("forward", kinked=False)
+        size = self._advised("forward", kinked=False) if size is None else size
         return both_sides(self.products, u, hu, norm, size, residual, least)
 
     def _symmetric(self, u: Basis, hu: Basis) -> bool:
@@ -407,17 +413,26 @@ class HessianOperator:
         if self.perturbation is None:
             # What has kinks by name may be far from all of them.
             if self.products.kinks_named and self.products.jumps is None:
-                self.products.jumps = self.along_gradient().spread > SPREAD
+                self.products.jumps = self._jumps()
             self.perturbation = self._advised(self.difference)
 
-    def along_gradient(self) -> Agreement:
-        """Returns how differences on both sides of θ agree along g(θ), for two gradients."""
+    def _jumps(self) -> bool:
+        """Whether the gradient jumps where θ moves along it, for two gradients, or four."""
+        found = self.along_gradient()
+        return found.is_rough() and self.along_gradient(0.25).spread > BEND * found.spread
+
+    def along_gradient(self, share: float = 1.0) -> Agreement:
+        """Returns how differences on both sides of θ agree along g(θ), for two gradients.
+
+        Args:
+            share: of the usual Δq.
+        """
         u = Basis.empty(self.layout, 1)
         for row, part in zip(u.row(0), self.products.gradient(), strict=True):
             row.copy_(part)
         norm = u.gram(u)[0, 0].sqrt()
         norm = torch.where(norm > 0, norm, 1.0)
-        size = self._advised("forward", kinked=False)
+        size = share * self._advised("forward", kinked=False)
         return both_sides(self.products, u, None, norm, size)
 
     def _advised(

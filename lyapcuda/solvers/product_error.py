@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lyapcuda.solvers.agreement import is_rough
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import KINKS, PRECISION, ConvergenceWarning
 
@@ -16,8 +17,6 @@ __all__ = ["ProductError", "product_error"]
 # What differences at one separation are off by, in what they change to one of four times the size:
 # measured on ReLU nets, where it halves (bench/kinks.py), so that the rest is about as much again.
 _REST = 3.0
-# A change of less than this, relative to the product, is bend and rounding.
-_JUMP = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,13 @@ def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductEr
         along, doubts = across * float(v.norm()) / len(v) ** 0.5, []
     else:
         wide = 4.0 * operator.perturbation
+        size = float(hv.norm()) or 1.0
         other = operator.matvec(v.to(operator.dtype), perturbation=wide).double()
         back = operator.matvec(v.to(operator.dtype), perturbation=-operator.perturbation).double()
         along = max(abs(float(v @ (y - hv))) for y in (other, back)) * _REST
         across = max(float((y - hv).norm()) for y in (other, back))
-        jumps = across > _JUMP * max(float(hv.norm()), 1e-300)
+        noise = operator.products.rounding * float(v.norm()) / operator.perturbation
+        jumps = across > 0.0 and is_rough(across / size, noise / size)
         doubts = [KINKS if operator.kinked or operator.epsilon < 1e-4 else PRECISION] if jumps else []
     if operator.changed is not None:
         doubts.insert(0, f"closure: {operator.changed}")

@@ -43,7 +43,7 @@ def test_the_measured_error_is_that_of_the_difference(difference, lead):
     seen = float(u @ (operator @ u))
     rows = Basis.empty(operator.layout, 2)
     operator.layout.scatter(u, rows.row(0))
-    found = truncation_along(operator, rows[:1], rows[1:], seen, residual=0.0)
+    found = truncation_along(operator, rows[:1], rows[1:], seen, residual=0.0, tol=1e-3)
     assert not found.jumps
     assert found.length == pytest.approx(length, rel=0.02)
     assert found.error == pytest.approx(abs(seen - lead) / abs(lead), rel=0.1)
@@ -86,7 +86,7 @@ def test_forward_differences_say_what_they_are_worth():
     assert not result.converged.any() and is_off(result, 0, exact)
     low, high = result.interval[0].tolist()
     assert low <= LEAD <= high
-    assert result.gradient_evaluations == 2 + result.iterations + 2
+    assert result.gradient_evaluations == 2 + result.iterations + 4
 
 
 def test_a_separation_that_was_given_is_the_scale_that_is_measured():
@@ -100,11 +100,14 @@ def test_a_separation_that_was_given_is_the_scale_that_is_measured():
 
 def test_kinks_are_left_at_their_scale():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 100), nn.ReLU(), nn.Linear(100, 1))
-    x = torch.randn(2000, 6)
+    model = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 9))
+    x, y = torch.randn(200, 64), torch.randint(0, 9, (200,))
     with pytest.warns(lyapcuda.ConvergenceWarning, match="kinks"):
         result = lyapcuda.eigsh(
-            lambda: model(x).square().mean(), model.parameters(), tol=0.1, mode="difference"
+            lambda: nn.functional.cross_entropy(model(x), y),
+            model.parameters(),
+            tol=0.1,
+            mode="difference",
         )
     assert not result.converged.any() and "kinks" in result.doubts[0]
     assert result.difference == "central" and result.perturbation > 0.01

@@ -337,10 +337,14 @@ def test_kinks_are_seen_by_what_they_do():
     sizes = []
     for activation, scale in ((nn.GELU(), 1.0), (nn.Hardsigmoid(), 0.1), (nn.ReLU(), 1.0)):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 100), activation, nn.Linear(100, 2))
-        x = scale * torch.randn(2000, 6)
+        model = nn.Sequential(
+            nn.Linear(64, 50), activation, nn.Linear(50, 50), activation, nn.Linear(50, 9)
+        )
+        x, y = scale * torch.randn(200, 64), torch.randint(0, 9, (200,))
         operator = lyapcuda.HessianOperator(
-            lambda m=model, x=x: m(x).square().mean(), model.parameters(), mode="difference"
+            lambda m=model, x=x, y=y: nn.functional.cross_entropy(m(x), y),
+            model.parameters(),
+            mode="difference",
         )
         operator @ torch.ones(operator.shape[0])
         assert bool(operator.kinked) is isinstance(activation, nn.ReLU)
