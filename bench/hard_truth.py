@@ -13,7 +13,7 @@ that is another at each evaluation has none, nor has a gradient that is no loss'
 
 - converged: of the values returned, those called so;
 - wrong: of these the ones further than three tolerances (relative) from the exact i-th wanted
-  value, and all where there is no truth. What is zero, up to ‖H‖·tol/30, may be off by so much;
+  value, and all where there is no truth. What is zero, up to ‖H‖·tol/10, may be off by so much;
 - empty: intervals that hold no exact eigenvalue, converged or not;
 - open: values not called converged;
 - silent: runs that left a value open and gave no ConvergenceWarning;
@@ -105,7 +105,7 @@ def scale_of(problem: Problem, exact: Tensor) -> float:
 
 def is_wrong(value: float, right: float, exact: Tensor, scale: float, tol: float, lm: bool) -> bool:
     """Whether a converged value isn't the wanted one."""
-    zero = tol * scale / 30
+    zero = tol * scale / 10
     slack = max(3 * tol * abs(right), zero if abs(right) <= zero else 0.0)
     if lm:  # by magnitude −a and a are a tie
         off = max(float((exact - value).abs().min()), abs(abs(value) - abs(right)))

@@ -12,6 +12,7 @@ from lyapcuda.command import report
 from lyapcuda.command.problem import Problem, from_names
 from lyapcuda.command.program import EXIT_NOT_CONVERGED, set_threads, usable_device
 from lyapcuda.solvers.eigsh import METHODS, WHICH
+from lyapcuda.solvers.operator import MODES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
     add("-k", type=int, default=5, help="how many (default 5)")
     add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
+    add("--mode", default="auto", choices=MODES, help="exact products, differences (default auto)")
     add("--method", default="lanczos", choices=METHODS, help="default lanczos")
     add("--tol", type=float, default=1e-3, help="relative (default 1e-3)")
     add("--maxiter", type=int, metavar="N", help="products at most")
@@ -78,6 +80,7 @@ def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) ->
         k=arguments.k,
         which=arguments.which,
         tol=arguments.tol,
+        mode=arguments.mode,
         method=arguments.method,
         maxiter=arguments.maxiter,
         select=arguments.select,

@@ -55,6 +55,8 @@ class EigsReport:
         if self.trace is not None:
             rows.append(f"trace {self.trace.trace:.6g} ± {self.trace.standard_error:.2g}")
         rows.append(f"{self.gradient_evaluations} gradient evaluations")
+        how = f", {self.result.difference}" if self.result.mode == "difference" else ""
+        rows.append(f"{self.result.mode}{how}: {self.result.reason}")
         return "\n".join(rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +65,9 @@ class EigsReport:
             **self.problem.names,
             "which": self.which,
             "method": self.result.method,
+            "mode": self.result.mode,
+            "reason": self.result.reason,
+            "doubts": list(self.result.doubts),
             "parameters": self.result.eigenvectors.shape[1],
             "eigenvalues": self.result.eigenvalues.tolist(),
             "residuals": self.result.residuals.tolist(),
@@ -122,6 +127,7 @@ def measure(
     k: int,
     which: str,
     tol: float,
+    mode: str,
     method: str,
     maxiter: int | None,
     select: list[str] | None,
@@ -142,7 +148,12 @@ def measure(
         }
     ]
     hessian = lyapcuda.HessianOperator(
-        problem.closure, params, data=problem.batches, select=select, model=problem.model
+        problem.closure,
+        params,
+        data=problem.batches,
+        mode=mode,
+        select=select,
+        model=problem.model,
     )
     result = lyapcuda.eigsh(
         hessian,

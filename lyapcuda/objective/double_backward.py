@@ -76,6 +76,24 @@ class GradientGraph:
         if take is not None:
             take([None if g is None else g.detach() for g in gradients])
 
+    def held_bytes(self) -> int:
+        """How much memory it holds: what its functions have saved, as far as that shows."""
+        nodes = [edge.node for edge in self._edges if edge is not None]
+        seen, held = set(nodes), {}
+        while nodes:
+            node = nodes.pop()
+            for name in dir(node):
+                if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
+                    saved = getattr(node, name)
+                    if isinstance(saved, Tensor):
+                        storage = saved.untyped_storage()
+                        held[storage.data_ptr()] = storage.nbytes()
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    nodes.append(following)
+        return sum(held.values())
+
     def product(
         self,
         vector: Sequence[Tensor],

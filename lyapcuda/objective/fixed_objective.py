@@ -6,7 +6,9 @@ that differences of gradients belong to one symmetric Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +26,20 @@ __all__ = ["FixedObjective", "Point"]
 Take = Callable[[Sequence[Tensor | None], Tensor], None]
 #: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
+
+# Graphs of several batches are kept where there are at most so many, and they take at most this
+# share of the free memory, and so many bytes.
+_MANY, _SHARE, _MOST = 64, 0.125, 2**31
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that is free on a device; 0 where that isn't known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+    if device.type != "cpu" or any(name not in os.sysconf_names for name in names):
+        return 0.0
+    return math.prod(map(os.sysconf, names))
 
 
 class FixedObjective:
@@ -57,6 +73,8 @@ class FixedObjective:
         #: Of one batch, from one product to the next, inside `keeping_graph`.
         self._graph: GradientGraph | None = None
         self._keeps = False
+        #: The same of several batches, each with its size, where there is memory for all of them.
+        self._graphs: list[tuple[GradientGraph, int]] = []
 
     def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:
         """Evaluates the gradient at each of the points.
@@ -110,16 +128,21 @@ class FixedObjective:
                     out.add_(row.detach(), alpha=size)
             return loss
 
-        return self._mean(one, total)
+        return self._mean(one, total, self.batches)
 
-    def _mean(self, one: Callable[[Any, int], Tensor], sums: Sequence[Tensor]) -> Tensor:
+    def _mean(
+        self,
+        one: Callable[[Any, int], Tensor],
+        sums: Sequence[Tensor],
+        items: Iterable[tuple[Any, int]],
+    ) -> Tensor:
         """Takes ``one`` (batch, size) for every batch, and divides the ``sums`` that it adds to.
 
         Returns:
             The mean of the losses that it returns, weighted by the batches' sizes.
         """
         samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
-        for batch, size in self.batches:
+        for batch, size in items:
             loss = one(batch, size)
             samples, loss_sum = samples + size, loss_sum.to(loss.device) + size * loss.double()
         for out in sums:
@@ -130,9 +153,10 @@ class FixedObjective:
 
     @contextmanager
     def keeping_graph(self) -> Iterator[None]:
-        """Inside, exact products over one batch keep autograd's graph from one to the next.
+        """Inside, exact products keep autograd's graph from one to the next.
 
-        That saves about half of a product's time, for the memory of the activations.
+        That saves about half of a product's time, for the memory of the activations. Those of
+        several batches are kept where they take a small part of the free memory.
         """
         outer, self._keeps = self._keeps, True
         try:
@@ -140,7 +164,7 @@ class FixedObjective:
         finally:
             self._keeps = outer
             if not outer:
-                self._graph = None
+                self.drop_graph()
 
     def hessian_product(
         self,
@@ -150,7 +174,7 @@ class FixedObjective:
     ) -> Tensor:
         """Writes the exact product of the Hessian and a vector, by double backward, to ``total``.
 
-        The closure must not call ``backward()`` itself. With several batches no graph is kept.
+        The closure must not call ``backward()`` itself. 
 
         Returns:
             The loss, 0-dim, detached.
@@ -178,14 +202,25 @@ class FixedObjective:
             for total in totals:
                 for out in total:
                     out.zero_()
+            kept = self._kept_graphs()
+            graphs: list[tuple[GradientGraph, int]] = []
 
-            def one(batch: Any, size: int) -> Tensor:
-                graph = GradientGraph(lambda: closure(batch), self.evaluator.parameters)
+            def one(item: Any, size: int) -> Tensor:
+                graph = item
+                if kept is None:
+                    graph = GradientGraph(lambda: closure(item), self.evaluator.parameters)
+                    if self._keeps and (graphs or self._affords(graph)):
+                        graphs.append((graph, size))
+                keep = bool(kept or graphs)
                 for vector, total in zip(vectors, totals, strict=True):
-                    graph.product(vector, total, keep=vector is not vectors[-1], weight=size)
+                    last = vector is vectors[-1]
+                    graph.product(vector, total, keep=keep or not last, weight=size)
                 return graph.loss
 
-            return self._mean(one, [out for total in totals for out in total])
+            sums = [out for total in totals for out in total]
+            loss = self._mean(one, sums, self.batches if kept is None else kept)
+            self._graphs = kept or graphs
+            return loss
 
     def graph_gradient(
         self, take: Callable[[Sequence[Tensor | None]], None], closure: Closure | None = None
@@ -202,7 +237,21 @@ class FixedObjective:
 
     def drop_graph(self) -> None:
         """Lets go of what is kept within `keeping_graph`."""
-        self._graph = None
+        self._graph, self._graphs = None, []
+
+    def _kept_graphs(self) -> list[tuple[GradientGraph, int]] | None:
+        """Those of all batches, where they are kept and the parameters are what they were."""
+        versions = [p._version for p in self.evaluator.parameters]
+        if any(graph.versions != versions for graph, _ in self._graphs):
+            self._graphs = []
+        return self._graphs or None
+
+    def _affords(self, graph: GradientGraph) -> bool:
+        """Whether there is memory for graphs like this one of all batches."""
+        count, device = self.batches.count, self.evaluator.parameters[0].device
+        if count is None or count > _MANY:
+            return False
+        return count * graph.held_bytes() <= min(_free_bytes(device) * _SHARE, _MOST)
 
     @property
     def is_one_batch(self) -> bool:

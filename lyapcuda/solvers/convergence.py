@@ -15,7 +15,7 @@ missed eigenvalues     none between the values found, as far as the start vector
                        (`UNLUCKY`; `lyapcuda.solvers.missed`)
 differences            estimated error + `ERROR_FACTOR` · error of the differences ≤ tol · |ρ|
 zero                   or |ρ| ≤ `ZERO` · error of the differences, which can't tell it from zero,
-                       where so much is within tol · ‖H‖ and ‖H‖/`ZERO_LEAST`
+                       where so much is within `ZERO_SHARE` · tol · ‖H‖
 =====================  =========================================================================
 
 Everything here is NumPy in float64 on the host, of the size of a basis.
@@ -50,8 +50,8 @@ CROWDED = 50.0
 UNLUCKY = 0.1
 # Values of at most this many times the differences' error count as zero,
 ZERO = 3.0
-# where so much is small beside ‖H‖: at most tol of it, and never more than 1/30.
-ZERO_LEAST = 30.0
+# where so much is small beside ‖H‖: of tol · ‖H‖ at most this share.
+ZERO_SHARE = 0.1
 # Residuals of so many times the differences' error are nothing but that, for a good part.
 BLOCK_NOISE = 5.0
 # An end can't win by magnitude where it lies so many residuals short of it, after so many steps.
@@ -99,6 +99,10 @@ class ConvergenceStatus:
     done: np.ndarray
     converged: np.ndarray
     scale: float
+
+    def hopeless(self, tol: float) -> bool:
+        """Whether the differences aren't good enough for one of the values, done or not."""
+        return bool((ERROR_FACTOR * self.errors > tol * np.abs(self.values)).any())
 
     @property
     def limited(self) -> bool:
@@ -218,7 +222,7 @@ class Criterion:
         """Whether the differences can't tell values of this size from zero, though their error is
         small beside ‖H‖ (``scale``).
         """
-        small = ZERO * errors <= min(self.tol, 1.0 / ZERO_LEAST) * scale
+        small = ZERO * errors <= ZERO_SHARE * self.tol * scale
         return small & (size <= ZERO * errors)
 
     def without_hidden(

@@ -237,7 +237,8 @@ class _Run:
         if found is not None:
             if not found.own and not doubts:
                 doubts.append(NOT_ITS_OWN)
-            solution.status = criterion.coarser(solution.status, found.bias)
+            if not found.is_rough(criterion.tol):  # (kinks would be that bias)
+                solution.status = criterion.coarser(solution.status, found.bias)
             operator.perturbation = found.size
             if not asked:
                 self.operator.settle("exact", believed(found))

@@ -15,6 +15,10 @@ from lyapcuda.solvers.ritz import Ritz, order
 __all__ = ["lanczos"]
 
 
+# Products in which noisy residuals have to become less.
+_PATIENCE = 40
+
+
 class _Lanczos:
     """The basis V, f beside it, and T with HV = VT + f·coupling + errors.
 
@@ -187,6 +191,7 @@ def lanczos(
     noise = max(INVARIANT, 20 * criterion.accuracy)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     believed: np.ndarray | None = None
+    least: list[float] = []
     for iteration in range(1, maxiter + 1):
         state.extend(product)
         ritz = state.ritz()
@@ -224,6 +229,11 @@ def lanczos(
         else:
             doubtful = False
         if state.size == n or enough or iteration == maxiter:
+            break
+        # Residuals that are the products' noise don't become less.
+        least.append(min(float(status.residuals.max()), least[-1] if least else np.inf))
+        stalled = iteration > _PATIENCE and least[-1] > 0.7 * least[-1 - _PATIENCE]
+        if stalled and status.hopeless(criterion.tol):
             break
         if state.size == state.ncv:
             kept = min(criterion.k + (state.ncv - criterion.k) // 2, state.ncv - 1)
