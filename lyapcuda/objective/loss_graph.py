@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lyapcuda.objective import tf32
 
-__all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon"]
+__all__ = [
+    "COARSE",
+    "Sighting",
+    "graph_nodes",
+    "has_kinks",
+    "is_smooth",
+    "loss_epsilon",
+    "watching",
+]
 
 #: A larger ε than this is that of a 16-bit type, or of TF32.
 COARSE = 1e-4
@@ -17,6 +29,12 @@ COARSE = 1e-4
 _KINKS = (
     *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
+)
+# Functions whose derivative may jump, by their arguments: masks have none, ReLUs written by hand do.
+_UNCLEAR = (
+    *("Where", "Clamp", "MaskedFill", "Max", "Min", "Amax", "Amin", "Fmax", "Fmin", "Sort", "Topk"),
+    *("Median", "Kthvalue", "Cummax", "Cummin", "Softshrink", "Hardshrink", "HingeEmbedding"),
+    *("MultiMargin", "MultilabelMargin", "Aminmax", "Mode", "Nanmedian"),
 )
 
 
@@ -62,10 +80,71 @@ def has_kinks(loss: Any) -> bool:
     return any(node.name().startswith(_KINKS) for node in graph_nodes(loss))
 
 
+def _shows_all(nodes: Sequence[Any]) -> bool:
+    """Whether nodes hide nothing: no compiled or checkpointed part, no custom function, nothing of
+    which it depends on the numbers whether its derivative jumps.
+    """
+    for node in nodes:
+        name = node.name().partition("Backward")[0]
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if custom and name not in tf32.EMPTY or name.startswith(_UNCLEAR):
+            return False
+    return bool(nodes)
+
+
 def is_smooth(loss: Any) -> bool:
     """Whether the graph shows the whole of the loss, and no function whose derivative jumps: not
     where a compiled or checkpointed part or a custom function hides what is inside.
     """
-    nodes = list(graph_nodes(loss))
-    hidden = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
-    return bool(nodes) and not hidden and not has_kinks(loss)
+    return _shows_all(list(graph_nodes(loss))) and not has_kinks(loss)
+
+
+@dataclass
+class Sighting:
+    """What was seen of a loss in its backward passes.
+
+    Attributes:
+        epsilon: of the coarsest type, as of `loss_epsilon`.
+        smooth: all of it was seen, and no kinks.
+        shows_all: all of it was seen, kinks or none.
+    """
+
+    epsilon: float = 0.0
+    smooth: bool = False
+    shows_all: bool = False
+
+    def _begin(self) -> None:
+        self.epsilon, self.smooth, self.shows_all = 0.0, True, True
+
+    def _see(self, loss: Any) -> None:
+        self.epsilon = max(self.epsilon, loss_epsilon(loss))
+        self.shows_all = self.shows_all and _shows_all(list(graph_nodes(loss)))
+        self.smooth = self.smooth and is_smooth(loss)
+
+
+@contextmanager
+def watching(sighting: Sighting) -> Iterator[None]:
+    """Inside, every backward pass adds what its graph shows to ``sighting``.
+
+    `Tensor.backward` looks torch.autograd.backward up when it is called, so the graph is seen before
+    it is freed, whatever the closure returns: a float, a detached loss. So are the inner graphs of
+    reentrant checkpoints. Another thread's passes are taken for ours.
+    """
+    real, roots = torch.autograd.backward, 0
+    sighting._begin()
+
+    @functools.wraps(real)
+    def backward(tensors: Any, *args: Any, **options: Any) -> None:
+        nonlocal roots
+        for loss in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+            roots += 1
+            sighting._see(loss)
+        real(tensors, *args, **options)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = real
+        if not roots:  # gradients of torch.autograd.grad's, or another engine's
+            sighting.smooth = sighting.shows_all = False
