@@ -102,13 +102,13 @@ class Benettin:
         self._field("transform").mul_(size / held)
         held.fill_(size)
 
-    def widen(self, noise: float) -> None:
-        """Adds the noise of a gradient difference, of norm ``noise``, to the last error bar: the
-        residual of a noisy product isn't that of an eigenvector.
+    def widen(self, noise: float, doubt: float) -> None:
+        """Adds the noise of a gradient difference, of norm ``noise``, to the last error bar, since
+        the residual of a noisy product isn't that of an eigenvector; and ``doubt``.
         """
+        share = noise / self._field("perturbation") + doubt
         # Where nothing was accepted, the bar is that of before, and has it already.
-        share = noise * self._field("accepted") / self._field("perturbation")
-        self._field("width").add_(share)
+        self._field("width").add_(torch.where(self._field("accepted") > 0, share, 0.0))
 
     def _randomise(self, seed: int, size: float) -> None:
         """Fills every q_j with normal numbers of a generator of our own, of norm ``size``."""

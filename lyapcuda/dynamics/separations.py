@@ -125,10 +125,10 @@ class Separations:
         for separation in self._of:
             separation.resize(size)
 
-    def widen(self, noise: float) -> None:
-        """Adds the noise of a gradient difference to the last step's error bars."""
+    def widen(self, noise: float, doubt: float) -> None:
+        """Adds the noise of a gradient difference, and doubt, to the last step's error bars."""
         for separation in self._of:
-            separation.widen(noise)
+            separation.widen(noise, doubt)
 
     def advance(self, found: Gradients, beside: Tensor) -> Tensor:
         """Steps all of them along their gradients, with one exchange among the ranks.

@@ -38,6 +38,10 @@ _PAIRED, _MIRRORED, _PERIOD = 1, (5, 9, 13), 100
 _STRIDE = 4.0
 #: Relative errors of h from which on a warning says so: of one side of θ; of noise alone.
 _UNSURE, _NOISY = 0.2, 0.1
+#: From this error of one side of θ on nothing is known, and differences may be this much shorter.
+_UNKNOWN, _SHORTER = 0.5, 0.25
+#: Where no coarse arithmetic shows, one side that is so far off has met kinks.
+_KINKED = 0.3
 
 _NAMES = {torch.finfo(torch.bfloat16).eps: "bfloat16", 2.0**-10: "float16 or TF32"}
 
@@ -50,6 +54,7 @@ class Sizing:
 
     Attributes:
         noise: the norm of a gradient difference's rounding error; 0 where it wasn't measured.
+        doubt: what else to add to the error bar: infinite where no Δq suits.
 
     Args:
         layout: of the parameters.
@@ -61,9 +66,10 @@ class Sizing:
         self._layout, self._given, self._follows = layout, given, follows
         #: What the first evaluation showed of the loss.
         self.sighting = Sighting()
-        self.noise = 0.0
+        self.noise = self.doubt = 0.0
         # Measurements so far; whether noise is to be measured; the smallest and largest Δq.
-        self._count, self._measures, self._least, self._most = 0, False, 0.0, math.inf
+        self._count, self._measures, self._least, self._most = 0, False, 0.0, 0.0
+        self._coarse = False  # whether the loss was seen to be computed in coarser arithmetic
         # The multiple of the noise now, and the largest curvature seen.
         self._clear, self._largest, self._warned = _CLEAR, 0.0, False
 
@@ -158,7 +164,8 @@ class Sizing:
         layout, seen = self._layout, self.sighting
         stored = max(torch.finfo(group.dtype).eps for group in layout.groups)
         epsilon = max(seen.epsilon, layout.compute_epsilon)
-        coarse = epsilon > stored
+        coarse = self._coarse = epsilon > stored
+        seen.epsilon = epsilon
         # 16-bit parameters: most elements of a smaller q wouldn't move at all.
         self._measures = stored <= COARSE and (coarse or not seen.shows_all)
         if self._measures:
@@ -182,12 +189,9 @@ class Sizing:
             return
         share = self.noise / size
         if self._mirrored:
-            # What q's own two sides differ by: noise, of three gradients too, and bend.
-            apart = math.sqrt(mirrored) / 2.0 / size
-            bend = math.sqrt(max(apart**2 - 0.75 * share**2, (0.1 * share) ** 2))
-            self._clear = max(_CLEAR, self._clear * min(math.sqrt(share / bend), _STRIDE))
+            self._mirror(math.sqrt(mirrored) / 2.0 / size, share, curvature)
             if self._count >= _MIRRORED[-1]:
-                self._warn(apart, share, curvature, size)
+                self._judge(math.sqrt(mirrored) / 2.0 / size, share, curvature, size)
         if not self._follows or self._given is not None:
             return
         # Where Δq bends, h falls: by the smaller value Δq would grow all the more.
@@ -196,19 +200,35 @@ class Sizing:
         wanted = min(max(wanted, size / _STRIDE), size * _STRIDE)
         separations.resize(min(max(wanted, self._least), self._most))
 
-    def _warn(self, apart: float, share: float, curvature: float, size: float) -> None:
-        """Says once that h isn't known well."""
-        if self._warned or max(apart / _UNSURE, share / _NOISY) < curvature:
+    def _mirror(self, apart: float, share: float, curvature: float) -> None:
+        """Takes another multiple of the noise, by what q's two sides differ by: half of it is
+        ``apart``, noise of three gradients and bend.
+        """
+        bend = math.sqrt(max(apart**2 - 0.75 * share**2, (0.1 * share) ** 2))
+        if not self._coarse and bend > _KINKED * curvature:
+            self._least = self._most
+        least = _CLEAR * (1.0 if apart < _UNKNOWN * curvature else _SHORTER)
+        stride = min(max(math.sqrt(share / bend), 1.0 / _STRIDE), _STRIDE)
+        self._clear = max(least, self._clear * stride)
+
+    def _judge(self, apart: float, share: float, curvature: float, size: float) -> None:
+        """What is in doubt by now; says once that h isn't known well."""
+        self.doubt = 0.0
+        if apart > _UNKNOWN * curvature:
+            self.doubt = math.inf
+        elif apart > _UNSURE * curvature:
+            self.doubt = apart
+        if self._warned or not (self.doubt or share > _NOISY * curvature):
             return
         self._warned = True
         precision = _NAMES.get(self.sighting.epsilon, "an arithmetic that can't be seen")
         given = f"perturbation={size:.2g}" if self._given is not None else f"Δq={size:.2g}"
-        error = max(apart, share) / curvature if curvature > 0.0 else math.inf
+        known = "not known" if self.doubt == math.inf else "not known well"
         warnings.warn(
-            f"h is not known well: the loss is computed in {precision}, whose rounding moves a "
-            f"difference of gradients by {self.noise:.2g}; at {given} that is {share:.2g} beside "
-            f"h={curvature:.3g}, and the two sides of θ are {error:.0%} apart. See tracker.interval"
-            + self._advice(curvature),
+            f"h={curvature:.3g} is {known}: the loss is computed in {precision}, whose rounding "
+            f"moves a difference of gradients by {self.noise:.2g}; at {given} that is {share:.2g} "
+            f"of h, and each side of θ is {apart:.2g} off. See tracker.interval, and "
+            "docs/precision.md" + self._advice(curvature),
             stacklevel=6,
         )
 
@@ -222,7 +242,8 @@ class Sizing:
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         numbers = {name: float(getattr(self, f"_{name}")) for name in _SAVED}
-        return {**numbers, "noise": self.noise, "epsilon": self.sighting.epsilon}
+        shown = {"noise": self.noise, "doubt": self.doubt, "epsilon": self.sighting.epsilon}
+        return {**numbers, **shown}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`.
@@ -230,18 +251,19 @@ class Sizing:
         Raises:
             ValueError: before anything changes.
         """
-        require_entries(saved, *_SAVED, "noise", "epsilon")
+        require_entries(saved, *_SAVED, "noise", "doubt", "epsilon")
         for name, value in saved.items():
             if not isinstance(value, float) or math.isnan(value):
                 raise ValueError(f"state_dict: sizing's {name} is {value!r}")
         for name in _SAVED:
             setattr(self, f"_{name}", saved[name])
         self._count, self._measures = int(saved["count"]), bool(saved["measures"])
-        self._warned, self.noise = bool(saved["warned"]), saved["noise"]
+        self._coarse, self._warned = bool(saved["coarse"]), bool(saved["warned"])
+        self.noise, self.doubt = saved["noise"], saved["doubt"]
         self.sighting.epsilon = saved["epsilon"]
 
 
-_SAVED = ("count", "measures", "least", "most", "clear", "largest", "warned")
+_SAVED = ("count", "measures", "coarse", "least", "most", "clear", "largest", "warned")
 
 
 def _second_difference(

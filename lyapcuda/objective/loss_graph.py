@@ -87,7 +87,8 @@ def _shows_all(nodes: Sequence[Any]) -> bool:
     for node in nodes:
         name = node.name().partition("Backward")[0]
         custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if custom and name not in tf32.EMPTY or name.startswith(_UNCLEAR):
+        unclear = name.startswith(_UNCLEAR) and not name.startswith(_KINKS)
+        if unclear or custom and name not in tf32.EMPTY:
             return False
     return bool(nodes)
 
