@@ -489,6 +489,11 @@ class CurvatureTracker:
         return self._layout
 
     @property
+    def sizing(self) -> Sizing:
+        """What chooses Δq: the gradients' rounding noise, where it was measured."""
+        return self._sizing
+
+    @property
     def separations(self) -> Separations:
         """What carries q from step to step."""
         self.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,10 +86,10 @@ def _shows_all(nodes: Sequence[Any]) -> bool:
     which it depends on the numbers whether its derivative jumps.
     """
     for node in nodes:
-        name = node.name().partition("Backward")[0]
+        name = node.name()
         custom = isinstance(node, torch.autograd.function.BackwardCFunction)
         unclear = name.startswith(_UNCLEAR) and not name.startswith(_KINKS)
-        if unclear or custom and name not in tf32.EMPTY:
+        if unclear or custom and not name.startswith(tf32.EMPTY):
             return False
     return bool(nodes)
 
@@ -114,13 +115,36 @@ class Sighting:
     smooth: bool = False
     shows_all: bool = False
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Nothing was seen yet that speaks against a smooth loss in full precision."""
         self.epsilon, self.smooth, self.shows_all = 0.0, True, True
 
-    def _see(self, loss: Any) -> None:
+    def see(self, loss: Any) -> None:
+        """Adds what the graph of a loss shows."""
+        whole = _shows_all(list(graph_nodes(loss)))
         self.epsilon = max(self.epsilon, loss_epsilon(loss))
-        self.shows_all = self.shows_all and _shows_all(list(graph_nodes(loss)))
-        self.smooth = self.smooth and is_smooth(loss)
+        self.shows_all = self.shows_all and whole
+        self.smooth = self.smooth and whole and not has_kinks(loss)
+
+
+_lock = threading.Lock()
+_watchers: list[_Watcher] = []
+_real = torch.autograd.backward
+
+
+@dataclass(eq=False)
+class _Watcher:
+    sighting: Sighting
+    roots: int = 0
+
+
+@functools.wraps(_real)
+def _seen_backward(tensors: Any, *args: Any, **options: Any) -> None:
+    for watcher in tuple(_watchers):
+        for loss in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+            watcher.roots += 1
+            watcher.sighting.see(loss)
+    _real(tensors, *args, **options)
 
 
 @contextmanager
@@ -131,21 +155,19 @@ def watching(sighting: Sighting) -> Iterator[None]:
     it is freed, whatever the closure returns: a float, a detached loss. So are the inner graphs of
     reentrant checkpoints. Another thread's passes are taken for ours.
     """
-    real, roots = torch.autograd.backward, 0
-    sighting._begin()
-
-    @functools.wraps(real)
-    def backward(tensors: Any, *args: Any, **options: Any) -> None:
-        nonlocal roots
-        for loss in [tensors] if isinstance(tensors, Tensor) else list(tensors):
-            roots += 1
-            sighting._see(loss)
-        real(tensors, *args, **options)
-
-    torch.autograd.backward = backward
+    global _real
+    watcher = _Watcher(sighting)
+    sighting.begin()
+    with _lock:
+        if not _watchers:
+            _real, torch.autograd.backward = torch.autograd.backward, _seen_backward
+        _watchers.append(watcher)
     try:
         yield
     finally:
-        torch.autograd.backward = real
-        if not roots:  # gradients of torch.autograd.grad's, or another engine's
+        with _lock:
+            _watchers.remove(watcher)
+            if not _watchers:
+                torch.autograd.backward = _real
+        if not watcher.roots:  # gradients of torch.autograd.grad's, or another engine's
             sighting.smooth = sighting.shows_all = False
