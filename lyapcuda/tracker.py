@@ -362,7 +362,7 @@ class CurvatureTracker:
 
     def _resize(self, totals: Tensor) -> None:
         """After the separations' step: Δq of the next ones, and the noise of this one."""
-        if self._sizing.noise:
+        if self._sizing.noise or self._sizing.doubt:
             self._separations.widen(self._sizing.noise, self._sizing.doubt)
         if self._sizing.due:
             self._sizing.take(totals, self._separations)

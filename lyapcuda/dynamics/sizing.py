@@ -185,7 +185,7 @@ class Sizing:
     def _follow(self, mirrored: float, separations: Separations) -> None:
         """Δq as so many times the noise over the curvature, more where it doesn't bend."""
         size, curvature = separations.size(), separations.largest()
-        if not (self.noise > 0.0 and math.isfinite(curvature) and math.isfinite(self.noise)):
+        if not math.isfinite(curvature):
             return
         share = self.noise / size
         if self._mirrored:
@@ -204,12 +204,12 @@ class Sizing:
         """Takes another multiple of the noise, by what q's two sides differ by: half of it is
         ``apart``, noise of three gradients and bend.
         """
-        bend = math.sqrt(max(apart**2 - 0.75 * share**2, (0.1 * share) ** 2))
+        bend = math.sqrt(max(apart**2 - 0.75 * share**2, 0.0))
         if not self._coarse and bend > _KINKED * curvature:
             self._least = self._most
         least = _CLEAR * (1.0 if apart < _UNKNOWN * curvature else _SHORTER)
-        stride = min(max(math.sqrt(share / bend), 1.0 / _STRIDE), _STRIDE)
-        self._clear = max(least, self._clear * stride)
+        ratio = math.sqrt(share / bend) if bend > 0.0 else math.inf
+        self._clear = max(least, self._clear * min(max(ratio, 1.0 / _STRIDE), _STRIDE))
 
     def _judge(self, apart: float, share: float, curvature: float, size: float) -> None:
         """What is in doubt by now; says once that h isn't known well."""

@@ -17,6 +17,7 @@ from lyapcuda.params.flat import FlatLayout
 from sync import no_waiting
 
 STEPS = 40
+BACKWARD = torch.autograd.backward
 
 
 class Block(nn.Module):
@@ -40,7 +41,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small one, which may run its blocks in a checkpoint."""
 
-    def __init__(self, rows: int = 96, width: int = 48, reentrant: bool | None = None) -> None:
+    def __init__(self, rows: int = 96, width: int = 32, reentrant: bool | None = None) -> None:
         super().__init__()
         self.embed, self.blocks = nn.Embedding(rows, width), nn.Sequential(*[Block(width)] * 2)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 96, bias=False)
@@ -60,7 +61,7 @@ class GPT(nn.Module):
 
 def gpt(**options) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return GPT(**options), torch.randint(0, 96, (8, 25))
+    return GPT(**options), torch.randint(0, 96, (6, 17))
 
 
 def loss_of(model: nn.Module, tokens: Tensor, bf16: bool = True) -> Tensor:
@@ -86,12 +87,9 @@ def test_a_transformer_in_bfloat16_has_the_curvature_of_float32():
     assert low < float(truth.h) < high
 
 
-def itself(loss: Tensor) -> Tensor:
-    return loss
-
-
-@pytest.mark.parametrize("returned", [float, Tensor.detach])
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    ("returned", "reentrant"), [(float, None), (Tensor.detach, False), (Tensor.detach, True)]
+)
 def test_the_precision_is_seen_whatever_the_closure_returns(returned, reentrant):
     model, tokens = gpt(reentrant=reentrant)
 
@@ -105,12 +103,12 @@ def test_the_precision_is_seen_whatever_the_closure_returns(returned, reentrant)
     found = tracked(model.parameters(), closure, 16)
     assert found.perturbation == expected.perturbation
     assert torch.equal(found.h, expected.h)
-    assert torch.autograd.backward.__module__ == "torch.autograd"
-    assert "_seen" not in torch.autograd.backward.__code__.co_name
+    assert torch.autograd.backward is BACKWARD  # it was watched for a while
 
 
 def test_how_many_gradients_it_takes_and_that_it_waits_no_more():
-    model, x, calls = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2)), None, 0
+    torch.manual_seed(0)
+    model, calls = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2)), 0
     x = torch.randn(16, 6)
 
     def closure(bf16: bool = True) -> Tensor:
@@ -181,7 +179,7 @@ def by_where(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("activation", "smooth"), [(by_where, False), (nn.GELU(), True)])
 def test_kinks_that_no_name_shows_are_met(activation, smooth):
-    """GELU hides in a custom function."""
+    """Part of it hides in a custom function."""
 
     class Hidden(torch.autograd.Function):
         @staticmethod
@@ -199,7 +197,7 @@ def test_kinks_that_no_name_shows_are_met(activation, smooth):
 
     def closure() -> Tensor:
         hidden = Hidden.apply(activation(first(x)))
-        return nn.functional.cross_entropy(10.0 * last(hidden), y)
+        return nn.functional.cross_entropy(last(hidden), y)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
