@@ -70,6 +70,7 @@ class Sizing:
         # Measurements so far; whether noise is to be measured; the smallest and largest Δq.
         self._count, self._measures, self._least, self._most = 0, False, 0.0, 0.0
         self._coarse = False  # whether the loss was seen to be computed in coarser arithmetic
+        self._first = 0.0  # Δq to start from
         # The multiple of the noise now, and the largest curvature seen.
         self._clear, self._largest, self._warned = _CLEAR, 0.0, False
 
@@ -180,6 +181,7 @@ class Sizing:
         else:
             smooth = self._measures or seen.smooth
             size = default_perturbation(layout, layout.epsilon(), smooth=smooth, extent=extent)
+        self._first = size
         separations.resize(size)
 
     def _follow(self, mirrored: float, separations: Separations) -> None:
@@ -198,7 +200,10 @@ class Sizing:
         self._largest = curvature if self._rechecks else max(self._largest, curvature)
         wanted = self._clear * self.noise / self._largest if self._largest > 0.0 else math.inf
         wanted = min(max(wanted, size / _STRIDE), size * _STRIDE)
-        separations.resize(min(max(wanted, self._least), self._most))
+        wanted = min(max(wanted, self._least), self._most)
+        # Noise all over: a large Δq would show no curvature at all, to which any rate seems safe.
+        lost = self._mirrored and self._count >= _MIRRORED[-1] and share > curvature
+        separations.resize(self._first if lost else wanted)
 
     def _mirror(self, apart: float, share: float, curvature: float) -> None:
         """Takes another multiple of the noise, by what q's two sides differ by: half of it is
@@ -263,7 +268,7 @@ class Sizing:
         self.sighting.epsilon = saved["epsilon"]
 
 
-_SAVED = ("count", "measures", "coarse", "least", "most", "clear", "largest", "warned")
+_SAVED = ("count", "measures", "coarse", "least", "most", "first", "clear", "largest", "warned")
 
 
 def _second_difference(
