@@ -1,11 +1,11 @@
 """Δq of a tracker's separations, from the rounding noise that its first steps measure.
 
-Where autograd's graph shows the whole of a loss, in float32, Δq follows from the parameters
-(`lyapcuda.dynamics.perturbation`). Where arithmetic is coarser (autocast, TF32) or hidden, nothing
-but the gradients tells how far rounding moves them: y(δ) + y(−δ) of a small δ is nothing else, since
-the curvature cancels. So one pair of gradients measures the noise. A difference of gradients is then
-to be `_CLEAR` times as long as its noise: longer ones bend. Whether this one does, y(q) + y(−q)
-tells, at another gradient each.
+Where autograd's graph shows the whole of a loss, in full precision, Δq follows from the parameters
+(`lyapcuda.dynamics.perturbation`). Where arithmetic is coarser (autocast, TF32) or hidden, only the
+gradients tell how far rounding moves them. With y(δ) = g(θ + δ) − g(θ), the curvature cancels in
+y(δ) + y(−δ): for a small δ the rest is noise, so one pair of gradients measures it. A difference of
+gradients is then to be `_CLEAR` times as long as its noise. Longer ones bend. How much q itself
+bends, y(q) + y(−q) tells, at one gradient each time.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ _KINKS = (
     *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
 )
-# Functions whose derivative may jump, by their arguments: masks have none, ReLUs written by hand do.
+# Functions whose derivative jumps or not, by their arguments: a mask's doesn't, that of a ReLU
+# written by hand does.
 _UNCLEAR = (
     *("Where", "Clamp", "MaskedFill", "Max", "Min", "Amax", "Amin", "Fmax", "Fmin", "Sort", "Topk"),
     *("Median", "Kthvalue", "Cummax", "Cummin", "Softshrink", "Hardshrink", "HingeEmbedding"),
@@ -151,9 +152,9 @@ def _seen_backward(tensors: Any, *args: Any, **options: Any) -> None:
 def watching(sighting: Sighting) -> Iterator[None]:
     """Inside, every backward pass adds what its graph shows to ``sighting``.
 
-    `Tensor.backward` looks torch.autograd.backward up when it is called, so the graph is seen before
-    it is freed, whatever the closure returns: a float, a detached loss. So are the inner graphs of
-    reentrant checkpoints. Another thread's passes are taken for ours.
+    `Tensor.backward` looks torch.autograd.backward up when it is called, so the graph is seen
+    before it is freed, whatever the closure returns: a float, a detached loss. So are the inner
+    graphs of reentrant checkpoints. Another thread's passes are taken for ours.
     """
     global _real
     watcher = _Watcher(sighting)

@@ -65,7 +65,8 @@ def _kinds(node: Any) -> set[str]:
     name = node.name().partition("Backward")[0]
     if name in _PRODUCTS:
         return {_PRODUCTS[name]}
-    if not isinstance(node, torch.autograd.function.BackwardCFunction) or node.name().startswith(EMPTY):
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    if not custom or node.name().startswith(EMPTY):
         return set()
     # Compiled parts and most custom functions take their weights as arguments, checkpoints don't.
     weights = [n.variable for n, _ in node.next_functions if hasattr(n, "variable")]
