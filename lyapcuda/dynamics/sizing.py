@@ -28,8 +28,8 @@ from lyapcuda.params.shards import locals_of
 
 __all__ = ["Sizing"]
 
-#: How many times as long as its noise a difference of gradients is to be, at least.
-_CLEAR = 16.0
+#: How many times as long as its noise a difference of gradients is to be; at least, where it bends.
+_CLEAR, _BENT = 16.0, 10.0
 #: δ of the pair that measures noise, in q: its bend is 1/64 of what that of q is.
 _PAIR = 1.0 / 8.0
 #: Which measurements, from 0, have a pair, and which a mirror image of q beside them.
@@ -37,7 +37,7 @@ _PAIRED, _MIRRORED, _PERIOD = 1, (5, 9, 13), 100
 #: A step changes Δq by this factor at most.
 _STRIDE = 4.0
 #: Relative errors of h from which on a warning says so: of one side of θ; of noise alone.
-_UNSURE, _NOISY = 0.2, 0.1
+_UNSURE, _NOISY = 0.125, 0.12
 #: From this error of one side of θ on nothing is known, and differences may be this much shorter.
 _UNKNOWN, _SHORTER = 0.5, 0.25
 #: Where no coarse arithmetic shows, one side that is so far off has met kinks.
@@ -212,7 +212,7 @@ class Sizing:
         bend = math.sqrt(max(apart**2 - 0.75 * share**2, 0.0))
         if not self._coarse and bend > _KINKED * curvature:
             self._least = self._most
-        least = _CLEAR * (1.0 if apart < _UNKNOWN * curvature else _SHORTER)
+        least = _BENT if apart < _UNKNOWN * curvature else _BENT * _SHORTER
         ratio = math.sqrt(share / bend) if bend > 0.0 else math.inf
         self._clear = max(least, self._clear * min(max(ratio, 1.0 / _STRIDE), _STRIDE))
 
