@@ -350,17 +350,17 @@ class CurvatureTracker:
         micro: list[tuple[Any, float]] | None,
         copies: list[list[Tensor]],
         leave: bool,
-    ) -> tuple[Measured, Tensor]:
+    ) -> tuple[Measured, Tensor | None]:
         """An evaluation at the separations' copies, and what it tells of their size."""
         sizing = self._sizing
         if not sizing.due:
-            return self._evaluate(closure, measure, micro, copies, leave), sizing.no_sums()
+            return self._evaluate(closure, measure, micro, copies, leave), None
         all_copies = [*copies, *sizing.probes(copies)]
         with watching(sizing.sighting) if sizing.watches else nullcontext():
             evaluated = self._evaluate(closure, measure, micro, all_copies, leave)
         return evaluated, sizing.sums(evaluated.found, len(copies))
 
-    def _resize(self, totals: Tensor) -> None:
+    def _resize(self, totals: Tensor | None) -> None:
         """After the separations' step: Δq of the next ones, and the noise of this one."""
         if self._sizing.noise or self._sizing.doubt:
             self._separations.widen(self._sizing.noise, self._sizing.doubt)

@@ -130,12 +130,12 @@ class Separations:
         for separation in self._of:
             separation.widen(noise, doubt)
 
-    def advance(self, found: Gradients, beside: Tensor) -> Tensor:
+    def advance(self, found: Gradients, beside: Tensor | None = None) -> Tensor | None:
         """Steps all of them along their gradients, with one exchange among the ranks.
 
         Args:
             found: the gradients at θ and at the copies that `place` returned, in that order.
-            beside: further float64 sums over this rank's elements, `BESIDE` of them.
+            beside: further float64 sums over this rank's elements, `BESIDE` of them; or zeros.
 
         Returns:
             ``beside``, over all elements.
@@ -152,6 +152,7 @@ class Separations:
             first += separation.k
         sums = [s.measure(part) for s, part in zip(self._of, parts, strict=True)]
         if ranks is not None:
+            beside = self.state.new_zeros(BESIDE) if beside is None else beside
             (*sums, beside), losses = ranks.exchange([*sums, beside], losses)
         for separation, total, span in zip(self._of, sums, spans, strict=True):
             alone = len(self._of) == 1

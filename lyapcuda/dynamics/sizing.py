@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ _UNKNOWN, _SHORTER = 0.5, 0.25
 #: Where no coarse arithmetic shows, one side that is so far off has met kinks.
 _KINKED = 0.3
 
+#: Elements that are added up at a time.
+_PIECE = 1 << 18
+
 _NAMES = {torch.finfo(torch.bfloat16).eps: "bfloat16", 2.0**-10: "float16 or TF32"}
 
 
@@ -69,6 +72,7 @@ class Sizing:
         self.noise = self.doubt = 0.0
         # Measurements so far; whether noise is to be measured; the smallest and largest Δq.
         self._count, self._measures, self._least, self._most = 0, False, 0.0, 0.0
+        self._epsilon = 0.0  # of what the loss is computed in, as far as was seen
         self._coarse = False  # whether the loss was seen to be computed in coarser arithmetic
         self._first = 0.0  # Δq to start from
         # The multiple of the noise now, and the largest curvature seen.
@@ -126,18 +130,14 @@ class Sizing:
             total[3] = _second_difference(found.g0, *probes[-2:], device)
         return total
 
-    def no_sums(self) -> Tensor:
-        """In the place of `sums`, where there is nothing to do."""
-        return torch.zeros(BESIDE, dtype=torch.float64, device=self._layout.device)
-
     def _extent(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Σθ² over the elements that have a gradient, and how many these are."""
         square = number = torch.zeros((), dtype=torch.float64, device=self._layout.device)
         theta = locals_of([p.tensor for p in self._layout.parameters])
         for t, g in zip(theta, gradients, strict=True):
-            if g is not None:
-                there = g != 0
-                square = square + torch.where(there, t, 0.0).double().square().sum().to(square)
+            for here, slope in _pieces(t, g) if g is not None else ():
+                there = slope != 0
+                square = square + torch.where(there, here, 0.0).double().square().sum().to(square)
                 number = number + there.sum().to(square)
         return square, number
 
@@ -166,7 +166,7 @@ class Sizing:
         stored = max(torch.finfo(group.dtype).eps for group in layout.groups)
         epsilon = max(seen.epsilon, layout.compute_epsilon)
         coarse = self._coarse = epsilon > stored
-        seen.epsilon = epsilon
+        self._epsilon = epsilon
         # 16-bit parameters: most elements of a smaller q wouldn't move at all.
         self._measures = stored <= COARSE and (coarse or not seen.shows_all)
         if self._measures:
@@ -226,7 +226,7 @@ class Sizing:
         if self._warned or not (self.doubt or share > _NOISY * curvature):
             return
         self._warned = True
-        precision = _NAMES.get(self.sighting.epsilon, "an arithmetic that can't be seen")
+        precision = _NAMES.get(self._epsilon, "an arithmetic that can't be seen")
         given = f"perturbation={size:.2g}" if self._given is not None else f"Δq={size:.2g}"
         known = "not known" if self.doubt == math.inf else "not known well"
         warnings.warn(
@@ -247,8 +247,7 @@ class Sizing:
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         numbers = {name: float(getattr(self, f"_{name}")) for name in _SAVED}
-        shown = {"noise": self.noise, "doubt": self.doubt, "epsilon": self.sighting.epsilon}
-        return {**numbers, **shown}
+        return {**numbers, "noise": self.noise, "doubt": self.doubt}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`.
@@ -256,7 +255,7 @@ class Sizing:
         Raises:
             ValueError: before anything changes.
         """
-        require_entries(saved, *_SAVED, "noise", "doubt", "epsilon")
+        require_entries(saved, *_SAVED, "noise", "doubt")
         for name, value in saved.items():
             if not isinstance(value, float) or math.isnan(value):
                 raise ValueError(f"state_dict: sizing's {name} is {value!r}")
@@ -265,10 +264,12 @@ class Sizing:
         self._count, self._measures = int(saved["count"]), bool(saved["measures"])
         self._coarse, self._warned = bool(saved["coarse"]), bool(saved["warned"])
         self.noise, self.doubt = saved["noise"], saved["doubt"]
-        self.sighting.epsilon = saved["epsilon"]
 
 
-_SAVED = ("count", "measures", "coarse", "least", "most", "first", "clear", "largest", "warned")
+_SAVED = (
+    *("count", "measures", "coarse", "epsilon", "least", "most", "first", "clear", "largest"),
+    "warned",
+)
 
 
 def _second_difference(
@@ -281,7 +282,15 @@ def _second_difference(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for here, *beside in zip(g0, plus, minus, strict=True):
         terms = [(here, -2.0), *((g, 1.0) for g in beside)]
-        parts = [g.double() * times for g, times in terms if g is not None]
-        if parts:
-            total = total + sum(parts).square().sum().to(device)
+        times = [factor for g, factor in terms if g is not None]
+        for pieces in _pieces(*(g for g, _ in terms if g is not None)):
+            part = sum(piece.double() * factor for piece, factor in zip(pieces, times, strict=True))
+            total = total + part.square().sum().to(device)
     return total
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike, so that no copy of the whole is made."""
+    flat = [t.reshape(1) if t.dim() == 0 else t for t in tensors]
+    rows = max(1, _PIECE * len(flat[0]) // max(flat[0].numel(), 1)) if flat else 1
+    return zip(*(t.split(rows) for t in flat), strict=True)
