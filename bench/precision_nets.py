@@ -6,7 +6,8 @@ h of a `CurvatureTracker` with its defaults after 40 steps, frozen θ, one batch
 h0 of the same θ and batch in float64 (`eigsh` with exact products). States: so many steps of AdamW
 at 1e-3 before, in float32. "noise" is the rounding error of a gradient difference as the tracker
 has measured it, over Δq·h. Nets of `transformers` and `timm` where these can be imported, with the
-dropout off, at random initial weights; two that are built here in any case.
+dropout off, at random initial weights; two that are built here in any case. Below: `LyapunovSGD` on
+a smaller GPT.
 """
 
 from __future__ import annotations
@@ -247,6 +248,29 @@ def rows(name: str, net: Net) -> Iterator[str]:
         )
 
 
+def descents(steps: int = 60) -> Iterator[str]:
+    """Lines on what `LyapunovSGD` makes of a small GPT, a new batch every step."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model, batch, losses = Transformer(64, 3, 256, causal=True), chains(), []
+        optimizer = lyapcuda.LyapunovSGD(model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(steps):
+                x, y = batch()
+
+                def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):  # noqa: B023
+                        return next_words(model, x, y)  # noqa: B023
+
+                losses.append(float(optimizer.step(closure)))
+        yield (
+            f"LyapunovSGD, {dtype}: loss {losses[0]:.2f}, at most {max(losses):.2f}, mean of the "
+            f"last five of {steps} steps {sum(losses[-5:]) / 5:.2f}, learning rate "
+            f"{float(optimizer.lr):.2g}."
+        )
+
+
 def main() -> None:
     known = nets()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -264,6 +288,10 @@ def main() -> None:
             lines.append(line)
             if arguments.out:
                 arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    lines += ["", *(f"- {line}" for line in descents())]
+    print(*lines[-2:], sep="\n")
+    if arguments.out:
+        arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -226,15 +226,18 @@ class Sizing:
         if self._warned or not (self.doubt or share > _NOISY * curvature):
             return
         self._warned = True
-        precision = _NAMES.get(self._epsilon, "an arithmetic that can't be seen")
-        given = f"perturbation={size:.2g}" if self._given is not None else f"Δq={size:.2g}"
+        where = "parts of the loss can't be seen"
+        if self._coarse:
+            where = f"the loss is computed in {_NAMES.get(self._epsilon, 'coarse arithmetic')}"
+        given = "Δq" if self._given is None else "perturbation"
         known = "not known" if self.doubt == math.inf else "not known well"
+        parts = [x / curvature if curvature > 0.0 else math.inf for x in (share, apart)]
         warnings.warn(
-            f"h={curvature:.3g} is {known}: the loss is computed in {precision}, whose rounding "
-            f"moves a difference of gradients by {self.noise:.2g}; at {given} that is {share:.2g} "
-            f"of h, and each side of θ is {apart:.2g} off. See tracker.interval, and "
-            "docs/precision.md" + self._advice(curvature),
-            stacklevel=6,
+            f"h={curvature:.3g} is {known}: {where}, and at {given}={size:.2g} the noise of a "
+            f"difference of gradients, {self.noise:.2g}, is {parts[0]:.0%} of h; each side of θ is "
+            f"{parts[1]:.0%} off. See tracker.interval and docs/precision.md"
+            + self._advice(curvature),
+            stacklevel=8,
         )
 
     def _advice(self, curvature: float) -> str:
