@@ -78,8 +78,14 @@ def tracked(parameters, closure, steps: int = STEPS, **options) -> CurvatureTrac
 
 
 def test_a_transformer_in_bfloat16_has_the_curvature_of_float32():
-    """With Δq from the norm of θ, h was 0.02 of it."""
+    """Trained to a loss of 0.05, where the curvature changes fast: h was 1.4 times the truth."""
     model, tokens = gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, tokens, False).backward()
+        optimizer.step()
+    optimizer.zero_grad()
     truth = tracked(model.parameters(), partial(loss_of, model, tokens, False))
     found = tracked(model.parameters(), partial(loss_of, model, tokens))
     assert float(found.h) == pytest.approx(float(truth.h), rel=0.1)
