@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lyapcuda.dynamics.separations import (
     per_value,
     schwarz_quotient,
 )
+from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
@@ -34,7 +36,7 @@ from lyapcuda.objective.isolation import (
     chosen_modules,
     modules_of,
 )
-from lyapcuda.objective.loss_graph import is_smooth, loss_epsilon
+from lyapcuda.objective.loss_graph import watching
 from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
@@ -45,7 +47,7 @@ from lyapcuda.params.shards import compute_epsilon
 
 __all__ = ["CurvatureTracker"]
 
-_FORMAT = 6
+_FORMAT = 7
 
 
 class CurvatureTracker:
@@ -67,8 +69,9 @@ class CurvatureTracker:
             end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
         perturbation: Δq, the norm of q. None chooses it from the parameters' size and precision,
-            from the second step on also from what autograd's graph shows of the loss: the precision
-            (autocast, TF32), and whether it has kinks (as ReLU has). The paper's is 5e-2.
+            from the second step on also from what autograd's graph shows of the loss. Where that is
+            coarse (autocast, TF32) or hidden, from the gradients' rounding noise, which the first
+            14 measurements take five gradients more for, every hundredth three. Paper: 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
@@ -151,10 +154,7 @@ class CurvatureTracker:
         self._found_evaluator: Evaluator | None = None
         self._separations: Separations | None = None  # made at the first measurement
         self._calls = 0
-        # ε of the coarsest type seen in the loss; None once Δq has been adapted to it.
-        self._coarsest: float | None = 0.0
-        # Whether all of it was seen to be smooth; None before anything was.
-        self._smooth: bool | None = None
+        self._sizing = self._new_sizing()
         self._history = Ring(history, self._layout.device, self._ends) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
 
@@ -294,9 +294,8 @@ class CurvatureTracker:
         before = self._before_exchange()
         copies = self._separations.place()
         try:
-            evaluated = self._evaluate(closure, measure, micro, copies, leave)
-            self._separations.adapt(self._coarsest or 0.0, bool(self._smooth))
-            self._separations.advance(evaluated.found)
+            evaluated, beside = self._evaluate_copies(closure, measure, micro, copies, leave)
+            totals = self._separations.advance(evaluated.found.of(0, len(copies)), beside)
         except BaseException as error:
             if before is not None and isinstance(error, RankError):
                 before.restore()
@@ -304,7 +303,7 @@ class CurvatureTracker:
             elif before is not None:
                 self._separations.excuse()
             raise
-        self._coarsest = self._smooth = None
+        self._resize(totals)
         evaluated.leave()
         self._after_gradient(kept)
         if self._history is not None:
@@ -336,8 +335,6 @@ class CurvatureTracker:
         copies: list[list[Tensor]],
         leave: bool,
     ) -> Measured:
-        if copies and self._coarsest is not None:
-            closure, measure = self._watched(closure), measure and self._watched(measure)
         evaluator, check = self._evaluator, self._debug
         if micro is not None:
             return accumulated(evaluator, closure, micro, copies, check=check)
@@ -346,16 +343,34 @@ class CurvatureTracker:
         found = evaluator.gradients(closure, copies, leave=leave, check=check)
         return Measured(found, found.loss0)
 
-    def _watched(self, closure: Closure) -> Closure:
-        """The closure, with an eye on its loss: the precision, kinks."""
+    def _evaluate_copies(
+        self,
+        closure: Closure,
+        measure: Closure | None,
+        micro: list[tuple[Any, float]] | None,
+        copies: list[list[Tensor]],
+        leave: bool,
+    ) -> tuple[Measured, Tensor | None]:
+        """An evaluation at the separations' copies, and what it tells of their size."""
+        sizing = self._sizing
+        if not sizing.due:
+            return self._evaluate(closure, measure, micro, copies, leave), None
+        all_copies = [*copies, *sizing.probes(copies)]
+        with watching(sizing.sighting) if sizing.watches else nullcontext():
+            evaluated = self._evaluate(closure, measure, micro, all_copies, leave)
+        return evaluated, sizing.sums(evaluated.found, len(copies))
 
-        def watched(*batch: Any) -> Tensor | float:
-            loss = closure(*batch)
-            self._coarsest = max(self._coarsest or 0.0, loss_epsilon(loss))
-            self._smooth = self._smooth is not False and is_smooth(loss)
-            return loss
+    def _resize(self, totals: Tensor | None) -> None:
+        """After the separations' step: Δq of the next ones, and the noise of this one."""
+        if self._sizing.noise or self._sizing.doubt:
+            self._separations.widen(self._sizing.noise, self._sizing.doubt)
+        if self._sizing.due:
+            self._sizing.take(totals, self._separations)
+        else:
+            self._sizing.skip()
 
-        return watched
+    def _new_sizing(self) -> Sizing:
+        return Sizing(self._layout, self._options.perturbation, follows=self.which != "SA")
 
     # --- inside an optimizer ---------------------------------------------------------------------
 
@@ -472,6 +487,11 @@ class CurvatureTracker:
     def layout(self) -> FlatLayout:
         """The tracked parameters in groups, as they lie in flat buffers."""
         return self._layout
+
+    @property
+    def sizing(self) -> Sizing:
+        """What chooses Δq: the gradients' rounding noise, where it was measured."""
+        return self._sizing
 
     @property
     def separations(self) -> Separations:
@@ -654,6 +674,7 @@ class CurvatureTracker:
             "format": _FORMAT,
             **self._kind(),
             "calls": self._calls,
+            "sizing": self._sizing.state_dict(),
             "separations": [] if self._separations is None else self._separations.state_dict(),
             "history": None if self._history is None else self._history.state_dict(),
         }
@@ -685,7 +706,7 @@ class CurvatureTracker:
             saved = state_dict.get(name)
             if saved != mine:
                 raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
-        require_entries(state_dict, "calls", "separations", "history")
+        require_entries(state_dict, "calls", "sizing", "separations", "history")
         saved, calls = state_dict["separations"], state_dict["calls"]
         whole("state_dict: calls", calls, 0)
         if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
@@ -695,6 +716,8 @@ class CurvatureTracker:
         history = state_dict["history"]
         if self._history is not None and history is not None:
             self._history.check(history)
+        sizing = self._new_sizing()
+        sizing.load_state_dict(state_dict["sizing"])
         present = self._separations
         if saved:
             try:
@@ -704,7 +727,7 @@ class CurvatureTracker:
                 raise
         if not saved:
             self._separations = None
-        self._coarsest = None if saved else 0.0
+        self._sizing = sizing
         self._calls = int(calls)
         if self._history is not None:
             self._history.restart(self._calls)

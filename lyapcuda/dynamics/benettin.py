@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.dynamics.options import GrowthOptions
-from lyapcuda.dynamics.perturbation import adapted_perturbation, chosen_perturbation
+from lyapcuda.dynamics.perturbation import chosen_perturbation
 from lyapcuda.objective.evaluator import Gradients, lacks_any
 from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
@@ -90,20 +90,25 @@ class Benettin:
         }
         self._groups = [_GroupPanels(group, k, options.momentum) for group in layout.groups]
         self._copies = Copies(layout)
-        self._perturbation = options.perturbation
         size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
 
-    def adapt(self, epsilon: float, smooth: bool) -> None:
-        """Takes another Δq from the next separations on: a larger one where the loss turned out to
-        be computed more coarsely than the parameters are stored (to ``epsilon``: autocast, TF32), a
-        smaller one where it turned out to be ``smooth``.
+    def resize(self, size: float) -> None:
+        """Takes another Δq, from the next separations on."""
+        held = self._field("perturbation")
+        # The step has put the transform down at the Δq of before.
+        self._field("transform").mul_(size / held)
+        held.fill_(size)
+
+    def widen(self, noise: float, doubt: float) -> None:
+        """Adds the noise of a gradient difference, of norm ``noise``, to the last error bar, since
+        the residual of a noisy product isn't that of an eigenvector; and ``doubt``.
         """
-        size = adapted_perturbation(self.layout, self._perturbation, epsilon, smooth)
-        if size is not None:
-            self._field("perturbation").fill_(size)
+        share = noise / self._field("perturbation") + doubt
+        # Where nothing was accepted, the bar is that of before, and has it already.
+        self._field("width").add_(torch.where(self._field("accepted") > 0, share, 0.0))
 
     def _randomise(self, seed: int, size: float) -> None:
         """Fills every q_j with normal numbers of a generator of our own, of norm ``size``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ from lyapcuda.params.flat import FlatLayout, squared_norm
 __all__ = [
     "Extent",
     "active_extent",
-    "adapted_perturbation",
     "chosen_perturbation",
     "default_perturbation",
+    "largest_perturbation",
     "separation_size",
 ]
 
@@ -27,8 +26,7 @@ __all__ = [
 # A tracker's Δq in ε^(1/3)·‖θ‖: at most; on smooth losses that over √N, but at least that over
 # N^(1/4) (below which, in very large nets, single parameters would hardly move).
 _MOST, _SMOOTH, _SMOOTH_LEAST = 0.25, 8.0, 0.15
-# Over √N, where the arithmetic is coarser than the parameters: a Δq in ε^(1/3)·‖θ‖ is large then,
-# and the rounding of single factors averages out.
+# Over √N, where the arithmetic is coarser than the parameters: what a tracker starts from.
 _COARSER = 2.0
 
 # Rounding errors of a difference fall as 1/Δq, its own error grows as Δq (forward) or Δq²
@@ -48,19 +46,31 @@ _LEAST = 0.3
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a set of parameters is.
+    """The elements that count: those that get a gradient.
 
     Attributes:
-        norm: ‖θ‖.
-        numel: how many numbers.
+        norm: of θ over them.
+        numel: how many they are.
     """
 
     norm: float
     numel: int
 
+    @classmethod
+    def of(cls, layout: FlatLayout, square: float, number: float) -> Extent:
+        """From Σθ² over them, and their number."""
+        if not 0 < number < layout.numel:
+            return cls.whole(layout)
+        return cls(math.sqrt(square), int(number))
+
+    @classmethod
+    def whole(cls, layout: FlatLayout) -> Extent:
+        """All of them. Reads ‖θ‖ back to the host."""
+        return cls(layout.norm(), layout.numel)
+
     @property
     def size(self) -> float:
-        """‖θ‖, or what stands in for parameters that start at zero."""
+        """‖θ‖, and what stands in for it where parameters start at zero."""
         return max(self.norm, 1e-2 * math.sqrt(self.numel))
 
 
@@ -84,11 +94,20 @@ def active_extent(
 
 
 def _size(layout: FlatLayout) -> float:
-    return Extent(layout.norm(), layout.numel).size
+    return Extent.whole(layout).size
+
+
+def largest_perturbation(layout: FlatLayout, epsilon: float, extent: Extent | None = None) -> float:
+    """The largest Δq that gradients computed to ``epsilon`` are given: ε^(1/3)·‖θ‖/4."""
+    extent = extent or Extent.whole(layout)
+    return _MOST * epsilon ** (1.0 / 3.0) * extent.size
 
 
 def default_perturbation(
-    layout: FlatLayout, epsilon: float | None = None, smooth: bool = False
+    layout: FlatLayout,
+    epsilon: float | None = None,
+    smooth: bool = False,
+    extent: Extent | None = None,
 ) -> float:
     """A tracker's Δq for gradients computed to ``epsilon`` (default: in the parameters' precision):
     ε^(1/3)·max(‖θ‖, √N/100)/4; less for large nets, where the loss is known to be ``smooth`` or
@@ -100,10 +119,19 @@ def default_perturbation(
     that start at zero. Measured on small smooth nets in bench/perturbation.py. ‖θ‖ grows with every
     layer and unit, the distance over which the curvature changes doesn't: bench/tracking_scale.py
     measures nets of 0.7 to 11 million parameters, of which c·ε^(1/3)·‖θ‖/N^(1/4) suits all with
-    c = 0.1 to 0.2. Under autocast or in TF32 it is 2·ε^(1/3)·‖θ‖/√N. Kinks (ReLU) want a larger
-    Δq, so as not to count single ones, whatever the arithmetic.
+    c = 0.1 to 0.2. Under autocast or in TF32 a tracker starts from 2·ε^(1/3)·‖θ‖/√N, and goes on to
+    what the gradients' noise asks for (`lyapcuda.dynamics.sizing`). Kinks (ReLU) want a larger Δq,
+    so as not to count single ones, whatever the arithmetic.
+
+    Args:
+        layout: of the parameters.
+        epsilon: machine epsilon of what the gradients are computed in.
+        smooth: whether the loss is known to have no kinks.
+        extent: what of θ counts, all of it by default: parameters without a gradient (an
+            embedding's rows that a batch doesn't use) have no part in the curvature.
     """
-    stored, n = max(torch.finfo(group.dtype).eps for group in layout.groups), layout.numel
+    extent = extent or Extent.whole(layout)
+    stored, n = max(torch.finfo(group.dtype).eps for group in layout.groups), extent.numel
     epsilon = layout.epsilon() if epsilon is None else epsilon
     if stored > COARSE:  # at less, most elements would not move at all
         factor = _MOST
@@ -114,7 +142,7 @@ def default_perturbation(
     share = factor * epsilon ** (1.0 / 3.0)
     if not smooth:
         share = max(share, _MOST * stored ** (1.0 / 3.0))
-    return share * _size(layout)
+    return share * extent.size
 
 
 def separation_size(
@@ -144,39 +172,20 @@ def separation_size(
 
 
 def chosen_perturbation(
-    layout: FlatLayout,
-    perturbation: float | None,
-    epsilon: float | None = None,
-    *,
-    smooth: bool = False,
-    stacklevel: int = 6,
+    layout: FlatLayout, perturbation: float | None, *, stacklevel: int = 6
 ) -> float:
-    """Δq: the user's, with a warning where rounding would swallow it, or the default for gradients
-    computed to ``epsilon``.
+    """Δq to start with: the user's, with a warning where the parameters' rounding would swallow it,
+    or the default.
     """
-    advised = default_perturbation(layout, epsilon, smooth)
+    advised = default_perturbation(layout)
     if perturbation is None:
         return advised
-    least = default_perturbation(layout, epsilon, smooth=True)
+    least = default_perturbation(layout, smooth=True)
     if perturbation < max(layout.epsilon() * layout.norm(), least / 30.0):
         warnings.warn(
             f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
             f"of gradients will be rounding for a good part; {least:.1g} is advised, and "
-            f"{advised:.1g} where the loss has kinks (ReLU)"
-            if epsilon is None
-            else f"perturbation={perturbation:g} is small for a loss computed to {epsilon:.1g} "
-            f"(autocast, or TF32 on CUDA): {advised:.1g} is advised",
+            f"{advised:.1g} where the loss has kinks (ReLU)",
             stacklevel=stacklevel,
         )
     return perturbation
-
-
-def adapted_perturbation(
-    layout: FlatLayout, perturbation: float | None, epsilon: float, smooth: bool
-) -> float | None:
-    """Another Δq, now that the loss has been seen, or None: where it was computed more coarsely
-    than the parameters are stored, or where it is smooth and Δq isn't the user's.
-    """
-    if epsilon > layout.epsilon():
-        return chosen_perturbation(layout, perturbation, epsilon, smooth=smooth, stacklevel=6)
-    return default_perturbation(layout, smooth=True) if smooth and perturbation is None else None

@@ -18,6 +18,7 @@ from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import Ranks
 
 __all__ = [
+    "BESIDE",
     "ENDS",
     "End",
     "Separations",
@@ -28,6 +29,8 @@ __all__ = [
     "schwarz_quotient",
 ]
 
+#: Sums that ranks exchange at every step beside those of the separations (see `sizing`).
+BESIDE = 4
 #: The ends of the spectrum that each `which` asks for.
 ENDS = {"LA": ("LA",), "SA": ("SA",), "BE": ("LA", "SA")}
 
@@ -117,22 +120,25 @@ class Separations:
         """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
         return [copy for separation in self._of for copy in separation.place()]
 
-    def adapt(self, epsilon: float, smooth: bool) -> None:
-        """Takes another Δq from the next q on, where the loss turned out to need one.
-
-        Args:
-            epsilon: machine epsilon of the coarsest type that the loss was computed in; 0 if
-                unknown.
-            smooth: whether the loss is known to have no kinks.
-        """
+    def resize(self, size: float) -> None:
+        """Takes another Δq, from the next separations on."""
         for separation in self._of:
-            separation.adapt(epsilon, smooth)
+            separation.resize(size)
 
-    def advance(self, found: Gradients) -> None:
+    def widen(self, noise: float, doubt: float) -> None:
+        """Adds the noise of a gradient difference, and doubt, to the last step's error bars."""
+        for separation in self._of:
+            separation.widen(noise, doubt)
+
+    def advance(self, found: Gradients, beside: Tensor | None = None) -> Tensor | None:
         """Steps all of them along their gradients, with one exchange among the ranks.
 
         Args:
             found: the gradients at θ and at the copies that `place` returned, in that order.
+            beside: further float64 sums over this rank's elements, `BESIDE` of them; or zeros.
+
+        Returns:
+            ``beside``, over all elements.
 
         Raises:
             RankError: on all ranks, where one of them failed; the states are as they were then.
@@ -146,10 +152,12 @@ class Separations:
             first += separation.k
         sums = [s.measure(part) for s, part in zip(self._of, parts, strict=True)]
         if ranks is not None:
-            sums, losses = ranks.exchange(sums, losses)
+            beside = self.state.new_zeros(BESIDE) if beside is None else beside
+            (*sums, beside), losses = ranks.exchange([*sums, beside], losses)
         for separation, total, span in zip(self._of, sums, spans, strict=True):
             alone = len(self._of) == 1
             separation.conclude(total, losses if alone else torch.cat([losses[:1], losses[span]]))
+        return beside
 
     def excuse(self) -> None:
         """Instead of `advance`, on a rank whose closure raised.
@@ -159,7 +167,7 @@ class Separations:
         ranks, device = self._layout.ranks, self.state.device
         if ranks is None:
             return
-        numbers = 1 + sum(separation.k + separation.sums for separation in self._of)
+        numbers = 1 + BESIDE + sum(separation.k + separation.sums for separation in self._of)
         ranks.fail(numbers, device)
         if ranks.reads_back(device):  # the others stopped there
             return
@@ -197,6 +205,20 @@ class Separations:
     def stepped(self) -> list[Tensor]:
         """As `Benettin.stepped`, of the first end."""
         return self._of[0].stepped
+
+    # The three read back to the host.
+
+    def accepted(self) -> bool:
+        """Whether the last step counted, at both ends."""
+        return bool(self.scalars("accepted").all())
+
+    def size(self) -> float:
+        """Δq."""
+        return float(self.scalars("perturbation")[0])
+
+    def largest(self) -> float:
+        """The largest curvature in the last error bars' middles, whatever its sign."""
+        return float(self.values("center").abs().max())
 
     def restart_average(self) -> None:
         """Lets h_ema begin anew at the present h."""

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lyapcuda.objective import tf32
 
-__all__ = ["COARSE", "graph_nodes", "has_kinks", "is_smooth", "loss_epsilon", "unproven"]
+__all__ = [
+    "COARSE",
+    "Sighting",
+    "graph_nodes",
+    "has_kinks",
+    "is_smooth",
+    "loss_epsilon",
+    "unproven",
+    "watching",
+]
 
 #: A larger ε than this is that of a 16-bit type, or of TF32.
 COARSE = 1e-4
@@ -17,6 +31,13 @@ COARSE = 1e-4
 _KINKS = (
     *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "Maximum", "Minimum", "Abs", "L1Loss"),
+)
+# Functions whose derivative jumps or not, by their arguments: a mask's doesn't, that of a ReLU
+# written by hand does.
+_UNCLEAR = (
+    *("Where", "Clamp", "MaskedFill", "Max", "Min", "Amax", "Amin", "Fmax", "Fmin", "Sort", "Topk"),
+    *("Median", "Kthvalue", "Cummax", "Cummin", "Softshrink", "Hardshrink", "HingeEmbedding"),
+    *("MultiMargin", "MultilabelMargin", "Aminmax", "Mode", "Nanmedian"),
 )
 
 # Functions of torch whose double backward is wrong (weight_norm treats a part as constant).
@@ -65,13 +86,24 @@ def has_kinks(loss: Any) -> bool:
     return any(node.name().startswith(_KINKS) for node in graph_nodes(loss))
 
 
+def _shows_all(nodes: Sequence[Any]) -> bool:
+    """Whether nodes hide nothing: no compiled or checkpointed part, no custom function, nothing of
+    which it depends on the numbers whether its derivative jumps.
+    """
+    for node in nodes:
+        name = node.name()
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        unclear = name.startswith(_UNCLEAR) and not name.startswith(_KINKS)
+        if unclear or custom and not name.startswith(tf32.EMPTY):
+            return False
+    return bool(nodes)
+
+
 def is_smooth(loss: Any) -> bool:
     """Whether the graph shows the whole of the loss, and no function whose derivative jumps: not
     where a compiled or checkpointed part or a custom function hides what is inside.
     """
-    nodes = list(graph_nodes(loss))
-    hidden = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes)
-    return bool(nodes) and not hidden and not has_kinks(loss)
+    return _shows_all(list(graph_nodes(loss))) and not has_kinks(loss)
 
 
 def unproven(loss: Any) -> tuple[str | None, str | None]:
@@ -85,3 +117,75 @@ def unproven(loss: Any) -> tuple[str | None, str | None]:
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             custom = node.name()
     return wrong, custom
+
+
+@dataclass
+class Sighting:
+    """What was seen of a loss in its backward passes.
+
+    Attributes:
+        epsilon: of the coarsest type, as of `loss_epsilon`.
+        smooth: all of it was seen, and no kinks.
+        shows_all: all of it was seen, kinks or none.
+    """
+
+    epsilon: float = 0.0
+    smooth: bool = False
+    shows_all: bool = False
+
+    def begin(self) -> None:
+        """Nothing was seen yet that speaks against a smooth loss in full precision."""
+        self.epsilon, self.smooth, self.shows_all = 0.0, True, True
+
+    def see(self, loss: Any) -> None:
+        """Adds what the graph of a loss shows."""
+        whole = _shows_all(list(graph_nodes(loss)))
+        self.epsilon = max(self.epsilon, loss_epsilon(loss))
+        self.shows_all = self.shows_all and whole
+        self.smooth = self.smooth and whole and not has_kinks(loss)
+
+
+_lock = threading.Lock()
+_watchers: list[_Watcher] = []
+_real = torch.autograd.backward
+
+
+@dataclass(eq=False)
+class _Watcher:
+    sighting: Sighting
+    roots: int = 0
+
+
+@functools.wraps(_real)
+def _seen_backward(tensors: Any, *args: Any, **options: Any) -> None:
+    for watcher in tuple(_watchers):
+        for loss in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+            watcher.roots += 1
+            watcher.sighting.see(loss)
+    _real(tensors, *args, **options)
+
+
+@contextmanager
+def watching(sighting: Sighting) -> Iterator[None]:
+    """Inside, every backward pass adds what its graph shows to ``sighting``.
+
+    `Tensor.backward` looks torch.autograd.backward up when it is called, so the graph is seen
+    before it is freed, whatever the closure returns: a float, a detached loss. So are the inner
+    graphs of reentrant checkpoints. Another thread's passes are taken for ours.
+    """
+    global _real
+    watcher = _Watcher(sighting)
+    sighting.begin()
+    with _lock:
+        if not _watchers:
+            _real, torch.autograd.backward = torch.autograd.backward, _seen_backward
+        _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        with _lock:
+            _watchers.remove(watcher)
+            if not _watchers:
+                torch.autograd.backward = _real
+        if not watcher.roots:  # gradients of torch.autograd.grad's, or another engine's
+            sighting.smooth = sighting.shows_all = False

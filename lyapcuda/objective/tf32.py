@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["EPSILON", "has_tf32", "is_allowed", "node_epsilon"]
+__all__ = ["EMPTY", "EPSILON", "has_tf32", "is_allowed", "node_epsilon"]
 
 #: Machine epsilon of 10 bits.
 EPSILON = 2.0**-10
@@ -27,8 +27,8 @@ _PRODUCTS = {
     **dict.fromkeys(("SlowConvDilated3D", "SlowConvTranspose2D", "SlowConvTranspose3D"), "matmul"),
     "CudnnRnn": "rnn",
 }
-# Functions of DDP's and FSDP2's in which nothing is computed.
-_EMPTY = ("_DDPSink", "RegisterPostBackwardFunction")
+#: Functions of DDP's and FSDP2's in which nothing is computed.
+EMPTY = ("_DDPSink", "RegisterPostBackwardFunction")
 
 
 def node_epsilon(node: Any) -> float:
@@ -65,7 +65,8 @@ def _kinds(node: Any) -> set[str]:
     name = node.name().partition("Backward")[0]
     if name in _PRODUCTS:
         return {_PRODUCTS[name]}
-    if not isinstance(node, torch.autograd.function.BackwardCFunction) or name in _EMPTY:
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    if not custom or node.name().startswith(EMPTY):
         return set()
     # Compiled parts and most custom functions take their weights as arguments, checkpoints don't.
     weights = [n.variable for n, _ in node.next_functions if hasattr(n, "variable")]

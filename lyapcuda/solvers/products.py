@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from lyapcuda import ops
 from lyapcuda.dynamics.perturbation import Extent, active_extent
 from lyapcuda.objective.evaluator import check_same
 from lyapcuda.objective.fixed_objective import FixedObjective
-from lyapcuda.objective.loss_graph import has_kinks, loss_epsilon, unproven
+from lyapcuda.objective.loss_graph import (
+    Sighting,
+    has_kinks,
+    loss_epsilon,
+    unproven,
+    watching,
+)
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.flat import FlatGroup, FlatLayout
 
@@ -110,7 +117,11 @@ class Products:
         if twice and not self._seen_twice and self._first is None:
             points.append((None, self._compare))
         for point in points:
-            loss = self.objective.gradients_at([point], closure=self._watched)[0]
+            sighting = Sighting()
+            # A closure that calls backward() itself may return no more than a number.
+            with watching(sighting) if self._first is None else nullcontext():
+                loss = self.objective.gradients_at([point], closure=self._watched)[0]
+            self.epsilon = max(self.epsilon, sighting.epsilon)
             self.gradient_evaluations += 1
             if point[1] is self._origin:
                 self._compare(self._origin, loss)

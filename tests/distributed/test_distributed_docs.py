@@ -43,10 +43,10 @@ def exchanges(rank: int) -> None:
     try:
         for how in ("ddp", "fsdp"):
             for options, numbers in (
-                ({}, 3 + 2**2),
-                ({"k": 8}, 10 + 16**2),
-                ({"k": 2, "momentum": 0.5}, 4 + 6**2),
-                ({"k": 3, "which": "BE"}, 5 + 4**2 + 2**2),
+                ({}, 7 + 2**2),
+                ({"k": 8}, 14 + 16**2),
+                ({"k": 2, "momentum": 0.5}, 8 + 6**2),
+                ({"k": 3, "which": "BE"}, 9 + 4**2 + 2**2),
             ):
                 model, x, y, tracker = setting(rank, how, **options)
                 for _ in range(3):

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import lyapcuda
+from lyapcuda.dynamics.perturbation import default_perturbation
+from lyapcuda.params.flat import FlatLayout
 from ranks import equal_everywhere, on_ranks
 from wrapped_nets import BATCH, build, held, loss_of, same, setting, snapshot, wrap
 
@@ -111,8 +113,25 @@ def mixed_precision(rank: int) -> None:
         alone.step(lambda: loss_of(single, x, y))
         shared.step(lambda: loss_of(model, x[mine], y[mine].to(torch.bfloat16)).float())
     assert equal_everywhere(shared.state)
-    assert shared.perturbation > 10 * alone.perturbation
+    assert shared.sizing.noise > 0.0 and shared.perturbation > 2 * alone.perturbation
     assert float(shared.h) == pytest.approx(float(alone.h), rel=0.1)
+
+
+def smooth(rank: int) -> None:
+    """FSDP2's own functions in the graph hide nothing: Δq is that of one process, and of DDP."""
+    torch.manual_seed(0)
+    single = nn.Sequential(nn.Linear(20, 90), nn.GELU(), nn.Linear(90, 1))
+    x, y = torch.randn(2 * BATCH, 20), torch.randn(2 * BATCH, 1)
+    mine, trackers = slice(rank * BATCH, (rank + 1) * BATCH), []
+    for how in ("plain", "ddp", "fsdp"):
+        model, here = wrap(copy.deepcopy(single), how), slice(None) if how == "plain" else mine
+        trackers.append(lyapcuda.CurvatureTracker(model.parameters()))
+        for _ in range(3):
+            trackers[-1].step(lambda: loss_of(model, x[here], y[here]))  # noqa: B023
+    expected = default_perturbation(FlatLayout(single.parameters()), smooth=True)
+    assert expected < 0.8 * default_perturbation(FlatLayout(single.parameters()))
+    for tracker in trackers:
+        assert tracker.perturbation == pytest.approx(expected, rel=1e-6)
 
 
 def refused(rank: int) -> None:
@@ -162,6 +181,7 @@ def on_two(rank: int) -> None:
     exception_in_the_forward_pass(rank)
     vectors(rank)
     mixed_precision(rank)
+    smooth(rank)
     refused(rank)
     attached(rank)
 
