@@ -5,8 +5,8 @@
 
 The nets of tests/support/nets.py (linear, two MLPs, convolution, attention), cross-entropy and
 squared error in turn; k from 1 to 14 at every end; float32 with tol 1e-3 (by default, which takes
-exact products; by differences; by central ones alone) and float64 with tol 1e-6. The truth is the dense Hessian in
-float64 at the same parameters. Counted are, of all values returned,
+exact products; by differences; by central ones alone) and float64 with tol 1e-6. The truth is the
+dense Hessian in float64 at the same parameters. Counted are, of all values returned,
 
 - wrong: called converged, and further from the exact i-th wanted value than tol (relative; a value
   that is zero within the differences' error may be off by three of those);

@@ -14,6 +14,7 @@ from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout, squared_norm
 
 __all__ = [
+    "FINE",
     "Extent",
     "active_extent",
     "chosen_perturbation",
@@ -38,8 +39,8 @@ _SIZES = {"forward": (0.7, 1 / 2), "central": (0.3, 1 / 3)}
 _LENGTH = 0.5
 # Where the gradient jumps (ReLU), a smaller Δq than this many sizes counts single jumps.
 _KINKED = 0.2
-# An ε below this is float64's.
-_FINE = 1e-12
+#: An ε below this is float64's.
+FINE = 1e-12
 # Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
 _LEAST = 0.3
 
@@ -167,7 +168,7 @@ def separation_size(
     # The Δq that balances the errors goes as length^(1 − p).
     size *= min(1.0, length / (_LENGTH * size)) ** (1.0 - power)
     # In float64 a Δq is affordable that crosses none.
-    least = _KINKED * size if kinked and epsilon > _FINE else 0.0
+    least = _KINKED * size if kinked and epsilon > FINE else 0.0
     return max(factor * epsilon**power * size, _LEAST * epsilon * extent.norm, least)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
-from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.evaluator import Closure, Evaluator, check_loss
 from lyapcuda.objective.random_states import RandomStates
 
 __all__ = ["FixedObjective", "Point"]
@@ -105,6 +105,13 @@ class FixedObjective:
             before.restore_gradients()
         return losses
 
+    def loss_at(self, where: Sequence[Tensor]) -> Tensor:
+        """Returns the loss at other values of the parameters, by a forward pass alone."""
+        with self._as_it_was(), self.evaluator.pointing_to(where), torch.enable_grad():
+            if self.batches is None:
+                return _detached(self.closure())
+            return self._mean(lambda b, size: _detached(self.closure(b)), (), self.batches)
+
     def _average(self, closure: Closure, total: Sequence[Tensor] | Take) -> Tensor:
         """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
         if self.batches is not None and callable(total):
@@ -174,7 +181,7 @@ class FixedObjective:
     ) -> Tensor:
         """Writes the exact product of the Hessian and a vector, by double backward, to ``total``.
 
-        The closure must not call ``backward()`` itself. 
+        The closure must not call ``backward()`` itself.
 
         Returns:
             The loss, 0-dim, detached.
@@ -287,6 +294,11 @@ class FixedObjective:
         finally:
             before.restore()
             before.restore_gradients()
+
+
+def _detached(loss: Any) -> Tensor:
+    check_loss(loss)
+    return torch.as_tensor(loss).detach().reshape(())
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda.solvers.basis import Basis, on_host
-from lyapcuda.solvers.products import Products
+from lyapcuda.solvers.products import Buffers, Products
 
 __all__ = [
     "BEND",
@@ -25,8 +25,10 @@ __all__ = [
     "believed",
     "both_sides",
     "failed",
+    "is_own",
     "is_rough",
     "known_wrong",
+    "one_side",
     "unbelieved",
 ]
 
@@ -48,7 +50,9 @@ _OWN = 0.05
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a product Hu and differences of gradients along u, norms relative to ‖Hu‖ (or ‖H‖·‖u‖, where that is known).
+    """Of a product Hu and differences of gradients along u.
+
+    Norms are relative to ‖Hu‖, or to ‖H‖·‖u‖ where that is known.
 
     Attributes:
         offset: how far the mean of y₊ and y₋ is from Hu.
@@ -88,14 +92,25 @@ def is_rough(spread: float, noise: float, tol: float = _TOLERANCE) -> bool:
     return spread > max(_SPREAD * tol, _ROUNDING * noise)
 
 
-def believed(found: Agreement) -> str:
-    """Why exact products are taken, in one sentence."""
-    if found.is_rough():
+def is_own(seen: float, expected: float, bend: float, rounding: float) -> bool:
+    """Whether a loss changes by what its gradient says.
+
+    Args:
+        seen, expected: from θ − Δ to θ + Δ along a vector.
+        bend: what its curvature may add, where kinks make it another one on the two sides.
+        rounding: of the loss.
+    """
+    return abs(seen - expected) <= _OWN * abs(expected) + bend + 16.0 * rounding
+
+
+def believed(found: Agreement | None) -> str:
+    """Why exact products are taken, in one sentence; None: nothing was compared, for kinks."""
+    if found is None or found.is_rough():
         return "double backward works; differences of gradients see kinks here, or a sharp bend"
     return "double backward works, and agrees with differences of gradients"
 
 
-def unbelieved(found: Agreement, asymmetric: bool, custom: str | None = None) -> str | None:
+def unbelieved(found: Agreement | None, asymmetric: bool, custom: str | None = None) -> str | None:
     """Why exact products aren't taken, in one sentence; None where they are.
 
     Args:
@@ -104,6 +119,8 @@ def unbelieved(found: Agreement, asymmetric: bool, custom: str | None = None) ->
     """
     if asymmetric:
         return "double backward is wrong here: its products aren't those of a symmetric matrix"
+    if found is None:
+        return None
     if not found.agrees:
         return f"double backward is wrong here: {found.offset:.1g} off differences of gradients"
     if custom is not None and found.is_rough():
@@ -125,7 +142,7 @@ def failed(error: Exception) -> str:
 def both_sides(
     products: Products,
     u: Basis,
-    hu: Basis | None,
+    hu: Basis | float | None,
     norm: Tensor,
     size: float,
     residual: float = 0.0,
@@ -135,7 +152,8 @@ def both_sides(
 
     Args:
         products: of the objective (`lyapcuda.solvers.products.Products`).
-        u, hu: one row each, and Hu; None for the mean of both sides.
+        u, hu: one row each, and Hu; the curvature where Hu is that times u, None for the mean of
+            both sides.
         norm: ‖u‖, 0-dim float64; not 0.
         size: Δq, at which the differences are taken.
         residual: by how much what stands for Hu is known to be off.
@@ -151,13 +169,15 @@ def both_sides(
     above = products.difference(u.row(0), plus.row(0), step, 1.0, False).double()
     below = products.difference(u.row(0), minus.row(0), -step, 1.0, False).double()
     pairs = [(plus, plus), (minus, minus), (plus, minus), (u, plus), (u, minus)]
-    if hu is not None:
+    if isinstance(hu, Basis):
         pairs += [(hu, hu), (hu, plus), (hu, minus), (hu, u)]
     losses = [x.reshape(()).to(layout.device) for x in (above, below, products.loss.double())]
     grams = [a.gram(b)[0, 0] for a, b in pairs]
     host = on_host(torch.stack([slope, norm, *losses, *grams])).tolist()
     slope, length, above, below, loss, pp, mm, pm, up, um, *exact = host
     mean, middle = (pp + mm + 2.0 * pm) / 4.0, (up + um) / 2.0
+    if isinstance(hu, float):
+        exact = [hu * hu * length**2, hu * up, hu * um, hu * length**2]
     hh, hp, hm, uh = exact or (mean, mean, mean, middle)
     scale = max(math.sqrt(max(hh, 0.0)), least) or math.sqrt(max(pp, mm)) or 1.0
     spread = math.sqrt(max(pp + mm - 2.0 * pm, 0.0)) / 2.0
@@ -166,16 +186,42 @@ def both_sides(
     # L(θ + Δu) − L(θ − Δu): twice the slope but for third derivatives, kinks and rounding.
     move = size / length
     expected, seen = 2.0 * move * slope, above - below
-    slack = _OWN * abs(expected) + move**2 * abs(up - um) + 16.0 * products.epsilon * abs(loss)
-    own = abs(seen - expected) <= slack
+    own = is_own(seen, expected, move**2 * abs(up - um), products.epsilon * abs(loss))
     along = (up / length**2, um / length**2)
-    bias = max(abs(middle - uh) - abs(up - um), 0.0) / (max(abs(uh), least * length) or 1.0) if exact else 0.0
+    bias = (
+        max(abs(middle - uh) - abs(up - um), 0.0) / (max(abs(uh), least * length) or 1.0)
+        if exact
+        else 0.0
+    )
     return Agreement(
         offset / scale, spread / scale, noise / scale, along, bias, own, size, residual / scale
     )
 
 
-def _dot(a, b, device: torch.device) -> Tensor:
+def one_side(
+    products: Products, u: Basis, value: float, size: float, residual: float, least: float
+) -> Agreement:
+    """Measures, with one gradient beside θ, what `both_sides` would on a smooth loss.
+
+    Offset and spread are both that of y₊ from value·u.
+
+    Args:
+        u: one row, norm 1.
+        value: the curvature along it, where Hu is that times u.
+        size, residual, least: as for `both_sides`.
+    """
+    layout, plus = products.layout, Basis.empty(products.layout, 1)
+    products.gradient()
+    step = torch.full((), size, dtype=torch.float64, device=layout.device)
+    products.difference(u.row(0), plus.row(0), step, 1.0, False)
+    up, pp = on_host(torch.stack([u.gram(plus)[0, 0], plus.gram(plus)[0, 0]])).tolist()
+    scale = max(abs(value), least) or math.sqrt(pp) or 1.0
+    offset = math.sqrt(max(pp - 2.0 * value * up + value**2, 0.0)) / scale
+    noise, bias = products.rounding / size / scale, abs(up - value) / scale
+    return Agreement(offset, offset, noise, (up, up), bias, True, size, residual / scale)
+
+
+def _dot(a: Buffers, b: Buffers, device: torch.device) -> Tensor:
     """Of vectors that are one flat buffer a group, whatever their dtypes."""
     parts = [(x.double() * y.double()).sum().to(device) for x, y in zip(a, b, strict=True)]
     return torch.stack(parts).sum()

@@ -286,7 +286,9 @@ class Criterion:
         if self.which == "LM":
             sides = (status.indices,)
         # `BE` lists the low end from the inside outwards.
-        inmost = [side[0 if self.which == "BE" and i else -1] for i, side in enumerate(sides) if len(side)]
+        inmost = [
+            side[0 if self.which == "BE" and i else -1] for i, side in enumerate(sides) if len(side)
+        ]
         return bool(len(np.setdiff1d(zero, inmost)))
 
     def _passed(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:

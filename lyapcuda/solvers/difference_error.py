@@ -22,7 +22,6 @@ from lyapcuda.solvers.operator import HessianOperator
 __all__ = ["TruncationError", "truncation_along"]
 
 
-
 @dataclass(frozen=True)
 class TruncationError:
     """Along one vector.

@@ -17,11 +17,14 @@ from lyapcuda.arguments import choice, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.loss_graph import COARSE
+from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
     Agreement,
     believed,
+    both_sides,
     failed,
     known_wrong,
+    one_side,
     unbelieved,
 )
 from lyapcuda.solvers.basis import MAX_ROWS, Basis, Solution
@@ -50,6 +53,9 @@ __all__ = ["METHODS", "eigsh"]
 
 METHODS = ("lanczos", "lyapunov")
 
+# Vectors that Lanczos keeps by default, at most, and the bytes they may take together; k + 1, and
+# more where these make it slow, where they are larger.
+_ROWS, _SMALL = 64, 2**23
 # Runs with finer differences, where the first was too coarse.
 _RERUNS = 1
 
@@ -100,8 +106,9 @@ def eigsh(
             subspace iteration at a frozen θ, about 3k vectors and, for many values or close ones,
             some ten times the gradients; "LM" and "BE" run it twice, up and down. It can't tell
             what it has missed. Both need two vectors more, for gradients at θ and beside it.
-        ncv: vectors that Lanczos keeps before it restarts. Default 2k + 6, or n up to 64. More save
-            few gradients; fewer save memory, down to k + 2, at the price of more (docs/solvers.md).
+        ncv: vectors that Lanczos keeps before it restarts. Default: as many as take 8 MB, up to
+            64; of larger ones k + 1, and one more, up to 2k + 6, whenever these make it slow. More
+            save gradients; fewer save memory, at the price of more (docs/solvers.md).
         seed: of the random vectors; the global random states are not touched.
         verify: before believing, put in a random vector orthogonal to everything found. Lanczos
             sees one copy of a multiple eigenvalue, and can miss one that the start vector has no
@@ -125,10 +132,11 @@ def eigsh(
     n = operator.layout.numel
     if k > n:
         raise ValueError(f"k={k}: there are only {n} parameters")
-    rows = _rows(k, ncv, n, method)
+    rows = _rows(k, ncv, operator.layout, method)
     starts = None if v0 is None else start_vectors(v0, operator)
     limit = 300 if maxiter is None else maxiter
-    request = _Request(k, which, tol, limit, method, rows, starts, seed, verify)
+    room = rows - 1 if ncv is not None else _few_vectors(k, operator.layout)
+    request = _Request(k, which, tol, limit, method, rows, room, starts, seed, verify)
     with operator.keeping_graph(), _progress_bar(limit if progress else None, k) as show:
         run = _Run(operator, request, show)
         outcome = run.by_exact_products() if operator.mode != "difference" else None
@@ -157,13 +165,18 @@ def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, se
     check_seed("seed", seed)
 
 
-def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
+def _rows(k: int, ncv: int | None, layout: FlatLayout, method: str) -> int:
     """Rows of the basis."""
+    n = layout.numel
     if method == "lyapunov":
         if k > MAX_BLOCK:
             raise ValueError(f"k={k}: method='lyapunov' takes at most {MAX_BLOCK}")
         return block_size(k, n)
-    usual = 2 * k + 6 if n > 64 else n
+    usual = n
+    if n > 64:
+        # Rows that are never touched take memory on devices alone.
+        more = 2 * k + (6 if layout.device.type == "cpu" else 1)
+        usual = max(more, _few_vectors(k, layout))
     kept = min(n, MAX_ROWS, usual) if ncv is None else min(ncv, n)
     if kept > MAX_ROWS:
         raise ValueError(f"ncv={ncv}: at most {MAX_ROWS}")
@@ -171,6 +184,13 @@ def _rows(k: int, ncv: int | None, n: int, method: str) -> int:
         advice = f"k={k}: at most {MAX_ROWS - 1}" if ncv is None else f"ncv={ncv}: more than k={k}"
         raise ValueError(f"{advice} is possible")
     return kept + 1
+
+
+def _few_vectors(k: int, layout: FlatLayout) -> int:
+    """How many vectors Lanczos keeps at first: many small ones, which save products and take next
+    to no memory, and few large ones.
+    """
+    return max(k + 1, min(_ROWS, _SMALL // (layout.numel * layout.dtype.itemsize)))
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -186,6 +206,7 @@ class _Request:
     maxiter: int
     method: str
     rows: int
+    room: int
     starts: Basis | None
     seed: int
     verify: bool
@@ -226,46 +247,60 @@ class _Run:
             return None
         operator.objective.drop_graph()
         basis[len(solution.vectors) :].release()
-        found, reason = self._compared(operator, solution, criterion)
-        doubts = _doubts(operator)
+        doubts, reason = _doubts(operator), None
+        if solution.status.done.any():
+            found, own = self._compared(operator, solution)
+            doubts = _doubts(operator)
+            reason = self._unbelieved(operator, solution.status, found)
+            operator.perturbation = operator.usual_perturbation
+            if found is not None:
+                if not found.is_rough(criterion.tol):  # (kinks would be that bias)
+                    solution.status = criterion.coarser(solution.status, found.bias)
+            if reason is None and not own and not doubts:
+                doubts.append(NOT_ITS_OWN)
+            if reason is None and not asked:
+                self.operator.settle("exact", believed(found))
+                self.operator.perturbation = operator.perturbation
         if reason is not None and not doubts:
             if not asked:
                 self.operator.settle("difference", reason)
                 self.spent.clear()
                 return None
             doubts.append(reason)
-        if found is not None:
-            if not found.own and not doubts:
-                doubts.append(NOT_ITS_OWN)
-            if not found.is_rough(criterion.tol):  # (kinks would be that bias)
-                solution.status = criterion.coarser(solution.status, found.bias)
-            operator.perturbation = found.size
-            if not asked:
-                self.operator.settle("exact", believed(found))
-                self.operator.perturbation = found.size
         return _Outcome(operator, solution, doubts)
 
     def _compared(
-        self, operator: HessianOperator, solution: Solution, criterion: Criterion
-    ) -> tuple[Agreement | None, str | None]:
-        """How differences agree along the leading vector; why exact products aren't believed."""
-        status = solution.status
+        self, operator: HessianOperator, solution: Solution
+    ) -> tuple[Agreement | None, bool]:
+        """How differences agree along the leading vector (None where kinks would hide it), and
+        whether the loss changes as its gradient says.
+        """
+        status, products = solution.status, operator.products
+        own = operator.is_own_gradient(status.scale)
+        if operator.kinks_hide:
+            return None, own
         lead = int(np.abs(status.values).argmax())
         value, residual = float(status.values[lead]), float(status.residuals[lead])
-        if not status.done.any():
-            return None, None
-        u, scaled = solution.vectors[lead : lead + 1], Basis.empty(operator.layout, 1)
-        scaled.combine_(u, torch.full((1, 1), value, dtype=torch.float64, device=operator.device))
-        one = torch.ones((), dtype=torch.float64, device=operator.device)
-        size = status.scale
-        found = operator.compared(u, scaled, one, residual, size)
+        u, tol = solution.vectors[lead : lead + 1], self.request.tol
+        size = operator.usual_perturbation
+        found = one_side(products, u, value, size, residual, status.scale)
+        if found.is_rough(tol) or found.bias > tol:
+            one = torch.ones((), dtype=torch.float64, device=operator.device)
+            found = both_sides(products, u, value, one, size, residual, status.scale)
+            own = own and found.own
+        else:
+            found = replace(found, bias=0.0)
+        return found, own
+
+    def _unbelieved(
+        self, operator: HessianOperator, status: ConvergenceStatus, found: Agreement | None
+    ) -> str | None:
+        """Why exact products aren't believed; None where they are."""
         # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
-        skewed = status.errors[lead] > max(4.0 * operator.epsilon**0.5, self.request.tol) * size
-        reason = unbelieved(found, bool(skewed), operator.products.custom)
-        if found.is_rough(self.request.tol) and reason is None and found.own:
-            # Along g(θ) the loss changes most: there it shows whether that is its own gradient.
-            found = replace(found, own=operator.along_gradient().own)
-        return found, reason
+        lead = int(np.abs(status.values).argmax())
+        slack = max(4.0 * operator.epsilon**0.5, self.request.tol)
+        skewed = bool(status.errors[lead] > slack * status.scale)
+        return unbelieved(found, skewed, operator.products.custom)
 
     def by_differences(self) -> _Outcome:
         """Solves by differences of gradients: finer ones where the first are too coarse."""
@@ -302,9 +337,7 @@ class _Run:
     def _criterion(self, operator: HessianOperator, accuracy: float) -> Criterion:
         request, layout = self.request, operator.layout
         rounding = torch.finfo(layout.dtype).eps
-        return Criterion(
-            request.k, request.which, request.tol, accuracy, rounding, layout.numel
-        )
+        return Criterion(request.k, request.which, request.tol, accuracy, rounding, layout.numel)
 
     def _generators(self, operator: HessianOperator) -> list[torch.Generator]:
         return [
@@ -360,6 +393,7 @@ class _Run:
             look=request.starts is None and found is None,
             provisional=found is None and _may_refine(operator),
             report=report,
+            room=request.room,
         )
 
     def result(self, outcome: _Outcome) -> EigenResult:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lyapcuda.solvers.basis import Basis, Product, Report, Solution, finite
+from lyapcuda.solvers.basis import MAX_ROWS, Basis, Product, Report, Solution, finite
 from lyapcuda.solvers.convergence import INVARIANT, KRYLOV_STEPS, Criterion
 from lyapcuda.solvers.missed import KrylovGrowth
 from lyapcuda.solvers.ritz import Ritz, order
@@ -15,6 +15,8 @@ from lyapcuda.solvers.ritz import Ritz, order
 __all__ = ["lanczos"]
 
 
+# Where residuals become less by this factor a product, more vectors aren't worth their memory.
+_FAST = 0.6
 # Products in which noisy residuals have to become less.
 _PATIENCE = 40
 
@@ -159,6 +161,24 @@ class _Lanczos:
         self.fresh[m] = self.injected > 0
 
 
+def _room(
+    room: int, most: int, restarts: list[tuple[int, float]], iteration: int, residual: float
+) -> int:
+    """How many vectors are kept from here on, when there is no room for another one.
+
+    Args:
+        room, most: so far, and at most.
+        restarts: iterations and residuals at those before, to which this one is added.
+        iteration, residual: now.
+    """
+    restarts.append((iteration, residual))
+    if room == most or len(restarts) < 2:
+        return room
+    (before, last), _ = restarts[-2:]
+    slow = residual > _FAST ** (iteration - before) * last
+    return room + 1 if slow else room
+
+
 def lanczos(
     product: Product,
     basis: Basis,
@@ -170,6 +190,7 @@ def lanczos(
     look: bool,
     provisional: bool,
     report: Report,
+    room: int = MAX_ROWS,
 ) -> Solution:
     """Thick-restart Lanczos with full reorthogonalisation.
 
@@ -186,11 +207,13 @@ def lanczos(
         provisional: a finer run follows where it's the differences that fall short, and it will
             start from what is found here.
         report: called after every product.
+        room: vectors kept at first, at most as many as the basis has; more where that is slow.
     """
     state, n = _Lanczos(basis, generators), basis.layout.numel
     noise = max(INVARIANT, 20 * criterion.accuracy)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     believed: np.ndarray | None = None
+    room, restarts = min(room, state.ncv), []
     least: list[float] = []
     for iteration in range(1, maxiter + 1):
         state.extend(product)
@@ -235,8 +258,10 @@ def lanczos(
         stalled = iteration > _PATIENCE and least[-1] > 0.7 * least[-1 - _PATIENCE]
         if stalled and status.hopeless(criterion.tol):
             break
-        if state.size == state.ncv:
-            kept = min(criterion.k + (state.ncv - criterion.k) // 2, state.ncv - 1)
+        if state.size == room:
+            room = _room(room, state.ncv, restarts, iteration, float(status.residuals.max()))
+        if state.size == room:
+            kept = min(criterion.k + (room - criterion.k) // 2, room - 1)
             state.restart(ritz, order(ritz.values, criterion.which, criterion.k)[:kept])
         if left > 0 and not doubtful:
             state.couple(random=left <= noise)

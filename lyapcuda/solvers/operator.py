@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, positive
-from lyapcuda.dynamics.perturbation import separation_size
+from lyapcuda.dynamics.perturbation import FINE, separation_size
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.evaluator import Closure, Evaluator
@@ -33,6 +33,7 @@ from lyapcuda.solvers.agreement import (
     believed,
     both_sides,
     failed,
+    is_own,
     known_wrong,
     unbelieved,
 )
@@ -385,6 +386,31 @@ class HessianOperator:
         self.products.gradient()
         size = self._advised("forward", kinked=False) if size is None else size
         return both_sides(self.products, u, hu, norm, size, residual, least)
+
+    @property
+    def usual_perturbation(self) -> float:
+        """Δq of a forward difference on a smooth loss. After g(θ)."""
+        return self._advised("forward", kinked=False)
+
+    @property
+    def kinks_hide(self) -> bool:
+        """Whether the graph shows all of the loss, torch's own functions alone, and kinks among
+        them that rounding keeps differences from telling apart: they can't show an error of exact
+        products then. After g(θ).
+        """
+        products = self.products
+        return bool(products.kinks_named) and products.custom is None and self.epsilon > FINE
+
+    def is_own_gradient(self, scale: float) -> bool:
+        """Whether the loss changes along g(θ) by as much as that says, for two forward passes.
+
+        Args:
+            scale: a lower bound of ‖H‖.
+        """
+        products, size = self.products, self.usual_perturbation
+        products.gradient()
+        seen, expected = products.losses_along_gradient(size)
+        return is_own(seen, expected, size**2 * scale, self.epsilon * abs(float(products.loss)))
 
     def _symmetric(self, u: Basis, hu: Basis) -> bool:
         """Whether exact products of u and of a random vector are those of a symmetric matrix."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.solvers.agreement import is_rough
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import KINKS, PRECISION, ConvergenceWarning
@@ -63,7 +63,7 @@ def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductEr
         across = max(float((y - hv).norm()) for y in (other, back))
         noise = operator.products.rounding * float(v.norm()) / operator.perturbation
         jumps = across > 0.0 and is_rough(across / size, noise / size)
-        doubts = [KINKS if operator.kinked or operator.epsilon < 1e-4 else PRECISION] if jumps else []
+        doubts = [KINKS if operator.epsilon <= COARSE else PRECISION] if jumps else []
     if operator.changed is not None:
         doubts.insert(0, f"closure: {operator.changed}")
     return ProductError(along, across, tuple(doubts))

@@ -28,7 +28,7 @@ from lyapcuda.objective.loss_graph import (
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.flat import FlatGroup, FlatLayout
 
-__all__ = ["Products"]
+__all__ = ["Buffers", "Products"]
 
 #: Flat buffers, one a group.
 Buffers = Sequence[Tensor]
@@ -128,7 +128,7 @@ class Products:
                 self._holds_gradient = True
 
     def start(self, out: Buffers, exact: bool) -> None:
-        """Writes g(θ) to flat buffers: of exact products, out of the graph that they need anyway."""
+        """Writes g(θ) to flat buffers; for exact products, out of the graph that they need."""
         if not exact or not self.objective.is_one_batch:
             for buffer, part in zip(out, self.gradient(), strict=True):
                 buffer.copy_(part)
@@ -201,6 +201,25 @@ class Products:
     def rounding(self) -> float:
         """About the norm of a gradient's rounding errors. Waits for the device."""
         return 0.0 if self._first is None else self.epsilon * math.sqrt(float(self._first.square))
+
+    def losses_along_gradient(self, size: float) -> tuple[float, float]:
+        """What the loss changes by from θ − Δ to θ + Δ along g(θ), and what the gradient says it
+        does: 2Δ·‖g‖. For two forward passes; g(θ) has to be there.
+
+        Args:
+            size: Δ.
+        """
+        norm = math.sqrt(float(self._first.square))
+        if norm == 0.0:
+            return 0.0, 0.0
+        direction = [part.minus.to(part.group.buffer_dtype) for part in self._buffers]
+        copies = [part.group.new_buffer(part.group.dtype) for part in self._buffers]
+        losses = []
+        for side in (size, -size):
+            step = torch.full((), side / norm, dtype=torch.float64, device=self.layout.device)
+            self._displace(copies, direction, step)
+            losses.append(float(self.objective.loss_at(self.layout.views(copies))))
+        return losses[0] - losses[1], 2.0 * size * norm
 
     # --- products --------------------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ __all__ = [
 
 # What speaks against every value of a run.
 KINKS = (
-    "kinks: the gradient jumps beside θ (ReLU, max-pooling, routing; or arithmetic coarser than the "
-    "parameters'), so differences of gradients see a curvature at their scale, see finite_scale; "
-    "mode='exact' gives the pointwise one, where the loss can be differentiated twice"
+    "kinks: the gradient jumps beside θ (ReLU, max-pooling, routing; or arithmetic coarser than "
+    "the parameters'), so differences of gradients see a curvature at their scale, "
+    "see finite_scale; mode='exact' gives the pointwise one, where the loss can be differentiated twice"
 )
 PRECISION = (
     "precision: the gradient is computed too coarsely for differences to show its slope; take the "
@@ -75,8 +75,8 @@ class EigenResult:
         mode: "exact" or "difference": which products were taken.
         reason: why, in a sentence.
         difference: "forward" or "central"; "exact" where there was none.
-        perturbation: Δq of the differences; with exact products, of those they were compared with at
-            the end (None where nothing was done).
+        perturbation: Δq of the differences; with exact products, of what they were compared with
+            (None where no value was done).
         doubts: what speaks against every one of the values, a sentence each: products that aren't
             those of one symmetric matrix (data, generators, kinks, precision).
         epsilon: machine epsilon of the coarsest type that the loss was seen to be computed in.

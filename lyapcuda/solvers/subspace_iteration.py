@@ -169,7 +169,7 @@ def merged(parts: Sequence[Solution], criterion: Criterion) -> Solution:
         wanted = by_size[~twice[by_size]][: criterion.k]
     else:  # BE: all of them, descending
         wanted = np.argsort(-values, kind="stable")
-        # Both climbs may have ended in one eigenspace: there, the low end takes another basis of it.
+        # Both climbs may have ended in one eigenspace: the low end takes another basis of it.
         left = _apart(*(part.vectors for part in parts))
         lost = np.concatenate([np.zeros(len(parts[0].vectors), dtype=bool), left < _SAME])
         for part, gone in zip(parts, np.split(lost, [len(parts[0].vectors)]), strict=True):

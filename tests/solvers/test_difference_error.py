@@ -100,7 +100,9 @@ def test_a_separation_that_was_given_is_the_scale_that_is_measured():
 
 def test_kinks_are_left_at_their_scale():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 9))
+    model = nn.Sequential(
+        nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 9)
+    )
     x, y = torch.randn(200, 64), torch.randint(0, 9, (200,))
     with pytest.warns(lyapcuda.ConvergenceWarning, match="kinks"):
         result = lyapcuda.eigsh(
