@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda.objective.loss_graph import COARSE
-from lyapcuda.params.flat import FlatLayout, squared_norm
+from lyapcuda.params.flat import FlatLayout
 
 __all__ = [
     "FINE",
@@ -43,6 +43,9 @@ _KINKED = 0.2
 FINE = 1e-12
 # Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
 _LEAST = 0.3
+
+# Elements that are looked at together: no copy of the whole is made.
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def active_extent(
     """
     square, numel = 0.0, 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            active = gradient != 0
-            count = int(active.sum())
-            held = parameter.detach()
-            square += squared_norm(held if count == held.numel() else held[active])
-            numel += count
+        if gradient is None:
+            continue
+        held = parameter.detach().reshape(-1).split(_PIECE)
+        for piece, slope in zip(held, gradient.reshape(-1).split(_PIECE), strict=True):
+            active = slope != 0
+            square += float(torch.where(active, piece, 0.0).double().square().sum())
+            numel += int(active.sum())
     return Extent(math.sqrt(square), numel) if numel else None
 
 

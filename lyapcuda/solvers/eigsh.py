@@ -55,7 +55,7 @@ METHODS = ("lanczos", "lyapunov")
 
 # Vectors that Lanczos keeps by default, at most, and the bytes they may take together; k + 1, and
 # more where these make it slow, where they are larger.
-_ROWS, _SMALL = 64, 2**23
+_ROWS, _SMALL = 64, 2**22
 # Runs with finer differences, where the first was too coarse.
 _RERUNS = 1
 
@@ -106,7 +106,7 @@ def eigsh(
             subspace iteration at a frozen θ, about 3k vectors and, for many values or close ones,
             some ten times the gradients; "LM" and "BE" run it twice, up and down. It can't tell
             what it has missed. Both need two vectors more, for gradients at θ and beside it.
-        ncv: vectors that Lanczos keeps before it restarts. Default: as many as take 8 MB, up to
+        ncv: vectors that Lanczos keeps before it restarts. Default: as many as take 4 MB, up to
             64; of larger ones k + 1, and one more, up to 2k + 6, whenever these make it slow. More
             save gradients; fewer save memory, at the price of more (docs/solvers.md).
         seed: of the random vectors; the global random states are not touched.

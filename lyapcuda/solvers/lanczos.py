@@ -16,7 +16,7 @@ __all__ = ["lanczos"]
 
 
 # Where residuals become less by this factor a product, more vectors aren't worth their memory.
-_FAST = 0.6
+_FAST = 0.75
 # Products in which noisy residuals have to become less.
 _PATIENCE = 40
 

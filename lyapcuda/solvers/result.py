@@ -26,7 +26,8 @@ __all__ = [
 KINKS = (
     "kinks: the gradient jumps beside θ (ReLU, max-pooling, routing; or arithmetic coarser than "
     "the parameters'), so differences of gradients see a curvature at their scale, "
-    "see finite_scale; mode='exact' gives the pointwise one, where the loss can be differentiated twice"
+    "see finite_scale; mode='exact' gives the pointwise one, where the loss can be differentiated "
+    "twice"
 )
 PRECISION = (
     "precision: the gradient is computed too coarsely for differences to show its slope; take the "
