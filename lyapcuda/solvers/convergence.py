@@ -273,6 +273,10 @@ class Criterion:
         half = self.k - self.k // 2
         return status.indices[:half] if up else status.indices[half:]
 
+    def bound(self, status: ConvergenceStatus) -> float:
+        """What the residual of each wanted value has to be within, at the least."""
+        return RIGOROUS * self.tol * float(np.abs(status.values).min())
+
     def repeats(self, status: ConvergenceStatus) -> bool:
         """Whether two of the wanted values are the same within the tolerance."""
         values = np.sort(status.values)

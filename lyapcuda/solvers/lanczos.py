@@ -15,8 +15,9 @@ from lyapcuda.solvers.ritz import Ritz, order
 __all__ = ["lanczos"]
 
 
-# Where residuals become less by this factor a product, more vectors aren't worth their memory.
-_FAST = 0.75
+# Where at the present rate, measured over so many products, residuals will be small enough after so
+# many more, further vectors aren't worth their memory.
+_SPAN, _SOON = 3, 12
 # Products in which noisy residuals have to become less.
 _PATIENCE = 40
 
@@ -162,7 +163,12 @@ class _Lanczos:
 
 
 def _room(
-    room: int, most: int, restarts: list[tuple[int, float]], iteration: int, residual: float
+    room: int,
+    most: int,
+    restarts: list[tuple[int, float]],
+    iteration: int,
+    residual: float,
+    enough: float,
 ) -> int:
     """How many vectors are kept from here on, when there is no room for another one.
 
@@ -170,13 +176,15 @@ def _room(
         room, most: so far, and at most.
         restarts: iterations and residuals at those before, to which this one is added.
         iteration, residual: now.
+        enough: what the residual has to become.
     """
+    earlier = [entry for entry in restarts if entry[0] <= iteration - _SPAN]
     restarts.append((iteration, residual))
-    if room == most or len(restarts) < 2:
+    if room == most or not earlier:
         return room
-    (before, last), _ = restarts[-2:]
-    slow = residual > _FAST ** (iteration - before) * last
-    return room + 1 if slow else room
+    before, last = earlier[-1]
+    rate = (residual / last) ** (1.0 / (iteration - before)) if last > 0 else 0.0
+    return room + 1 if residual * rate**_SOON > enough else room
 
 
 def lanczos(
@@ -259,7 +267,8 @@ def lanczos(
         if stalled and status.hopeless(criterion.tol):
             break
         if state.size == room:
-            room = _room(room, state.ncv, restarts, iteration, float(status.residuals.max()))
+            worst, asked = float(status.residuals.max()), criterion.bound(status)
+            room = _room(room, state.ncv, restarts, iteration, worst, asked)
         if state.size == room:
             kept = min(criterion.k + (room - criterion.k) // 2, room - 1)
             state.restart(ritz, order(ritz.values, criterion.which, criterion.k)[:kept])
