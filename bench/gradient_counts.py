@@ -114,7 +114,16 @@ def rows_of(
             if ncv is not None and ncv <= k:
                 continue
             results = [
-                lyapcuda.eigsh(loss, params, k, method=method, ncv=ncv, tol=TOL, seed=seed)
+                lyapcuda.eigsh(
+                    loss,
+                    params,
+                    k,
+                    mode="difference",
+                    method=method,
+                    ncv=ncv,
+                    tol=TOL,
+                    seed=seed,
+                )
                 for seed in seeds
             ]
             truths = {"exact": exact[:k]}

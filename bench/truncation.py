@@ -37,6 +37,7 @@ def solve(problem: Problem, **options: object) -> lyapcuda.EigenResult:
     problem.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lyapcuda.ConvergenceWarning)
+        options = {"mode": "difference", **options}
         return lyapcuda.eigsh(problem.loss, problem.parameters, 1, model=problem.model, **options)
 
 
@@ -44,15 +45,18 @@ def length(operator: lyapcuda.HessianOperator, vector: torch.Tensor, h0: float) 
     """Over which the curvature along a vector changes by as much as it is, in units of ‖θ‖."""
     pair = Basis.empty(operator.layout, 2)
     operator.layout.scatter(vector, pair.row(0))
-    operator.gradient()  # which chooses Δq
-    return truncation_along(operator, pair[:1], pair[1:], h0).length / operator.layout.norm()
+    operator.look()  # which chooses Δq
+    found = truncation_along(operator, pair[:1], pair[1:], h0, residual=0.0, tol=1e-3)
+    return found.length / operator.layout.norm()
 
 
 def rows(name: str, problem: Problem, loss: float) -> list[str]:
     with attention(name, math=True):
         exact = solve(problem, mode="exact", tol=1e-5)
     h0 = float(exact.eigenvalues[0])
-    operator = lyapcuda.HessianOperator(problem.loss, problem.parameters, model=problem.model)
+    operator = lyapcuda.HessianOperator(
+        problem.loss, problem.parameters, model=problem.model, mode="difference"
+    )
     start = f"| {problem.spec.title} | {loss:.3g} | "
     start += f"{length(operator, exact.eigenvectors[0], h0):.1e} | "
     lines = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hard.problem import Asks, Family, Problem, clusters, mlp, supervised
+from hard.problem import (
+    Asks,
+    Family,
+    Problem,
+    clusters,
+    dense_hessian,
+    eigenvalues,
+    mlp,
+    supervised,
+)
 
 _ASKS: Asks = (("LA", 1), ("LA", 3), ("SA", 1), ("BE", 2))
 
@@ -127,12 +137,21 @@ def _augmented_data(seed: int, dtype: torch.dtype) -> Problem:
 
 
 def _dropped_last(seed: int, dtype: torch.dtype) -> Problem:
-    """Shuffled, and other samples left out each time."""
+    """Shuffled by a generator that the loader has, and is rewound: the same samples each time."""
     model, problem, x, y = _smooth(seed, dtype)
     own = torch.Generator().manual_seed(seed)
     data = TensorDataset(x[:64], y[:64])
     loader = DataLoader(data, batch_size=24, shuffle=True, drop_last=True, generator=own)
-    return Problem(problem.params, _over(model), None, options={"data": loader})
+    exact = copy.deepcopy(model).double()
+
+    def truth() -> Tensor:
+        state = own.get_state()
+        batches = [(a.double(), b) for a, b in loader]
+        own.set_state(state)
+        over, params = _over(exact), list(exact.parameters())
+        return eigenvalues(dense_hessian(lambda: sum(map(over, batches)) / len(batches), params))
+
+    return Problem(problem.params, _over(model), truth, options={"data": loader})
 
 
 class Shuffled:

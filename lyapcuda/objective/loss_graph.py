@@ -112,10 +112,11 @@ def unproven(loss: Any) -> tuple[str | None, str | None]:
     """
     wrong = custom = None
     for node in graph_nodes(loss):
-        if node.name().startswith(_WRONG):
-            wrong = node.name()
+        name = node.name()
+        if name.startswith(_WRONG):
+            wrong = name
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            custom = node.name()
+            custom = custom if name.startswith(tf32.EMPTY) else name
     return wrong, custom
 
 

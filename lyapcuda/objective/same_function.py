@@ -63,7 +63,7 @@ class Fingerprint:
                 isn't the same every time (atomics on a GPU) is of its size.
         """
         if self.present != other.present:
-            return "a gradient came once only"
+            return "a gradient that came once only"
         first, second = float(self.loss), float(other.loss)
         norm = math.sqrt(max(float(self.square), float(other.square)))
         apart = float((self.sums - other.sums).square().sum().sqrt())
@@ -73,9 +73,7 @@ class Fingerprint:
         same = same or math.isnan(first) and math.isnan(second)
         if same and not apart > rounding * norm:
             return None
-        return (
-            f"losses {first:.9g} and {second:.9g}, gradients {apart:.3g} apart of norm {norm:.3g}"
-        )
+        return f"the losses {first:.9g} and {second:.9g}, gradients {apart:.3g} apart of norm {norm:.3g}"
 
 
 def _sums(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lyapcuda.solvers.products import Buffers, Products
 
 __all__ = [
     "BEND",
+    "NOT_FINITE",
     "Agreement",
     "believed",
     "both_sides",
@@ -41,6 +42,8 @@ _ROUNDING = 8.0
 _SPREAD = 5.0
 # The tolerance where none is asked for.
 _TOLERANCE = 1e-3
+#: Why exact products aren't taken where one is infinite, or not a number.
+NOT_FINITE = "double backward fails here: a product isn't finite"
 #: What of a spread is left at a quarter of the separation: where it is no more than this, it is
 # bend. Kinks show more at smaller separations, not less.
 BEND = 0.45
@@ -135,6 +138,8 @@ def known_wrong(name: str) -> str:
 
 def failed(error: Exception) -> str:
     """Why exact products can't be taken, in one sentence."""
+    if isinstance(error, FloatingPointError):
+        return NOT_FINITE
     cause = " ".join(str(error.__cause__ or error).split())
     return f"double backward fails here: {cause[:150]}"
 

@@ -240,10 +240,12 @@ class _Run:
                 return None
             criterion = self._criterion(operator, _accuracy(operator))
             solution = self._solve(operator, basis, criterion)
-        except DoubleBackwardError as error:
+        except (DoubleBackwardError, FloatingPointError) as error:
             if asked:
                 raise
+            operator.objective.drop_graph()
             self.operator.settle("difference", failed(error))
+            self.spent.clear()
             return None
         operator.objective.drop_graph()
         basis[len(solution.vectors) :].release()

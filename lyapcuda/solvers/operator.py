@@ -29,6 +29,7 @@ from lyapcuda.params.collect import Parameters, select_by_name
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
     BEND,
+    NOT_FINITE,
     Agreement,
     believed,
     both_sides,
@@ -81,8 +82,8 @@ class HessianOperator:
             fails (fused attention, compiled parts), is wrong (weight_norm, functions that are
             differentiable once) or would leave ranks apart (DDP); which of both the first product
             decides, for three gradients more; a ``difference`` or ``perturbation`` that is given
-            asks for "difference". Within `keeping_graph` exact products over one batch
-            share the forward pass, for the memory of the activations.
+            asks for "difference". Within `keeping_graph` exact products share the forward pass,
+            for the memory of the activations: over one batch, or a few where memory allows.
         difference: "forward": one gradient a product, and once g(θ); "central": two, more accurate.
             None is "forward", and leaves it to `eigsh` to go on with central ones where forward
             ones are too coarse.
@@ -145,6 +146,7 @@ class HessianOperator:
         #: differences they were compared with.
         self.perturbation = perturbation
         self._fixed = perturbation is not None
+        self._warned = False
         self._warn_if_small(perturbation)
         tensors = [p.tensor for p in self.layout.parameters]
         names = [p.name for p in self.layout.parameters]
@@ -237,6 +239,9 @@ class HessianOperator:
             v: (n,), in the order of the parameters.
             perturbation: Δq of this product; None for the operator's own.
 
+        Warns:
+            RuntimeWarning: once, where the closure turned out to be another function each time.
+
         Raises:
             ValueError: another shape, or not real.
         """
@@ -250,6 +255,9 @@ class HessianOperator:
             ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
         )
         self.product(vectors, out, norm=square.sqrt(), perturbation=perturbation)
+        if self.changed is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=2)
         return self.layout.gather(out)
 
     def matmat(self, matrix: Tensor) -> Tensor:
@@ -312,7 +320,9 @@ class HessianOperator:
         norm: Tensor | None = None,
         perturbation: float | None = None,
     ) -> Tensor:
-        """Writes Hv/length; both as one flat buffer a group. Nothing is synchronised.
+        """Writes Hv/length; both as one flat buffer a group.
+
+        Nothing is synchronised, but by the first product, which chooses.
 
         Args:
             vectors: v; not the same memory as ``out``.
@@ -352,6 +362,8 @@ class HessianOperator:
         else:
             if self.products.wrong is not None:
                 self.settle("difference", known_wrong(self.products.wrong))
+            elif not math.isfinite(float(hu.gram(hu)[0, 0])):
+                self.settle("difference", NOT_FINITE)
         if self.mode == "difference":
             return self.product(vectors, out, length, norm=norm)
         norm = torch.full_like(self._unit, length) if norm is None else norm

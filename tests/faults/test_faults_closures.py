@@ -70,7 +70,7 @@ def test_debug_finds_random_numbers_of_the_closures_own_and_gradients_that_come_
         calls.append(1)
         return theta.sum() + (other.sum() if len(calls) % 2 else 0.0)
 
-    with pytest.raises(RuntimeError, match="a gradient at the same θ came once only"):
+    with pytest.raises(RuntimeError, match="a gradient that came once only"):
         tracker.step(closure)
 
 

@@ -90,7 +90,7 @@ def test_eigsh_under_autocast_does_not_call_rounding_converged():
     """With the differences of float32 it was off by 120 % of h0, and said it had converged."""
     case = autocast_case()
     with pytest.warns(lyapcuda.ConvergenceWarning):
-        result = lyapcuda.eigsh(case.closure, case.model.parameters(), 3)
+        result = lyapcuda.eigsh(case.closure, case.model.parameters(), 3, mode="difference")
     assert result.difference == "central" and not bool(result.converged.any())
     with pytest.warns(lyapcuda.ConvergenceWarning):
         forward = lyapcuda.eigsh(case.closure, case.model.parameters(), 3, difference="forward")
