@@ -73,7 +73,10 @@ class Fingerprint:
         same = same or math.isnan(first) and math.isnan(second)
         if same and not apart > rounding * norm:
             return None
-        return f"the losses {first:.9g} and {second:.9g}, gradients {apart:.3g} apart of norm {norm:.3g}"
+        return (
+            f"the losses {first:.9g} and {second:.9g}, gradients {apart:.3g} apart of norm "
+            f"{norm:.3g}"
+        )
 
 
 def _sums(tensor: Tensor) -> Tensor:
