@@ -22,6 +22,7 @@ from lyapcuda.solvers.products import Buffers, Products
 __all__ = [
     "BEND",
     "NOT_FINITE",
+    "UNCOMPARED",
     "Agreement",
     "believed",
     "both_sides",
@@ -44,6 +45,8 @@ _SPREAD = 5.0
 _TOLERANCE = 1e-3
 #: Why exact products aren't taken where one is infinite, or not a number.
 NOT_FINITE = "double backward fails here: a product isn't finite"
+#: Why exact products were taken where a run ended before any value was known.
+UNCOMPARED = "double backward works; nothing was known well enough to be compared"
 #: What of a spread is left at a quarter of the separation: where it is no more than this, it is
 # bend. Kinks show more at smaller separations, not less.
 BEND = 0.45

@@ -19,6 +19,7 @@ from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
+    UNCOMPARED,
     Agreement,
     believed,
     both_sides,
@@ -249,15 +250,14 @@ class _Run:
             return None
         operator.objective.drop_graph()
         basis[len(solution.vectors) :].release()
+        operator.perturbation = operator.usual_perturbation
         doubts, reason = _doubts(operator), None
         if solution.status.done.any():
             found, own = self._compared(operator, solution)
             doubts = _doubts(operator)
             reason = self._unbelieved(operator, solution.status, found)
-            operator.perturbation = operator.usual_perturbation
-            if found is not None:
-                if not found.is_rough(criterion.tol):  # (kinks would be that bias)
-                    solution.status = criterion.coarser(solution.status, found.bias)
+            if found is not None and not found.is_rough(criterion.tol):  # (kinks are a bias too)
+                solution.status = criterion.coarser(solution.status, found.bias)
             if reason is None and not own and not doubts:
                 doubts.append(NOT_ITS_OWN)
             if reason is None and not asked:
@@ -401,7 +401,8 @@ class _Run:
     def result(self, outcome: _Outcome) -> EigenResult:
         """What the user gets."""
         gradients = self.operator.gradient_evaluations - self.before
-        return _result(outcome, self.request, self.operator.reason, gradients, self.spent)
+        reason = self.operator.reason or UNCOMPARED
+        return _result(outcome, self.request, reason, gradients, self.spent)
 
 
 def _doubts(operator: HessianOperator) -> list[str]:

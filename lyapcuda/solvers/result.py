@@ -76,8 +76,7 @@ class EigenResult:
         mode: "exact" or "difference": which products were taken.
         reason: why, in a sentence.
         difference: "forward" or "central"; "exact" where there was none.
-        perturbation: Δq of the differences; with exact products, of what they were compared with
-            (None where no value was done).
+        perturbation: Δq of the differences; with exact products, of what they were compared with.
         doubts: what speaks against every one of the values, a sentence each: products that aren't
             those of one symmetric matrix (data, generators, kinks, precision).
         epsilon: machine epsilon of the coarsest type that the loss was seen to be computed in.
@@ -108,7 +107,8 @@ class EigenResult:
 
         It promises that *some* eigenvalue of the Hessian lies in each, as far as the estimate of
         that error is right. It doesn't promise that this is the i-th largest: one that was
-        overlooked may lie outside of all of them.
+        overlooked may lie outside of all of them. Where there are ``doubts``, it is that of the map
+        that was measured, whatever that is.
         """
         width = self.residuals + 3.0 * self.difference_errors
         return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
