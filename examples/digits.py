@@ -14,8 +14,8 @@ def images_and_labels() -> tuple[Tensor, Tensor]:
 
 
 def mlp(width: int = 200) -> nn.Module:
-    """Three hidden layers. GELU, not ReLU: a loss with kinks has no second derivative to converge
-    to, and its curvature belongs to the scale of the difference that measures it."""
+    """Three hidden layers. GELU, not ReLU: on a loss with kinks the curvature that a tracker
+    measures belongs to the scale of its difference of gradients."""
     return nn.Sequential(
         nn.Linear(64, width),
         nn.GELU(),

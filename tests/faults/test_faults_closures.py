@@ -147,3 +147,100 @@ def test_a_closure_that_steps_its_own_tracker_is_an_error(backend):
     assert surroundings([theta]) == before and state_of(tracker) == state
     tracker.step(closure)
     assert int(tracker.steps) == 2
+
+
+# --- under the solvers ---------------------------------------------------------------------------
+
+
+def another_minibatch():
+    """A net, and a closure that draws a minibatch by a generator of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x, generator = torch.randn(64, 4), torch.Generator().manual_seed(0)
+
+    def closure():
+        chosen = torch.randint(64, (8,), generator=generator)
+        return (model(x[chosen]) - x[chosen].sum(1, keepdim=True)).square().mean()
+
+    return model, closure
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact", "difference"])
+def test_solvers_say_that_a_closure_is_another_function_each_time(mode):
+    model, closure = another_minibatch()
+    before = surroundings(model.parameters())
+    found = []
+    for solver in (lyapcuda.eigsh, lyapcuda.trace, lyapcuda.spectral_density):
+        with pytest.warns(lyapcuda.ConvergenceWarning, match="closure: two evaluations at"):
+            found.append(solver(closure, model.parameters(), mode=mode))
+        assert "minibatch from the loader" in found[-1].doubts[0]
+    assert not found[0].converged.any()
+    assert surroundings(model.parameters()) == before
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact", "difference"])
+def test_debug_of_a_solver_finds_a_closure_that_returns_another_minibatch(mode):
+    model, closure = another_minibatch()
+    before = surroundings(model.parameters())
+    with pytest.raises(RuntimeError, match="closure: two evaluations at the same θ .*minibatch"):
+        lyapcuda.eigsh(closure, model.parameters(), mode=mode, debug=True)
+    assert surroundings(model.parameters()) == before
+
+
+def test_eigsh_says_that_a_gradient_is_not_that_of_its_loss():
+    """Three times the gradient, by a loss that returns itself: symmetric, and no Hessian of it."""
+
+    class Tripled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 3.0 * gradient
+
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(32, 4)
+    with pytest.warns(lyapcuda.ConvergenceWarning, match="gradient: it isn't that of the loss"):
+        found = lyapcuda.eigsh(
+            lambda: Tripled.apply((model(x) - 1.0).square().mean()), model.parameters()
+        )
+    assert found.mode == "exact" and not found.converged.any()
+
+
+class Cubed(torch.autograd.Function):
+    """Right once; its backward pass hides what it depends on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3.0 * ctx.saved_tensors[0].detach() ** 2 * gradient
+
+
+def flash(x):
+    """Attention of every row to itself and to the others, without a second derivative."""
+    rows = x.reshape(1, 1, -1, 8)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows).reshape(-1, 8)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "says"),
+    [(flash, "double backward fails here"), (Cubed.apply, "double backward is wrong here")],
+)
+def test_eigsh_takes_differences_where_double_backward_fails_or_is_wrong(hidden, says):
+    torch.manual_seed(0)
+    first, last, x = nn.Linear(4, 8), nn.Linear(8, 1), torch.randn(32, 4)
+    params = [*first.parameters(), *last.parameters()]
+
+    def closure():
+        return (last(hidden(first(x))) - 1.0).square().mean()
+
+    found = lyapcuda.eigsh(closure, params, tol=1e-2)
+    assert found.mode == "difference" and says in found.reason
+    alone = lyapcuda.eigsh(closure, params, tol=1e-2, mode="difference")
+    assert found.converged.all()
+    torch.testing.assert_close(found.eigenvalues, alone.eigenvalues, rtol=1e-2, atol=0)
