@@ -25,7 +25,7 @@ def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
         TypeError, ValueError: something else, naming it.
     """
     layout, (n, _) = operator.layout, operator.shape
-    if hasattr(v0, "separations") and hasattr(v0, "parameters"):
+    if hasattr(type(v0), "separations") and hasattr(v0, "parameters"):
         rows = [_flat(vector, operator) for vector in _separations_of(v0)]
     elif not isinstance(v0, Tensor) or v0.is_complex() or v0.shape[-1:] != (n,) or v0.dim() > 2:
         described = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
@@ -45,7 +45,8 @@ def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
 
 
 def _separations_of(tracker: Any) -> list[list[Tensor]]:
-    if tracker.separations is None:
+    # (`separations` would make them.)
+    if not bool((tracker.steps > 0).all()):
         raise ValueError("v0: this tracker hasn't measured anything yet")
     return tracker.separations.vectors()
 

@@ -153,7 +153,7 @@ class HessianOperator:
         evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
         batches = None if data is None else Batches(data)
         self.objective = FixedObjective(evaluator, closure, batches)
-        self.products = Products(self.layout, self.objective)
+        self.products = Products(self.layout, self.objective, debug)
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
         if mode == "auto" and (difference is not None or perturbation is not None):
             self.settle("difference", "a difference was asked for")

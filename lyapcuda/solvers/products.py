@@ -70,10 +70,11 @@ class Products:
         loss: at θ, 0-dim; None before g(θ).
         extent: of the parameters that get a gradient; None before g(θ).
         changed: how two evaluations at one θ differed, in words; None where they didn't.
+        debug: that is a RuntimeError.
     """
 
-    def __init__(self, layout: FlatLayout, objective: FixedObjective) -> None:
-        self.layout, self.objective = layout, objective
+    def __init__(self, layout: FlatLayout, objective: FixedObjective, debug: bool = False) -> None:
+        self.layout, self.objective, self.debug = layout, objective, debug
         self.gradient_evaluations = 0
         self.epsilon = layout.epsilon()
         self.kinks_named: bool | None = None
@@ -178,6 +179,8 @@ class Products:
         difference = self._first.differs(now, self.epsilon)
         if difference is not None and self.changed is None:
             self.changed = f"two evaluations at the same θ gave {difference}: {ADVICE}"
+            if self.debug:
+                raise RuntimeError(f"closure: {self.changed}")
 
     def _watched(self, *batch: Any) -> Tensor | float:
         loss = self.objective.closure(*batch)
