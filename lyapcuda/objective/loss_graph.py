@@ -40,8 +40,9 @@ _UNCLEAR = (
     *("MultiMargin", "MultilabelMargin", "Aminmax", "Mode", "Nanmedian"),
 )
 
-# Functions of torch whose double backward is wrong (weight_norm treats a part as constant).
-_WRONG = ("WeightNormInterface",)
+# Functions of torch whose double backward is wrong (weight_norm treats a part as constant), or
+# missing without an error wherever nothing else needs it.
+_WRONG = ("WeightNormInterface", "CompiledFunction", "CheckpointFunction")
 
 
 def graph_nodes(loss: Any) -> Iterator[Any]:

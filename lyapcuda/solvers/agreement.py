@@ -22,6 +22,7 @@ from lyapcuda.solvers.products import Buffers, Products
 __all__ = [
     "BEND",
     "NOT_FINITE",
+    "OTHER_GRADIENT",
     "UNCOMPARED",
     "Agreement",
     "believed",
@@ -46,7 +47,9 @@ _TOLERANCE = 1e-3
 #: Why exact products aren't taken where one is infinite, or not a number.
 NOT_FINITE = "double backward fails here: a product isn't finite"
 #: Why exact products were taken where a run ended before any value was known.
-UNCOMPARED = "double backward works; nothing was known well enough to be compared"
+UNCOMPARED = "double backward works; nothing was known well enough to compare it with"
+#: Why they aren't believed where the graph they come from hasn't the gradient of backward().
+OTHER_GRADIENT = "double backward is wrong here: its gradient isn't that of backward()"
 #: What of a spread is left at a quarter of the separation: where it is no more than this, it is
 # bend. Kinks show more at smaller separations, not less.
 BEND = 0.45
@@ -136,7 +139,7 @@ def unbelieved(found: Agreement | None, asymmetric: bool, custom: str | None = N
 
 def known_wrong(name: str) -> str:
     """Why exact products aren't taken where such a function is in the loss."""
-    return f"the double backward of {name} is wrong in torch"
+    return f"the double backward of {name} is wrong in torch, or missing"
 
 
 def failed(error: Exception) -> str:

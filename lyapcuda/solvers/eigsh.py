@@ -19,6 +19,7 @@ from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
+    OTHER_GRADIENT,
     UNCOMPARED,
     Agreement,
     believed,
@@ -237,39 +238,43 @@ class _Run:
         try:
             basis = self._start(operator)
             if operator.products.wrong is not None and not asked:
-                self.operator.settle("difference", known_wrong(operator.products.wrong))
-                return None
+                return self._turn_away(known_wrong(operator.products.wrong))
             criterion = self._criterion(operator, _accuracy(operator))
             solution = self._solve(operator, basis, criterion)
         except (DoubleBackwardError, FloatingPointError) as error:
             if asked:
                 raise
-            operator.objective.drop_graph()
-            self.operator.settle("difference", failed(error))
-            self.spent.clear()
-            return None
+            return self._turn_away(failed(error))
         operator.objective.drop_graph()
         basis[len(solution.vectors) :].release()
         operator.perturbation = operator.usual_perturbation
         doubts, reason = _doubts(operator), None
         if solution.status.done.any():
             found, own = self._compared(operator, solution)
-            doubts = _doubts(operator)
             reason = self._unbelieved(operator, solution.status, found)
+            if operator.changed is not None and not operator.products.is_really_changed():
+                reason = OTHER_GRADIENT
+            doubts = _doubts(operator)
             if found is not None and not found.is_rough(criterion.tol):  # (kinks are a bias too)
                 solution.status = criterion.coarser(solution.status, found.bias)
             if reason is None and not own and not doubts:
                 doubts.append(NOT_ITS_OWN)
             if reason is None and not asked:
-                self.operator.settle("exact", believed(found))
+                changed = operator.changed is not None
+                self.operator.settle("exact", UNCOMPARED if changed else believed(found))
                 self.operator.perturbation = operator.perturbation
         if reason is not None and not doubts:
             if not asked:
-                self.operator.settle("difference", reason)
-                self.spent.clear()
-                return None
+                return self._turn_away(reason)
             doubts.append(reason)
         return _Outcome(operator, solution, doubts)
+
+    def _turn_away(self, reason: str) -> None:
+        """Has ``mode="auto"`` take differences, as if nothing had been tried."""
+        self.operator.settle("difference", reason)
+        self.operator.objective.drop_graph()
+        self.operator.products.forget()
+        self.spent.clear()
 
     def _compared(
         self, operator: HessianOperator, solution: Solution
@@ -332,6 +337,9 @@ class _Run:
         doubts = _doubts(operator)
         if not doubts and operator.kinked:
             doubts.append(KINKS if operator.epsilon <= COARSE else PRECISION)
+        if not doubts and solution.status.done.any():
+            if not operator.is_own_gradient(solution.status.scale):
+                doubts.append(NOT_ITS_OWN)
         return _Outcome(operator, solution, doubts)
 
     # --- parts -----------------------------------------------------------------------------------

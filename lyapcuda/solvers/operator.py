@@ -81,7 +81,7 @@ class HessianOperator:
             derivatives alone, and see kinks (ReLU) at their scale Δq. "auto": exact, unless that
             fails (fused attention, compiled parts), is wrong (weight_norm, functions that are
             differentiable once) or would leave ranks apart (DDP); which of both the first product
-            decides, for three gradients more; a ``difference`` or ``perturbation`` that is given
+            decides, for four gradients more; a ``difference`` or ``perturbation`` that is given
             asks for "difference". Within `keeping_graph` exact products share the forward pass,
             for the memory of the activations: over one batch, or a few where memory allows.
         difference: "forward": one gradient a product, and once g(θ); "central": two, more accurate.
@@ -358,12 +358,12 @@ class HessianOperator:
         try:
             loss = self.products.exact([vectors], [out], 1.0)
         except DoubleBackwardError as error:
-            self.settle("difference", failed(error))
+            self._turn_away(failed(error))
         else:
             if self.products.wrong is not None:
-                self.settle("difference", known_wrong(self.products.wrong))
+                self._turn_away(known_wrong(self.products.wrong))
             elif not math.isfinite(float(hu.gram(hu)[0, 0])):
-                self.settle("difference", NOT_FINITE)
+                self._turn_away(NOT_FINITE)
         if self.mode == "difference":
             return self.product(vectors, out, length, norm=norm)
         norm = torch.full_like(self._unit, length) if norm is None else norm
@@ -379,8 +379,14 @@ class HessianOperator:
             for buffer in out:
                 buffer.mul_(1.0 / length)
             return loss
-        self.settle("difference", reason)
+        self._turn_away(reason)
         return self.product(vectors, out, length, norm=norm)
+
+    def _turn_away(self, reason: str) -> None:
+        """Takes differences, as if exact products hadn't been tried."""
+        self.settle("difference", reason)
+        self.objective.drop_graph()
+        self.products.forget()
 
     def compared(
         self,
@@ -391,7 +397,7 @@ class HessianOperator:
         least: float = 0.0,
         size: float | None = None,
     ) -> Agreement:
-        """Returns how differences on both sides of θ agree with Hu, for three gradients.
+        """Returns how differences on both sides of θ agree with Hu, for two gradients and g(θ).
 
         Arguments as for `lyapcuda.solvers.agreement.both_sides`.
         """

@@ -147,15 +147,28 @@ class Products:
     def check_unchanged(self) -> None:
         """Evaluates g(θ) once more; RuntimeError where it isn't what it was (``debug=True``)."""
         self._follow()
-        self._make_buffers()
-        sums = [group.new_buffer(None) for group in self.layout.groups]
-        loss = self.objective.gradients_at([(None, self.layout.views(sums))])[0]
-        now = Fingerprint.of(loss, self.layout.views(sums))
-        self.gradient_evaluations += 1
+        for _ in range(2 if self._first is None else 1):
+            self.objective.gradients_at([(None, self._check)], closure=self._watched)
+            self.gradient_evaluations += 1
+
+    def _check(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         if self._first is None:
-            self._first = now
+            self._compare(gradients, loss)
         else:
-            check_same(self._first, now)
+            check_same(self._first, Fingerprint.of(loss, self._filled(gradients)))
+
+    def is_really_changed(self) -> bool:
+        """Whether two runs of backward() at θ differ too, not only one and the graph of exact
+        products; for two gradients.
+        """
+        self.forget()
+        self.look(gradient=True)
+        return self.changed is not None
+
+    def forget(self) -> None:
+        """Forgets what was seen at this θ."""
+        self._first, self.changed = None, None
+        self._holds_gradient = self._seen_twice = False
 
     def _follow(self) -> None:
         """Forgets what was seen at another θ."""
@@ -166,10 +179,7 @@ class Products:
 
     def _compare(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         """Takes note of an evaluation at θ, and of how it differs from the one before."""
-        filled = [
-            g if g is not None else torch.zeros_like(p)
-            for g, p in zip(gradients, self.objective.evaluator.parameters, strict=True)
-        ]
+        filled = self._filled(gradients)
         now = Fingerprint.of(loss, filled)
         if self._first is None:
             self._first, self.loss = now, loss
@@ -181,6 +191,11 @@ class Products:
             self.changed = f"two evaluations at the same θ gave {difference}: {ADVICE}"
             if self.debug:
                 raise RuntimeError(f"closure: {self.changed}")
+
+    def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """With zeros where a parameter gets no gradient."""
+        pairs = zip(gradients, self.objective.evaluator.parameters, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     def _watched(self, *batch: Any) -> Tensor | float:
         loss = self.objective.closure(*batch)

@@ -151,8 +151,8 @@ def _limits(result: EigenResult) -> str:
             "the exact products aren't good for more: they are rounded, or not symmetric; a larger "
             "tol, or float64"
         )
+    better = "" if result.difference == "central" else "difference='central', "
     return (
         f"the differences themselves ({result.difference}, perturbation="
-        f"{result.perturbation:.2g}) aren't good for more: difference='central', mode='exact' or a "
-        "larger tol"
+        f"{result.perturbation:.2g}) aren't good for more: {better}float64 or a larger tol"
     )
