@@ -25,6 +25,7 @@ __all__ = [
     "believed",
     "both_sides",
     "failed",
+    "hidden",
     "is_own",
     "is_rough",
     "known_wrong",
@@ -131,6 +132,14 @@ def unbelieved(found: Agreement | None, asymmetric: bool, custom: str | None = N
 def known_wrong(name: str) -> str:
     """Why exact products aren't taken where such a function is in the loss."""
     return f"the double backward of {name} is wrong in torch"
+
+
+def hidden() -> str:
+    """Why exact products aren't taken where autograd's graph is that of a part of the gradient."""
+    return (
+        "double backward is wrong here: torch.autograd.grad, which it takes, gives another "
+        "gradient than backward() (a reentrant checkpoint?)"
+    )
 
 
 def failed(error: Exception) -> str:

@@ -23,6 +23,7 @@ from lyapcuda.solvers.agreement import (
     believed,
     both_sides,
     failed,
+    hidden,
     known_wrong,
     one_side,
     unbelieved,
@@ -228,6 +229,8 @@ class _Run:
         self.operator, self.request, self.show = operator, request, show
         self.before = operator.gradient_evaluations
         self.spent: list[int] = []
+        #: What exact products have shown to speak against those of any kind.
+        self.doubts: list[str] = []
 
     def by_exact_products(self) -> _Outcome | None:
         """Solves by double backward; None where ``mode="auto"`` then takes differences."""
@@ -252,6 +255,8 @@ class _Run:
             found, own = self._compared(operator, solution)
             doubts = _doubts(operator)
             reason = self._unbelieved(operator, solution.status, found)
+            if operator.products.hides:
+                reason = hidden()
             operator.perturbation = operator.usual_perturbation
             if found is not None:
                 if not found.is_rough(criterion.tol):  # (kinks would be that bias)
@@ -265,6 +270,8 @@ class _Run:
             if not asked:
                 self.operator.settle("difference", reason)
                 self.spent.clear()
+                if not own:
+                    self.doubts.append(NOT_ITS_OWN)
                 return None
             doubts.append(reason)
         return _Outcome(operator, solution, doubts)
@@ -327,7 +334,7 @@ class _Run:
             operator, found = finer, solution.vectors
             criterion = replace(criterion, accuracy=max(_accuracy(operator), expected))
         solution = replace(solution, history=history, iterations=iterations)
-        doubts = _doubts(operator)
+        doubts = _doubts(operator) + self.doubts
         if not doubts and operator.kinked:
             doubts.append(KINKS if operator.epsilon <= COARSE else PRECISION)
         return _Outcome(operator, solution, doubts)

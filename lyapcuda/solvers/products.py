@@ -71,6 +71,8 @@ class Products:
         extent: of the parameters that get a gradient; None before g(θ).
         changed: how two evaluations at one θ differed, in words; None where they didn't.
         debug: that is a RuntimeError.
+        hides: whether ``backward()`` gave another gradient than torch.autograd.grad, from whose
+            graph exact products are taken: that doesn't go into a reentrant checkpoint.
     """
 
     def __init__(self, layout: FlatLayout, objective: FixedObjective, debug: bool = False) -> None:
@@ -84,6 +86,7 @@ class Products:
         self.loss: Tensor | None = None
         self.extent: Extent | None = None
         self.changed: str | None = None
+        self.hides = False
         #: None before the first difference.
         self._buffers: list[_GroupBuffers] = []
         #: g(θ), in the order of the parameters; views of the buffers.
@@ -91,6 +94,8 @@ class Products:
         self._holds_gradient = False
         #: Of the first evaluation at the present θ, and the parameters' versions then.
         self._first: Fingerprint | None = None
+        #: That was torch.autograd.grad's.
+        self._by_graph = False
         self._versions: list[int] | None = None
         self._seen_twice = False
         self._unit = torch.tensor([1.0, 0.0], dtype=torch.float64, device=layout.device)
@@ -117,7 +122,8 @@ class Products:
         points: list[Any] = [] if self._holds_gradient else [(None, self._origin)]
         if twice and not self._seen_twice and self._first is None:
             points.append((None, self._compare))
-        for point in points:
+        while points:
+            point = points.pop(0)
             sighting = Sighting()
             # A closure that calls backward() itself may return no more than a number.
             with watching(sighting) if self._first is None else nullcontext():
@@ -127,6 +133,8 @@ class Products:
             if point[1] is self._origin:
                 self._compare(self._origin, loss)
                 self._holds_gradient = True
+            if not points and twice and not self._seen_twice:
+                points.append((None, self._compare))
 
     def start(self, out: Buffers, exact: bool) -> None:
         """Writes g(θ) to flat buffers; for exact products, out of the graph that they need."""
@@ -141,8 +149,10 @@ class Products:
             for view, gradient in zip(views, gradients, strict=True):
                 view.zero_() if gradient is None else view.copy_(gradient)
 
+        self._by_graph = self._first is None and not self.hides
         loss = self.objective.graph_gradient(take, closure=self._watched)
-        self._compare(views, loss)
+        if not self.hides:
+            self._compare(views, loss)
 
     def check_unchanged(self) -> None:
         """Evaluates g(θ) once more; RuntimeError where it isn't what it was (``debug=True``)."""
@@ -152,6 +162,8 @@ class Products:
         loss = self.objective.gradients_at([(None, self.layout.views(sums))])[0]
         now = Fingerprint.of(loss, self.layout.views(sums))
         self.gradient_evaluations += 1
+        if self._first is not None and self._by_graph and self._first.differs(now, self.epsilon):
+            self.hides, self._by_graph, self._first = True, False, None
         if self._first is None:
             self._first = now
         else:
@@ -171,12 +183,15 @@ class Products:
             for g, p in zip(gradients, self.objective.evaluator.parameters, strict=True)
         ]
         now = Fingerprint.of(loss, filled)
+        difference = None if self._first is None else self._first.differs(now, self.epsilon)
+        if difference is not None and self._by_graph:
+            # Whether it is the closure that changes is seen by another backward().
+            self.hides, self._by_graph, self._first = True, False, None
         if self._first is None:
             self._first, self.loss = now, loss
             self.extent = active_extent(self.objective.evaluator.parameters, filled)
             return
-        self._seen_twice = True
-        difference = self._first.differs(now, self.epsilon)
+        self._seen_twice, self._by_graph = True, False
         if difference is not None and self.changed is None:
             self.changed = f"two evaluations at the same θ gave {difference}: {ADVICE}"
             if self.debug:
