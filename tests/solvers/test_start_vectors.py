@@ -19,9 +19,7 @@ def tracked(truth: Case, k: int, which: str, steps: int = 60) -> lyapcuda.Curvat
 
 
 @pytest.mark.parametrize("mode", ["exact", "difference"])
-@pytest.mark.parametrize(
-    ("k", "which"), [(1, "LA"), (3, "LA"), (1, "SA"), (2, "BE"), (3, "BE")]
-)
+@pytest.mark.parametrize(("k", "which"), [(1, "LA"), (3, "LA"), (1, "SA"), (2, "BE"), (3, "BE")])
 def test_a_tracker_saves_gradients(k, which, mode):
     truth = case("gelu_mlp", seed=3, dtype=torch.float64)
     params = list(truth.model.parameters())
