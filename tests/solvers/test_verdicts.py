@@ -204,11 +204,14 @@ HIDDEN = {
 }
 
 
-@pytest.mark.parametrize(("name", "which"), [("where", "BE"), ("clamp", "LA"), ("mask", "LA")])
-def test_differences_among_hidden_kinks_have_not_converged(name, which):
-    truth = classifier(lambda: mlp(HIDDEN[name]), samples=1024)
+@pytest.mark.parametrize("which", ["LA", "BE"])
+@pytest.mark.parametrize(("name", "seed"), [("where", 0), ("clamp", 1), ("mask", 2)])
+def test_differences_among_hidden_kinks_have_not_converged(name, seed, which):
+    """In float32 they are up to a third off here."""
+    truth = classifier(lambda: mlp(HIDDEN[name]), seed=seed, samples=512)
     params = list(truth.model.parameters())
     result, _ = doubted("kinks", truth.closure, params, 3, which, mode="difference")
+    assert is_off(result, 0, truth.eigenvalues)
     assert any("kinks" in doubt for doubt in result.doubts)
 
 
