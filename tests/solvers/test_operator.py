@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import lyapcuda
 from lyapcuda.objective.pointing import at_a_copy
 from nets import NAMES, Attention, Square, WrittenOutAttention, case
 from noisy import snapshot
-from operators import dense, exact
+from operators import Counted, dense, exact
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,21 +47,6 @@ def test_exact_products_are_the_dense_hessian():
     torch.testing.assert_close(
         torch.linalg.eigvalsh((matrix + matrix.T) / 2), truth.eigenvalues, rtol=0, atol=1e-13
     )
-
-
-class Counted:
-    """A closure that counts its calls; ``graph`` is that of the last one, while it is alive."""
-
-    def __init__(self, closure):
-        self.closure, self.calls, self.graph = closure, 0, None
-
-    def __call__(self):
-        self.calls += 1
-        loss, mark = self.closure(), Counted(None)
-        # Of the last layer's result, which the gradient's own graph has need of.
-        node = loss.grad_fn.next_functions[0][0]
-        node.metadata["mark"], self.graph = mark, weakref.ref(mark)
-        return loss
 
 
 @pytest.fixture

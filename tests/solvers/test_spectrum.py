@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import lyapcuda
+from classifiers import classifier, mlp
 from nets import NAMES, case, quadratic
 
 
@@ -80,6 +82,45 @@ def test_density_of_a_smooth_net(name):
     inside = exact > 1e-2 * exact.max()
     ratio = (found.density - exact)[inside] / found.standard_error[inside]
     assert float(ratio.square().mean().sqrt()) < 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_among_kinks_products_are_exact(dtype):
+    """By default; differences see a multiple of the trace there."""
+    truth = classifier(lambda: mlp(nn.functional.relu), dtype=dtype)
+    params = list(truth.model.parameters())
+    exact = float(truth.eigenvalues.sum())
+    found = lyapcuda.trace(truth.closure, params, samples=60)
+    assert found.mode == "exact" and found.reason and not found.doubts
+    assert abs(found.trace - exact) < 5 * found.standard_error < exact
+    asked = lyapcuda.trace(truth.closure, params, samples=60, mode="exact")
+    assert found.trace == pytest.approx(asked.trace, rel=1e-5)
+    width = 0.05 * truth.h0
+    density, same = (
+        lyapcuda.spectral_density(truth.closure, params, draws=3, steps=15, width=width, mode=mode)
+        for mode in ("auto", "exact")
+    )
+    assert density.mode == "exact" and not density.doubts
+    torch.testing.assert_close(density.density, same.density, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("samples", [512, 2048])
+def test_differences_among_kinks_say_how_far_they_are_off(samples):
+    """The more samples, the closer the kinks."""
+    truth = classifier(lambda: mlp(nn.functional.relu), samples=samples)
+    exact, doubted = float(truth.eigenvalues.sum()), 0
+    for seed in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = lyapcuda.trace(
+                truth.closure, truth.model.parameters(), samples=24, seed=seed, mode="difference"
+            )
+        said = [str(w.message) for w in caught if w.category is lyapcuda.ConvergenceWarning]
+        assert len(said) == len(found.doubts) <= 1 and all("kinks" in message for message in said)
+        assert said or abs(found.trace - exact) < 5 * found.standard_error
+        assert found.standard_error >= found.product_error > 0
+        doubted += len(said)
+    assert doubted == 3 or samples < 2048
 
 
 def test_as_many_steps_as_parameters_give_the_eigenvalues():
