@@ -298,7 +298,8 @@ class FixedObjective:
 
 def _detached(loss: Any) -> Tensor:
     check_loss(loss)
-    return torch.as_tensor(loss).detach().reshape(())
+    exact = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+    return exact.detach().reshape(())
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:

@@ -269,10 +269,20 @@ def lanczos(
         if state.size == room:
             worst, asked = float(status.residuals.max()), criterion.bound(status)
             room = _room(room, state.ncv, restarts, iteration, worst, asked)
-        if state.size == room:
-            kept = min(criterion.k + (room - criterion.k) // 2, room - 1)
-            state.restart(ritz, order(ritz.values, criterion.which, criterion.k)[:kept])
-        if left > 0 and not doubtful:
+        whole, takes_in = state.size == room, left == 0 or doubtful
+        if whole or takes_in:
+            kept = order(ritz.values, criterion.which, criterion.k)
+            if takes_in:
+                # Half of every residual is lost by what is taken in, and comes back slowly: what
+                # has a large one would hide what is looked for.
+                small = ritz.outside <= criterion.bound(status)
+                small[status.indices] = True
+                kept = kept[small[kept]]
+            if whole:
+                kept = kept[: min(criterion.k + (room - criterion.k) // 2, room - 1)]
+            if len(kept) < state.size:
+                state.restart(ritz, kept)
+        if not takes_in:
             state.couple(random=left <= noise)
         elif not state.inject():
             break

@@ -160,7 +160,7 @@ FALLING_BACK = {
     "old weight_norm": (lambda: normed(False), lambda: normed(False, plain=True), "WeightNorm"),
     "once differentiable": (lambda: mlp(OnceGelu.apply), gelu, "(fails|is wrong) here"),
     "constant slope": (lambda: mlp(SlopeKeepingGelu.apply), gelu, "wrong here.*off differences"),
-    "reentrant": (Checkpointed, lambda: Checkpointed(False), "checkpoint"),
+    "reentrant": (Checkpointed, lambda: Checkpointed(False), "Checkpoint"),
 }
 
 
