@@ -63,7 +63,7 @@ class Fingerprint:
                 isn't the same every time (atomics on a GPU) is of its size.
         """
         if self.present != other.present:
-            return "a gradient came once only"
+            return "some parameter a gradient once only"
         first, second = float(self.loss), float(other.loss)
         norm = math.sqrt(max(float(self.square), float(other.square)))
         apart = float((self.sums - other.sums).square().sum().sqrt())
