@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from contextlib import nullcontext
 from typing import Any
 
@@ -285,7 +286,7 @@ class CurvatureTracker:
         if not self.due:
             loss = None
             if leave:
-                evaluated = self._evaluate(closure, None, micro, [], leave)
+                evaluated = self._evaluate(closure, None, micro, leave, [])
                 evaluated.leave()
                 loss = evaluated.loss
             self._after_gradient(kept)
@@ -294,7 +295,8 @@ class CurvatureTracker:
         before = self._before_exchange()
         copies = self._separations.place()
         try:
-            evaluated, beside = self._evaluate_copies(closure, measure, micro, copies, leave)
+            evaluate = partial(self._evaluate, closure, measure, micro, leave)
+            evaluated, beside = self._sized(evaluate, copies)
             totals = self._separations.advance(evaluated.found.of(0, len(copies)), beside)
         except BaseException as error:
             if before is not None and isinstance(error, RankError):
@@ -332,8 +334,8 @@ class CurvatureTracker:
         closure: Closure,
         measure: Closure | None,
         micro: list[tuple[Any, float]] | None,
-        copies: list[list[Tensor]],
         leave: bool,
+        copies: list[list[Tensor]],
     ) -> Measured:
         evaluator, check = self._evaluator, self._debug
         if micro is not None:
@@ -343,21 +345,16 @@ class CurvatureTracker:
         found = evaluator.gradients(closure, copies, leave=leave, check=check)
         return Measured(found, found.loss0)
 
-    def _evaluate_copies(
-        self,
-        closure: Closure,
-        measure: Closure | None,
-        micro: list[tuple[Any, float]] | None,
-        copies: list[list[Tensor]],
-        leave: bool,
+    def _sized(
+        self, evaluate: Callable[[list[list[Tensor]]], Measured], copies: list[list[Tensor]]
     ) -> tuple[Measured, Tensor | None]:
         """An evaluation at the separations' copies, and what it tells of their size."""
         sizing = self._sizing
         if not sizing.due:
-            return self._evaluate(closure, measure, micro, copies, leave), None
+            return evaluate(copies), None
         all_copies = [*copies, *sizing.probes(copies)]
         with watching(sizing.sighting) if sizing.watches else nullcontext():
-            evaluated = self._evaluate(closure, measure, micro, all_copies, leave)
+            evaluated = evaluate(all_copies)
         return evaluated, sizing.sums(evaluated.found, len(copies))
 
     def _resize(self, totals: Tensor | None) -> None:

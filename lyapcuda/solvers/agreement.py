@@ -20,6 +20,7 @@ from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.products import Buffers, Products
 
 __all__ = [
+    "ASYMMETRIC",
     "BEND",
     "NOT_FINITE",
     "OTHER_GRADIENT",
@@ -50,6 +51,8 @@ NOT_FINITE = "double backward fails here: a product isn't finite"
 UNCOMPARED = "double backward works; nothing was known well enough to compare it with"
 #: Why they aren't believed where the graph they come from hasn't the gradient of backward().
 OTHER_GRADIENT = "double backward is wrong here: its gradient isn't that of backward()"
+#: Why they aren't believed where they are those of a matrix that isn't symmetric.
+ASYMMETRIC = "double backward is wrong here: its products aren't those of a symmetric matrix"
 #: What of a spread is left at a quarter of the separation: where it is no more than this, it is
 # bend. Kinks show more at smaller separations, not less.
 BEND = 0.45
@@ -127,7 +130,7 @@ def unbelieved(found: Agreement | None, asymmetric: bool, custom: str | None = N
         custom: the name of a function in the loss whose double backward torch doesn't know.
     """
     if asymmetric:
-        return "double backward is wrong here: its products aren't those of a symmetric matrix"
+        return ASYMMETRIC
     if found is None:
         return None
     if not found.agrees:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lyapcuda.objective.loss_graph import COARSE
-from lyapcuda.solvers.agreement import is_rough
+from lyapcuda.solvers.agreement import ASYMMETRIC, is_rough
 from lyapcuda.solvers.operator import HessianOperator
-from lyapcuda.solvers.result import KINKS, PRECISION, ConvergenceWarning
+from lyapcuda.solvers.result import KINKS, NOT_ITS_OWN, PRECISION, ConvergenceWarning
 
-__all__ = ["ProductError", "product_error"]
+__all__ = ["ProductError", "product_error", "with_asymmetry"]
 
+# Of differences, products in a basis may be so far from symmetric, relative to them.
+_SKEWED = 0.02
 # What differences at one separation are off by, in what they change to one of four times the size:
 # measured on ReLU nets, where it halves (bench/kinks.py), so that the rest is about as much again.
 _REST = 3.0
@@ -43,6 +45,23 @@ class ProductError:
             )
 
 
+def with_asymmetry(off: ProductError, operator: HessianOperator, inside: Tensor) -> ProductError:
+    """The same, and what the asymmetry of H in a basis says about its trace.
+
+    Args:
+        inside: (m, m) products of the basis and of H times the basis. A symmetric H makes it
+            symmetric: what isn't is error, and the diagonal has as much of it.
+    """
+    size, half = float(inside.norm()), float((inside - inside.T).norm()) / 2.0
+    allowed = 4.0 * operator.epsilon**0.5 if operator.mode == "exact" else _SKEWED
+    if not half > allowed * size:
+        return off
+    exact = operator.mode == "exact"
+    reason = ASYMMETRIC if exact else KINKS if operator.epsilon <= COARSE else PRECISION
+    doubts = off.doubts if reason in off.doubts else (*off.doubts, reason)
+    return ProductError(off.along + half * len(inside) ** 0.5, off.across, doubts)
+
+
 def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductError:
     """Measures it along v: by a second g(θ), and of differences by others at four times the Δq.
 
@@ -66,4 +85,6 @@ def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductEr
         doubts = [KINKS if operator.epsilon <= COARSE else PRECISION] if jumps else []
     if operator.changed is not None:
         doubts.insert(0, f"closure: {operator.changed}")
+    elif not operator.is_own_gradient(across / max(float(v.norm()), 1e-300)):
+        doubts.append(NOT_ITS_OWN)
     return ProductError(along, across, tuple(doubts))

@@ -11,7 +11,7 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.arguments import whole
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
-from lyapcuda.solvers.product_error import product_error
+from lyapcuda.solvers.product_error import product_error, with_asymmetry
 from lyapcuda.solvers.random_vectors import RandomVectors
 
 __all__ = ["TraceResult", "check_samples", "trace"]
@@ -114,7 +114,8 @@ def trace(
     basis = _orthonormalised(sketch)
     caught = 0.0
     if len(basis):
-        caught = float(ops.gram(basis, products(basis)).trace())
+        inside = ops.gram(basis, products(basis))
+        caught, off = float(inside.trace()), with_asymmetry(off, operator, inside)
     rest = draws.signs(samples - used)
     if len(basis):
         for _ in range(2):
