@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
