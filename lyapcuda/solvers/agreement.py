@@ -4,7 +4,7 @@ On a smooth loss the differences on the two sides, y₊ and y₋, are the produc
 their rounding, which both set them apart from each other as well. Where the gradient jumps (ReLU,
 max-pooling, routing) each side counts jumps of its own: measured on ReLU nets, the two sides lie as
 far from each other as their mean from the exact product (0.8 to 1.3 times, bench/kinks.py), and
-that is 5 to 2000 % of it in float32. A double backward that is wrong shows as a mean that is off
+that is 10 to 1400 % of it in float32. A double backward that is wrong shows as a mean that is off
 while the two sides agree.
 """
 
