@@ -17,7 +17,7 @@ __all__ = ["ProductError", "product_error", "with_asymmetry"]
 # Of differences, products in a basis may be so far from symmetric, relative to them.
 _SKEWED = 0.02
 # What differences at one separation are off by, in what they change to one of four times the size:
-# where it halves (ReLU nets, bench/kinks.py), the rest is about as much again; twice that is allowed.
+# where it halves (ReLU nets, bench/kinks.py), the rest is about as much again. Thrice is allowed.
 _REST = 3.0
 
 
