@@ -26,7 +26,7 @@ class Attention(nn.Module):
 
 
 def _tokens() -> tuple[Tensor, Tensor]:
-    x, y = clusters(features=40)
+    x, y = clusters(64, features=40)
     return x.unflatten(1, (5, 8)), y
 
 

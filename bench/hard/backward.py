@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from classifiers import Act
 from hard.problem import (
-    Act,
     Asks,
     Family,
     Loss,
@@ -182,7 +182,7 @@ def _rounded(seed: int, dtype: torch.dtype) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = mlp(nn.Tanh).to(dtype)
-        x, y = clusters()
+        x, y = clusters(64)
     with torch.no_grad():
         for p, q in zip(model.parameters(), problem.params, strict=True):
             p.copy_(q)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hard.problem import Act, Asks, Family, Problem, clusters, many, mlp, pictures, supervised
+from classifiers import Act
+from hard.problem import Asks, Family, Problem, clusters, many, mlp, pictures, supervised
 
 _CLIMBS: Asks = (("LA", 1), ("BE", 3))
 
@@ -334,7 +335,7 @@ def _embedding(seed: int, dtype: torch.dtype, rows: int = 5000, used: int = 12) 
         return nn.Sequential(*hidden, nn.Linear(10, 4))
 
     def words() -> tuple[Tensor, Tensor]:
-        return torch.randint(0, used, (64, 3)), clusters()[1]
+        return torch.randint(0, used, (64, 3)), clusters(64)[1]
 
     small = supervised(seed, dtype, lambda: build(used), data=words)
     with torch.random.fork_rng():

@@ -171,7 +171,7 @@ def _shuffled(seed: int, dtype: torch.dtype) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mlp(nn.GELU)
-        x, y = clusters()
+        x, y = clusters(64)
     data = Shuffled(x.to(dtype), y, seed)
     return Problem(problem.params, _over(model), problem.truth, options={"data": data})
 

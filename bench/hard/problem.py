@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from classifiers import clusters
+
 Loss = Callable[[], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 #: What is asked of eigsh: (which, k).
@@ -85,10 +87,9 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh((matrix + matrix.T) / 2)
 
 
-def clusters(samples: int = 64, features: int = 8, classes: int = 4) -> tuple[Tensor, Tensor]:
-    """Noise around a centre a class, from torch's global generator."""
-    labels = torch.arange(samples) % classes
-    return torch.randn(classes, features)[labels] + torch.randn(samples, features), labels
+def few() -> tuple[Tensor, Tensor]:
+    """Samples for a dense Hessian that is made quickly."""
+    return clusters(64)
 
 
 def many() -> tuple[Tensor, Tensor]:
@@ -114,17 +115,6 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(features, 4))
 
 
-class Act(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def train(params: list[Tensor], loss: Loss, steps: int, rate: float = 0.1) -> None:
     """Plain gradient descent."""
     for _ in range(steps):
@@ -141,7 +131,7 @@ def supervised(
     build: Callable[[], nn.Module],
     plain: Callable[[], nn.Module] | None = None,
     *,
-    data: Callable[[], tuple[Tensor, Tensor]] = clusters,
+    data: Callable[[], tuple[Tensor, Tensor]] = few,
     criterion: Criterion = F.cross_entropy,
     plain_criterion: Criterion | None = None,
     closure: Callable[[nn.Module, Loss], Callable[..., Any]] | None = None,

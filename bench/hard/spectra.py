@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hard.problem import Act, Asks, Family, Problem, mlp, supervised
+from classifiers import Act
+from hard.problem import Asks, Family, Problem, mlp, supervised
 
 _ZEROS: Asks = tuple((which, k) for which in ("SA", "BE") for k in range(1, 5))
 _TOP: Asks = (("LA", 1), ("LA", 3), ("LM", 2), ("BE", 3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,11 @@ from lyapcuda.params.flat import FlatLayout
 __all__ = [
     "FINE",
     "Extent",
-    "active_extent",
+    "active_sums",
     "chosen_perturbation",
     "default_perturbation",
     "largest_perturbation",
+    "pieces",
     "separation_size",
 ]
 
@@ -44,8 +45,8 @@ FINE = 1e-12
 # Smaller than this many ε·‖θ‖, most elements of 16-bit parameters would not move at all.
 _LEAST = 0.3
 
-# Elements that are looked at together: no copy of the whole is made.
-_PIECE = 1 << 16
+# Elements that are added up at a time.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,28 @@ class Extent:
         return max(self.norm, 1e-2 * math.sqrt(self.numel))
 
 
-def active_extent(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> Extent | None:
-    """The extent of the numbers whose gradient isn't zero; None where all are.
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike, so that no copy of the whole is made."""
+    flat = [t.reshape(1) if t.dim() == 0 else t for t in tensors]
+    rows = max(1, _PIECE * len(flat[0]) // max(flat[0].numel(), 1)) if flat else 1
+    return zip(*(t.split(rows) for t in flat), strict=True)
+
+
+def active_sums(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Σθ² over the elements whose gradient isn't zero, and how many these are.
 
     An embedding has rows that no sample uses: they say nothing about the distance over which the
     loss changes.
     """
-    square, numel = 0.0, 0
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        held = parameter.detach().reshape(-1).split(_PIECE)
-        for piece, slope in zip(held, gradient.reshape(-1).split(_PIECE), strict=True):
-            active = slope != 0
-            square += float(torch.where(active, piece, 0.0).double().square().sum())
-            numel += int(active.sum())
-    return Extent(math.sqrt(square), numel) if numel else None
+    square = number = torch.zeros((), dtype=torch.float64, device=device)
+    for t, g in zip(parameters, gradients, strict=True):
+        for here, slope in pieces(t, g) if g is not None else ():
+            there = slope != 0
+            square = square + torch.where(there, here, 0.0).double().square().sum().to(square)
+            number = number + there.sum().to(square)
+    return square, number
 
 
 def _size(layout: FlatLayout) -> float:

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lyapcuda.dynamics.perturbation import Extent, default_perturbation, largest_perturbation
+from lyapcuda.dynamics.perturbation import (
+    Extent,
+    active_sums,
+    default_perturbation,
+    largest_perturbation,
+    pieces,
+)
 from lyapcuda.dynamics.separations import BESIDE, Separations
 from lyapcuda.objective.evaluator import Gradients
 from lyapcuda.objective.loss_graph import COARSE, Sighting
@@ -42,9 +48,6 @@ _UNSURE, _NOISY = 0.125, 0.12
 _UNKNOWN, _SHORTER = 0.5, 0.25
 #: Where no coarse arithmetic shows, one side that is so far off has met kinks.
 _KINKED = 0.3
-
-#: Elements that are added up at a time.
-_PIECE = 1 << 18
 
 _NAMES = {torch.finfo(torch.bfloat16).eps: "bfloat16", 2.0**-10: "float16 or TF32"}
 
@@ -123,23 +126,13 @@ class Sizing:
         device, probes = self._layout.device, found.copies[copies:]
         total = torch.zeros(BESIDE, dtype=torch.float64, device=device)
         if self.watches:
-            total[0], total[1] = self._extent(found.g0)
+            theta = locals_of([p.tensor for p in self._layout.parameters])
+            total[0], total[1] = active_sums(theta, found.g0, device)
         if self._mirrored:
             total[2] = _second_difference(found.g0, found.copies[0], probes[0], device)
         if self._paired:
             total[3] = _second_difference(found.g0, *probes[-2:], device)
         return total
-
-    def _extent(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Σθ² over the elements that have a gradient, and how many these are."""
-        square = number = torch.zeros((), dtype=torch.float64, device=self._layout.device)
-        theta = locals_of([p.tensor for p in self._layout.parameters])
-        for t, g in zip(theta, gradients, strict=True):
-            for here, slope in _pieces(t, g) if g is not None else ():
-                there = slope != 0
-                square = square + torch.where(there, here, 0.0).double().square().sum().to(square)
-                number = number + there.sum().to(square)
-        return square, number
 
     def take(self, totals: Tensor, separations: Separations) -> None:
         """Chooses Δq by the sums over all ranks, after the separations' step. Reads back."""
@@ -286,14 +279,7 @@ def _second_difference(
     for here, *beside in zip(g0, plus, minus, strict=True):
         terms = [(here, -2.0), *((g, 1.0) for g in beside)]
         times = [factor for g, factor in terms if g is not None]
-        for pieces in _pieces(*(g for g, _ in terms if g is not None)):
-            part = sum(piece.double() * factor for piece, factor in zip(pieces, times, strict=True))
+        for cut in pieces(*(g for g, _ in terms if g is not None)):
+            part = sum(piece.double() * factor for piece, factor in zip(cut, times, strict=True))
             total = total + part.square().sum().to(device)
     return total
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut alike, so that no copy of the whole is made."""
-    flat = [t.reshape(1) if t.dim() == 0 else t for t in tensors]
-    rows = max(1, _PIECE * len(flat[0]) // max(flat[0].numel(), 1)) if flat else 1
-    return zip(*(t.split(rows) for t in flat), strict=True)

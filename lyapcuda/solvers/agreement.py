@@ -26,6 +26,7 @@ __all__ = [
     "OTHER_GRADIENT",
     "UNCOMPARED",
     "Agreement",
+    "asymmetry_allowed",
     "believed",
     "both_sides",
     "failed",
@@ -102,6 +103,11 @@ class Agreement:
 def is_rough(spread: float, noise: float, tol: float = _TOLERANCE) -> bool:
     """The same, of a spread and of rounding's."""
     return spread > max(_SPREAD * tol, _ROUNDING * noise)
+
+
+def asymmetry_allowed(epsilon: float) -> float:
+    """How far exact products computed to ``epsilon`` may be from symmetric, relative to H."""
+    return 4.0 * math.sqrt(epsilon)
 
 
 def is_own(seen: float, expected: float, bend: float, rounding: float) -> bool:

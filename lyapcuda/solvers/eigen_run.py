@@ -19,6 +19,7 @@ from lyapcuda.solvers.agreement import (
     OTHER_GRADIENT,
     UNCOMPARED,
     Agreement,
+    asymmetry_allowed,
     believed,
     both_sides,
     failed,
@@ -38,7 +39,7 @@ from lyapcuda.solvers.difference_error import TruncationError, truncation_along
 from lyapcuda.solvers.initial_vectors import fill_, refill_
 from lyapcuda.solvers.lanczos import lanczos
 from lyapcuda.solvers.operator import HessianOperator
-from lyapcuda.solvers.result import KINKS, NOT_ITS_OWN, PRECISION
+from lyapcuda.solvers.result import NOT_ITS_OWN, jumping
 from lyapcuda.solvers.subspace_iteration import subspace_iteration
 
 __all__ = ["EigenOutcome", "EigenRequest", "EigenRun"]
@@ -134,9 +135,7 @@ class EigenRun:
 
     def _turn_away(self, reason: str) -> None:
         """Has ``mode="auto"`` take differences, as if nothing had been tried."""
-        self.operator.settle("difference", reason)
-        self.operator.objective.drop_graph()
-        self.operator.products.forget()
+        self.operator.turn_away(reason)
         self.spent.clear()
 
     def _compared(
@@ -168,7 +167,7 @@ class EigenRun:
         """Why exact products aren't believed; None where they are."""
         # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
         lead = int(np.abs(status.values).argmax())
-        slack = max(4.0 * operator.epsilon**0.5, self.request.tol)
+        slack = max(asymmetry_allowed(operator.epsilon), self.request.tol)
         skewed = bool(status.errors[lead] > slack * status.scale)
         return unbelieved(found, skewed, operator.products.custom)
 
@@ -199,7 +198,7 @@ class EigenRun:
         solution = replace(solution, history=history, iterations=iterations)
         doubts = _doubts(operator)
         if not doubts and operator.kinked:
-            doubts.append(KINKS if operator.epsilon <= COARSE else PRECISION)
+            doubts.append(jumping(operator.epsilon))
         if not doubts and solution.status.done.any():
             if not operator.is_own_gradient(solution.status.scale):
                 doubts.append(NOT_ITS_OWN)

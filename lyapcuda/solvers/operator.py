@@ -31,6 +31,7 @@ from lyapcuda.solvers.agreement import (
     BEND,
     NOT_FINITE,
     Agreement,
+    asymmetry_allowed,
     believed,
     both_sides,
     failed,
@@ -358,12 +359,12 @@ class HessianOperator:
         try:
             loss = self.products.exact([vectors], [out], 1.0)
         except DoubleBackwardError as error:
-            self._turn_away(failed(error))
+            self.turn_away(failed(error))
         else:
             if self.products.wrong is not None:
-                self._turn_away(known_wrong(self.products.wrong))
+                self.turn_away(known_wrong(self.products.wrong))
             elif not math.isfinite(float(hu.gram(hu)[0, 0])):
-                self._turn_away(NOT_FINITE)
+                self.turn_away(NOT_FINITE)
         if self.mode == "difference":
             return self.product(vectors, out, length, norm=norm)
         norm = torch.full_like(self._unit, length) if norm is None else norm
@@ -379,11 +380,11 @@ class HessianOperator:
             for buffer in out:
                 buffer.mul_(1.0 / length)
             return loss
-        self._turn_away(reason)
+        self.turn_away(reason)
         return self.product(vectors, out, length, norm=norm)
 
-    def _turn_away(self, reason: str) -> None:
-        """Takes differences, as if exact products hadn't been tried."""
+    def turn_away(self, reason: str) -> None:
+        """Has mode="auto" take differences, as if exact products hadn't been tried."""
         self.settle("difference", reason)
         self.objective.drop_graph()
         self.products.forget()
@@ -402,7 +403,7 @@ class HessianOperator:
         Arguments as for `lyapcuda.solvers.agreement.both_sides`.
         """
         self.products.gradient()
-        size = self._advised("forward", kinked=False) if size is None else size
+        size = self.usual_perturbation if size is None else size
         return both_sides(self.products, u, hu, norm, size, residual, least)
 
     @property
@@ -441,7 +442,7 @@ class HessianOperator:
         pairs = ((other, hu), (u, product), (hu, hu))
         here, there, square = (float(a.gram(b)[0, 0]) for a, b in pairs)
         # A random vector's part along Hu is about ‖Hu‖.
-        return abs(here - there) <= 4.0 * math.sqrt(self.epsilon) * math.sqrt(square)
+        return abs(here - there) <= asymmetry_allowed(self.epsilon) * math.sqrt(square)
 
     def gradient(self) -> list[Tensor]:
         """Returns g(θ), one flat buffer a group (live: a central product writes there).
@@ -476,7 +477,7 @@ class HessianOperator:
             row.copy_(part)
         norm = u.gram(u)[0, 0].sqrt()
         norm = torch.where(norm > 0, norm, 1.0)
-        size = share * self._advised("forward", kinked=False)
+        size = share * self.usual_perturbation
         return both_sides(self.products, u, None, norm, size)
 
     def _advised(

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lyapcuda.objective.loss_graph import COARSE
-from lyapcuda.solvers.agreement import ASYMMETRIC, is_rough
+from lyapcuda.solvers.agreement import ASYMMETRIC, asymmetry_allowed, is_rough
 from lyapcuda.solvers.operator import HessianOperator
-from lyapcuda.solvers.result import KINKS, NOT_ITS_OWN, PRECISION, ConvergenceWarning
+from lyapcuda.solvers.result import NOT_ITS_OWN, ConvergenceWarning, jumping
 
 __all__ = ["ProductError", "product_error", "with_asymmetry"]
 
@@ -53,11 +52,10 @@ def with_asymmetry(off: ProductError, operator: HessianOperator, inside: Tensor)
             symmetric: what isn't is error, and the diagonal has as much of it.
     """
     size, half = float(inside.norm()), float((inside - inside.T).norm()) / 2.0
-    allowed = 4.0 * operator.epsilon**0.5 if operator.mode == "exact" else _SKEWED
-    if not half > allowed * size:
-        return off
     exact = operator.mode == "exact"
-    reason = ASYMMETRIC if exact else KINKS if operator.epsilon <= COARSE else PRECISION
+    if not half > (asymmetry_allowed(operator.epsilon) if exact else _SKEWED) * size:
+        return off
+    reason = ASYMMETRIC if exact else jumping(operator.epsilon)
     doubts = off.doubts if reason in off.doubts else (*off.doubts, reason)
     return ProductError(off.along + half * len(inside) ** 0.5, off.across, doubts)
 
@@ -82,7 +80,7 @@ def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductEr
         across = max(float((y - hv).norm()) for y in (other, back))
         noise = operator.products.rounding * float(v.norm()) / operator.perturbation
         jumps = across > 0.0 and is_rough(across / size, noise / size)
-        doubts = [KINKS if operator.epsilon <= COARSE else PRECISION] if jumps else []
+        doubts = [jumping(operator.epsilon)] if jumps else []
     if operator.changed is not None:
         doubts.insert(0, f"closure: {operator.changed}")
     elif not operator.is_own_gradient(across / max(float(v.norm()), 1e-300)):

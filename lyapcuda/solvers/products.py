@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
-from lyapcuda.dynamics.perturbation import Extent, active_extent
+from lyapcuda.dynamics.perturbation import Extent, active_sums
 from lyapcuda.objective.evaluator import check_same
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.loss_graph import (
@@ -106,16 +106,16 @@ class Products:
         self.look(gradient=True)
         return [part.minus for part in self._buffers]
 
-    def look(self, gradient: bool = False, twice: bool = True) -> None:
+    def look(self, gradient: bool = False) -> None:
         """Evaluates g(θ), unless it was seen at this θ already (and isn't asked for)."""
         self._follow()
         if self._first is not None and self._seen_twice and not gradient:
             return
         self._make_buffers()
-        if self._holds_gradient and (self._seen_twice or not twice):
+        if self._holds_gradient and self._seen_twice:
             return
         points: list[Any] = [] if self._holds_gradient else [(None, self._origin)]
-        if twice and not self._seen_twice and self._first is None:
+        if not self._seen_twice and self._first is None:
             points.append((None, self._compare))
         for point in points:
             sighting = Sighting()
@@ -183,7 +183,10 @@ class Products:
         now = Fingerprint.of(loss, filled)
         if self._first is None:
             self._first, self.loss = now, loss
-            self.extent = active_extent(self.objective.evaluator.parameters, filled)
+            theta = [p.detach() for p in self.objective.evaluator.parameters]
+            self.extent = Extent.of(
+                self.layout, *map(float, active_sums(theta, filled, self.layout.device))
+            )
             return
         self._seen_twice = True
         difference = self._first.differs(now, self.epsilon)

@@ -19,6 +19,7 @@ __all__ = [
     "PRECISION",
     "ConvergenceWarning",
     "EigenResult",
+    "jumping",
     "warn_unless_converged",
 ]
 
@@ -38,6 +39,15 @@ NOT_ITS_OWN = (
     "along it (a stopped or replaced gradient, a scaled or clipped one): there may be no Hessian "
     "to it"
 )
+
+
+def jumping(epsilon: float) -> str:
+    """What speaks against differences whose gradient jumps beside θ.
+
+    Args:
+        epsilon: machine epsilon of what the loss was seen to be computed in.
+    """
+    return KINKS if epsilon <= COARSE else PRECISION
 
 
 class ConvergenceWarning(RuntimeWarning):
