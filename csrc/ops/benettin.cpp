@@ -24,7 +24,7 @@ void benettin_(Tensor state, Tensor gram, Tensor losses, int64_t k, int64_t sign
   check_k(k);
   check_vector(state, "state", state_size(k), device);
   check_sign(sign);
-  STD_TORCH_CHECK(estimate >= 0 && estimate <= 3, "estimate: expected 0 to 3, got ", estimate);
+  STD_TORCH_CHECK(estimate >= 0 && estimate <= 5, "estimate: expected 0 to 5, got ", estimate);
   STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0, "momentum: expected [0, 1), got ", momentum);
   STD_TORCH_CHECK(ema >= 0.0 && ema < 1.0, "ema: expected [0, 1), got ", ema);
   const int64_t stacked = (2 + realised + (momentum > 0.0)) * k;

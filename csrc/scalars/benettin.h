@@ -85,7 +85,7 @@ LYAPCUDA_HOST_DEVICE inline void benettin_control(const State& state, const Bene
   }
   double seen = 0.0, settled = 0.0;
   for (int i = 0; i < state.k; ++i) {
-    const Quotient found{s.ritz[i], state(StateVector::residual, i), std::sqrt(s.yy[i] / s.mm[i])};
+    const Quotient found = quotient(s, i);
     const double norm = norm_seen(found, options.sign);
     if (!(norm <= seen)) seen = norm;
     if (on_unwanted_end(found.rayleigh, found.residual, options.sign)) {

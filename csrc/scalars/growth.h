@@ -13,7 +13,9 @@ enum class Estimate : int64_t {
   kRayleigh = 0,  // ρ, the mean of two sides: unbiased, signed
   kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
   kPaper = 2,     // the paper's λ/β, which converges to h/(e − 1) under its own control
-  kSchwarz = 3    // y·y/(q·y) of the step alone: the Rayleigh quotient half a step on
+  kSchwarz = 3,   // y·y/(q·y) of the step alone: the Rayleigh quotient half a step on
+  kSecant = 4,    // ‖y‖/‖q‖ with ρ's sign: between the two before
+  kShifted = 5    // the Schwarz quotient of H shifted by ‖H‖: never beyond the wanted end
 };
 
 struct GrowthOptions {
@@ -71,34 +73,66 @@ struct Bar {
   double center, width;
 };
 
-// s = y·y/(q·y) = ρ + r²/ρ, kept within [ρ − r, ρ + r], and ‖y − sq‖/‖q‖: within so much of any s
-// there is an eigenvalue.
-LYAPCUDA_HOST_DEVICE inline Bar schwarz_bar(double rayleigh, double residual) {
-  const double size = std::fabs(rayleigh), larger = size > residual ? size : residual;
-  if (!(size > 0.0)) return {rayleigh, residual};
-  const double ratio = residual / larger;
-  return {rayleigh + std::copysign(mul(residual, ratio), rayleigh),
-          mul(residual, std::sqrt(1.0 + mul(ratio, ratio)))};
+// Whether h is read off one step alone, corrected outwards by what its residual says.
+LYAPCUDA_HOST_DEVICE inline bool of_one_step(Estimate estimate) {
+  return estimate == Estimate::kSchwarz || estimate == Estimate::kSecant ||
+         estimate == Estimate::kShifted;
+}
+
+// r²/gap, at most r: by so much the Rayleigh quotient grows half a step on, in a map whose other
+// end lies a gap away.
+LYAPCUDA_HOST_DEVICE inline double half_step(double residual, double gap) {
+  const double larger = gap > residual ? gap : residual;
+  return larger > 0.0 ? mul(residual, residual / larger) : 0.0;
+}
+
+// How far outwards of ρ the estimate lies.
+//   Schwarz: s = y·y/(q·y) = ρ + r²/ρ.
+//   secant: √(ρ·s) = √(ρ² + r²), by ρ + r²/(√(ρ² + r²) + ρ).
+//   shifted: ρ ± r²/(‖H‖ ± ρ), the Schwarz quotient of ‖H‖ ± H, whose other end is 0.
+LYAPCUDA_HOST_DEVICE inline double beyond_rayleigh(double rayleigh, double residual,
+                                                   const GrowthOptions& options, double bound) {
+  const double size = std::fabs(rayleigh);
+  if (options.estimate == Estimate::kShifted) {
+    return mul(options.sign, half_step(residual, bound + mul(options.sign, rayleigh)));
+  }
+  if (!(size > 0.0)) return 0.0;
+  double gap = size;
+  if (options.estimate == Estimate::kSecant) {
+    // (Scaled, so that no square overflows.)
+    const double larger = size > residual ? size : residual;
+    const double a = size / larger, b = residual / larger;
+    gap = size + mul(larger, std::sqrt(mul(a, a) + mul(b, b)));
+  }
+  return std::copysign(half_step(residual, gap), rayleigh);
+}
+
+// The estimate of one step, and ‖y − hq‖/‖q‖: within so much of any h there is an eigenvalue.
+LYAPCUDA_HOST_DEVICE inline Bar one_step_bar(double rayleigh, double residual,
+                                             const GrowthOptions& options, double bound) {
+  const double beyond = beyond_rayleigh(rayleigh, residual, options, bound);
+  const double ratio = residual > 0.0 ? beyond / residual : 0.0;
+  return {rayleigh + beyond, mul(residual, std::sqrt(1.0 + mul(ratio, ratio)))};
 }
 
 // The error bar of a step, whose middle is h unless that is read off the growth.
 //
-// The mean over both sides of θ (but of the Schwarz quotient, which doesn't wait for the other
+// The mean over both sides of θ (but of the quotients of one step, which don't wait for the other
 // side): one-sided errors of y, of odd order in Δq, cancel. They do so in ½(y − y') as well, whose
 // residual is at most the mean of the two; what the quotients differ by is added for the case that
-// q or the minibatch, not the side, is why.
+// q or the minibatch, not the side, is why. `bound`: of ‖H‖, as far as was seen.
 LYAPCUDA_HOST_DEVICE inline Bar error_bar(double rayleigh, double residual, double previous,
-                                          double previous_residual, Estimate estimate,
-                                          bool alternate) {
+                                          double previous_residual, const GrowthOptions& options,
+                                          double bound) {
   const bool known = std::isfinite(previous);
-  if (estimate == Estimate::kSchwarz) {
-    const Bar now = schwarz_bar(rayleigh, residual);
-    const Bar before = schwarz_bar(previous, previous_residual);
+  if (of_one_step(options.estimate)) {
+    const Bar now = one_step_bar(rayleigh, residual, options, bound);
+    const Bar before = one_step_bar(previous, previous_residual, options, bound);
     const double apart = known ? 0.5 * std::fabs(now.center - before.center) : 0.0;
     return {now.center, now.width + apart};
   }
   const double apart = known ? 0.5 * std::fabs(rayleigh - previous) : 0.0;
-  if (!known || !alternate) return {rayleigh, residual + apart};
+  if (!known || !options.alternate) return {rayleigh, residual + apart};
   return {mul(0.5, rayleigh + previous), mul(0.5, residual + previous_residual) + apart};
 }
 

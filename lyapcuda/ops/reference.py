@@ -84,12 +84,20 @@ def curvature_of_growth(exponent: float, rate: float, momentum: float, estimate:
         return float("nan")
 
 
-def schwarz_bar(rayleigh: float, residual: float) -> tuple[float, float]:
-    """The Schwarz quotient ρ + r²/ρ, at most r away from ρ, and the residual around it."""
-    if rayleigh == 0:
-        return 0.0, residual
-    beyond = min(residual, residual**2 / abs(rayleigh))
-    return rayleigh + math.copysign(beyond, rayleigh), math.hypot(residual, beyond)
+def one_step_bar(
+    rayleigh: float, residual: float, estimate: str, sign: int, bound: float
+) -> tuple[float, float]:
+    """The estimate of one step, at most r outwards of ρ, and the residual around it."""
+    secant = math.hypot(rayleigh, residual)
+    beyond = 0.0
+    if estimate == "shifted":
+        gap = max(bound + sign * rayleigh, residual)
+        beyond = sign * residual**2 / gap if gap else 0.0
+    elif rayleigh and estimate == "schwarz":
+        beyond = math.copysign(min(residual, residual**2 / abs(rayleigh)), rayleigh)
+    elif rayleigh and estimate == "secant":
+        beyond = math.copysign(residual**2 / (secant + abs(rayleigh)), rayleigh)
+    return rayleigh + beyond, math.hypot(residual, beyond)
 
 
 def error_bar(
@@ -97,15 +105,19 @@ def error_bar(
     residual: float,
     previous: float,
     previous_residual: float,
+    *,
     estimate: str,
+    sign: int,
     alternate: bool,
+    bound: float,
 ) -> tuple[float, float]:
     """Middle and half-length of the error bar, from this step's quotient and the last one's."""
     known = math.isfinite(previous)
-    if estimate == "schwarz":
-        center, width = schwarz_bar(rayleigh, residual)
+    if estimate in ("schwarz", "secant", "shifted"):
+        center, width = one_step_bar(rayleigh, residual, estimate, sign, bound)
         if known:
-            width += abs(center - schwarz_bar(previous, previous_residual)[0]) / 2
+            before = one_step_bar(previous, previous_residual, estimate, sign, bound)[0]
+            width += abs(center - before) / 2
         return center, width
     apart = abs(rayleigh - previous) / 2 if known else 0.0
     if known and alternate:
@@ -215,8 +227,10 @@ def benettin_(
         return refused()
 
     past = s["rayleigh"].tolist(), s["residual"].tolist()
+    seen = secant if sign > 0 else values.abs() + residual
+    how = {"estimate": name, "sign": sign, "alternate": alternate}
     bars = [
-        error_bar(*numbers, name, alternate)
+        error_bar(*numbers, **how, bound=max(float(s["bound"]), float(seen.max())))
         for numbers in zip(values.tolist(), residual.tolist(), *past, strict=True)
     ]
     s["center"], s["width"] = torch.tensor(bars, dtype=torch.float64).unbind(1)

@@ -18,9 +18,9 @@ __all__ = ["ESTIMATES", "MAX_K", "OF_QUOTIENTS", "new_state", "state_field", "st
 #: Separations that one state may have, at most.
 MAX_K: int = _C.max_k
 #: How `h` is read off a step, by name, as the ops number them.
-ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3}
+ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3, "secant": 4, "shifted": 5}
 #: Those that q and y alone tell, whatever the rate of the map. The others are read off its growth.
-OF_QUOTIENTS = ("rayleigh", "schwarz")
+OF_QUOTIENTS = ("rayleigh", "schwarz", "secant", "shifted")
 
 _FIELDS = {k: _C.state_fields(k) for k in range(1, MAX_K + 1)}
 #: Fields of a new state that are 0. All others are NaN, but see `new_state` for k = 1.
