@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import lyapcuda
+from lyapcuda.basis import Basis
 from lyapcuda.solvers.agreement import both_sides
-from lyapcuda.solvers.basis import Basis
 from ops import cpu_name
 
 SHARES = (16.0, 4.0, 1.0, 0.25)

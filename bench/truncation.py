@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import lyapcuda
+from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import separation_size
-from lyapcuda.solvers.basis import Basis
 from lyapcuda.solvers.difference_error import truncation_along
 from ops import cpu_name
 from peers_problems import Problem, attention, load, prepare

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, fraction, positive, whole
+from lyapcuda.arguments import choice, fraction, positive, proper_fraction, whole
 from lyapcuda.arguments import seed as check_seed
-from lyapcuda.dynamics.options import GrowthOptions
+from lyapcuda.dynamics.options import AUTO, GrowthOptions, Tolerance
+from lyapcuda.dynamics.refinement import check_room
 from lyapcuda.dynamics.separations import (
     ENDS,
     Separations,
@@ -28,7 +29,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
-from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
 from lyapcuda.objective.isolation import (
     LooseParameters,
@@ -48,7 +49,7 @@ from lyapcuda.params.shards import compute_epsilon
 
 __all__ = ["CurvatureTracker"]
 
-_FORMAT = 7
+_FORMAT = 8
 
 
 class CurvatureTracker:
@@ -75,15 +76,22 @@ class CurvatureTracker:
             14 measurements take five gradients more for, every hundredth three. Paper: 5e-2.
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
-        estimate: what `h` is. "rayleigh": the Rayleigh quotient q·y/‖q‖², y = g(θ + q) − g(θ),
-            unbiased and signed; the mean of the last two, which look from opposite sides of θ.
-            For k > 1 the Ritz values, which are the Rayleigh quotients within the span of all q.
-            "schwarz": y·y/(q·y) of the last step alone, half a step nearer to the eigenvector: the
-            best where h0 moves or ``every`` > 1, and of sub-batches their own h0; one-sided in Δq.
-            Not for ``which="SA"`` where no eigenvalue is negative: it errs outward of ρ.
+        estimate: what `h` is. "auto" chooses at the first step: "schwarz" where the loss is seen to
+            be smooth, "secant" where it isn't, "shifted" for ``which="SA"``. These are of the last
+            step alone, free, and correct the Rayleigh quotient ρ = q·y/‖q‖², y = g(θ + q) − g(θ),
+            outwards by what its residual says, for a q that lags behind; for k > 1 the Ritz values.
+            "schwarz": y·y/(q·y), half a step nearer to the eigenvector; doubles what isn't linear
+            in y (kinks). "secant": ‖y‖/‖q‖ with the sign of ρ, halfway there. "shifted": the
+            Schwarz quotient of ‖H‖ ± H, never beyond the wanted end of the spectrum.
+            "rayleigh": the mean of the last two ρ, which look from opposite sides of θ; lags.
             "growth": the exact inversion (e^λ − 1)/β of the growth. "paper": Algorithm 1 as printed
             (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1); as printed, a single
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.
+        tol: a step takes further gradients of the same minibatch while the residual of a value is
+            above tol·|h|, in (0, 1): each brings the largest residual into the span that the values
+            are taken from. None: never. One number is read back at every step.
+        iterations: the most further gradients in a step. Memory: 2·(k + iterations) − k N-float
+            buffers, and a gradient while they are taken.
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that
             follows the curvature.
         momentum: m of the heavy-ball map (App. B), 0 for none; needs 2k more N-float buffers.
@@ -112,7 +120,9 @@ class CurvatureTracker:
         perturbation: float | None = None,
         *,
         which: str = "LA",
-        estimate: str = "rayleigh",
+        estimate: str = AUTO,
+        tol: float | None = None,
+        iterations: int = 2,
         beta: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -126,13 +136,21 @@ class CurvatureTracker:
         positive("perturbation", perturbation)
         positive("beta", beta)
         choice("which", which, ENDS)
-        choice("estimate", estimate, ops.ESTIMATES)
+        choice("estimate", estimate, (AUTO, *ops.ESTIMATES))
         fraction("momentum", momentum)
         fraction("ema", ema)
         whole("every", every)
         whole("k", k)
         whole("history", history, 0)
         check_seed("seed", seed)
+        whole("iterations", iterations)
+        if tol is not None:
+            proper_fraction("tol", tol)
+            if estimate == "paper":
+                raise ValueError(
+                    'tol: Algorithm 1 as printed (estimate="paper") takes one gradient a step; '
+                    "choose another estimate"
+                )
         self._chosen_modules = chosen_modules(model)
         self._layout = FlatLayout(params, weight_decay)
         if process_group is not None and self._layout.sharded:
@@ -147,7 +165,12 @@ class CurvatureTracker:
         self._ends = ends_of(which, k, self._layout.numel)
         self._tensors = [p.tensor for p in self._layout.parameters]
         self.k, self.every, self.which, self.estimate = k, every, which, estimate
-        self._options = GrowthOptions(estimate, perturbation, beta, momentum, ema, seed)
+        tolerance = None if tol is None else Tolerance(tol, iterations)
+        if tolerance is not None:
+            check_room(self._layout, k, tolerance)
+        self.tol, self.iterations = tol, iterations
+        self._options = GrowthOptions(estimate, perturbation, beta, momentum, ema, seed, tolerance)
+        self._gradients = 0
         self._debug, self._process_group = debug, process_group
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
@@ -296,8 +319,7 @@ class CurvatureTracker:
         copies = self._separations.place()
         try:
             evaluate = partial(self._evaluate, closure, measure, micro, leave)
-            evaluated, beside = self._sized(evaluate, copies)
-            totals = self._separations.advance(evaluated.found.of(0, len(copies)), beside)
+            evaluated, totals = self._advanced(evaluate, copies)
         except BaseException as error:
             if before is not None and isinstance(error, RankError):
                 before.restore()
@@ -336,26 +358,40 @@ class CurvatureTracker:
         micro: list[tuple[Any, float]] | None,
         leave: bool,
         copies: list[list[Tensor]],
+        further: Further | None = None,
     ) -> Measured:
-        evaluator, check = self._evaluator, self._debug
+        evaluator, how = self._evaluator, {"check": self._debug, "further": further}
         if micro is not None:
-            return accumulated(evaluator, closure, micro, copies, check=check)
+            return accumulated(evaluator, closure, micro, copies, **how)
         if measure is not None and copies:
-            return beside(evaluator, measure, closure, copies, check=check)
-        found = evaluator.gradients(closure, copies, leave=leave, check=check)
+            return beside(evaluator, measure, closure, copies, **how)
+        found = evaluator.gradients(closure, copies, leave=leave, **how)
         return Measured(found, found.loss0)
 
-    def _sized(
-        self, evaluate: Callable[[list[list[Tensor]]], Measured], copies: list[list[Tensor]]
+    def _advanced(
+        self, evaluate: Callable[..., Measured], copies: list[list[Tensor]]
     ) -> tuple[Measured, Tensor | None]:
-        """An evaluation at the separations' copies, and what it tells of their size."""
-        sizing = self._sizing
-        if not sizing.due:
-            return evaluate(copies), None
-        all_copies = [*copies, *sizing.probes(copies)]
+        """An evaluation at the separations' copies, and their step; the sums that `Sizing` asks
+        for.
+        """
+        sizing, separations, totals = self._sizing, self._separations, None
+        all_copies = [*copies, *sizing.probes(copies)] if sizing.due else copies
+
+        def advance(found: Gradients, probe: Probe | None = None) -> None:
+            nonlocal totals
+            if sizing.watches:
+                separations.suit(sizing.sighting.smooth)
+            beside = sizing.sums(found, len(copies)) if sizing.due else None
+            totals = separations.advance(found.of(0, len(copies)), beside, probe)
+
+        # Further gradients are of the same function: taken before its states are let go.
+        further = advance if separations.refines else None
         with watching(sizing.sighting) if sizing.watches else nullcontext():
-            evaluated = evaluate(all_copies)
-        return evaluated, sizing.sums(evaluated.found, len(copies))
+            evaluated = evaluate(all_copies, further)
+        if further is None:
+            advance(evaluated.found)
+        self._gradients += len(all_copies) + separations.further
+        return evaluated, totals
 
     def _resize(self, totals: Tensor | None) -> None:
         """After the separations' step: Δq of the next ones, and the noise of this one."""
@@ -475,7 +511,8 @@ class CurvatureTracker:
         """What has to be the same on all ranks, as numbers."""
         values = {"numel": self._layout.numel, "k": self.k, "every": self.every}
         values |= {"which": list(ENDS).index(self.which)}
-        values |= {"estimate": ops.ESTIMATES[self.estimate]}
+        values |= {"estimate": ops.ESTIMATES.get(self.estimate), "iterations": self.iterations}
+        values |= {"tol": self.tol}
         names = ("perturbation", "beta", "momentum", "ema", "seed")
         values |= {name: getattr(self._options, name) for name in names}
         return {name: -1.0 if value is None else float(value) for name, value in values.items()}
@@ -647,6 +684,11 @@ class CurvatureTracker:
         return 0 if self._history is None else self._history.capacity
 
     @property
+    def gradients(self) -> int:
+        """How many gradients the measurements have taken so far, beside those at θ."""
+        return self._gradients
+
+    @property
     def due(self) -> bool:
         """Whether the next step measures (``every``)."""
         return self._calls % self.every == 0
@@ -671,6 +713,7 @@ class CurvatureTracker:
             "format": _FORMAT,
             **self._kind(),
             "calls": self._calls,
+            "gradients": self._gradients,
             "sizing": self._sizing.state_dict(),
             "separations": [] if self._separations is None else self._separations.state_dict(),
             "history": None if self._history is None else self._history.state_dict(),
@@ -703,9 +746,10 @@ class CurvatureTracker:
             saved = state_dict.get(name)
             if saved != mine:
                 raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
-        require_entries(state_dict, "calls", "sizing", "separations", "history")
+        require_entries(state_dict, "calls", "gradients", "sizing", "separations", "history")
         saved, calls = state_dict["separations"], state_dict["calls"]
         whole("state_dict: calls", calls, 0)
+        whole("state_dict: gradients", state_dict["gradients"], 0)
         if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
             raise ValueError(
                 f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
@@ -725,7 +769,7 @@ class CurvatureTracker:
         if not saved:
             self._separations = None
         self._sizing = sizing
-        self._calls = int(calls)
+        self._calls, self._gradients = int(calls), int(state_dict["gradients"])
         if self._history is not None:
             self._history.restart(self._calls)
             if history is not None:

@@ -9,12 +9,14 @@ residuals.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.basis import Basis
 from lyapcuda.dynamics.options import GrowthOptions
 from lyapcuda.dynamics.perturbation import chosen_perturbation
 from lyapcuda.objective.evaluator import Gradients, lacks_any
@@ -22,6 +24,7 @@ from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
+from lyapcuda.params.shards import local
 
 __all__ = ["Benettin"]
 
@@ -34,10 +37,13 @@ def _state_on(state: Tensor, device: torch.device) -> Tensor:
 class _GroupPanels:
     """The panels of one group, k flat buffers each: q and d, with momentum p and the next p.
 
-    In d lie, in turns, θ + q, the gradients there, and what the step makes of them.
+    In d lie, in turns, θ + q, the gradients there, and what the step makes of them; ``copies``: the
+    first two lie there instead.
     """
 
-    def __init__(self, group: FlatGroup, k: int, momentum: float) -> None:
+    def __init__(
+        self, group: FlatGroup, k: int, momentum: float, copies: Tensor | None = None
+    ) -> None:
         self.group = group
 
         def panel(dtype: torch.dtype = group.buffer_dtype) -> Tensor:
@@ -45,14 +51,14 @@ class _GroupPanels:
 
         self.q, self.d = panel(), panel()
         # 16-bit gradients can't hold d: θ + q and the gradients there lie in a panel of their own.
-        self._rounded = panel(group.dtype) if group.rounds else None
+        self._apart = panel(group.dtype) if group.rounds else copies
         self.p = panel() if momentum else None
         self.p_next = panel() if momentum else None
 
     @property
     def copies(self) -> Tensor:
         """The panel that θ + q lies in."""
-        return self.d if self._rounded is None else self._rounded
+        return self.d if self._apart is None else self._apart
 
     def swap(self) -> None:
         """What the step wrote becomes q and p; d and p_next are what they were."""
@@ -70,30 +76,49 @@ class Benettin:
     For k > 1 a step writes the next separations to q. For k = 1 the panels q and d change places
     instead, and the separation is ``transform·q``: a pass less (`lyapcuda.ops.step`).
 
-    With an estimate from quotients ("rayleigh", "schwarz") the separations are turned to the Ritz
-    vectors at every step, which leaves their span alone: q_i then belongs to value i. The other
-    estimates keep Benettin's own basis, whose exponents they are read from.
+    With an estimate from quotients (`lyapcuda.ops.OF_QUOTIENTS`) the separations are turned to the
+    Ritz vectors at every step, which leaves their span alone: q_i then belongs to value i. The
+    other estimates keep Benettin's own basis, whose exponents they are read from.
 
     Args:
         layout: of the parameters.
         k: separations, 1 to 32.
         sign: 1 climbs, to the largest eigenvalues; −1 descends, to the smallest.
         options: of the map.
+        copies: panels, one a group, in which the gradients at the copies outlast the step; None:
+            they don't.
     """
 
-    def __init__(self, layout: FlatLayout, k: int, sign: int, options: GrowthOptions) -> None:
+    def __init__(
+        self,
+        layout: FlatLayout,
+        k: int,
+        sign: int,
+        options: GrowthOptions,
+        copies: Sequence[Tensor | None] | None = None,
+    ) -> None:
         self.layout, self.k, self._sign, self._seed = layout, k, sign, options.seed
+        self._chosen = options
         self._options = {
             **options.of_ops(sign),
             "realised": any(group.rounds for group in layout.groups),
-            "rotate": options.estimate in ops.OF_QUOTIENTS,
+            "rotate": options.of_quotients,
         }
-        self._groups = [_GroupPanels(group, k, options.momentum) for group in layout.groups]
+        self._groups = [
+            _GroupPanels(group, k, options.momentum, panel)
+            for group, panel in zip(
+                layout.groups, copies or [None] * len(layout.groups), strict=True
+            )
+        ]
         self._copies = Copies(layout)
         size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
+
+    def suit(self, smooth: bool) -> None:
+        """Takes the estimate that suits the loss, unless the user chose one."""
+        self._options["estimate"] = self._chosen.suitable(self._sign, smooth)
 
     def resize(self, size: float) -> None:
         """Takes another Δq, from the next separations on."""
@@ -230,6 +255,80 @@ class Benettin:
         if not skip or self._field("again"):
             ops.benettin_refine_(self.state, self.layout.reduce(self._second_gram()), self.k)
 
+    # --- in a larger span (`lyapcuda.dynamics.refinement`) ---------------------------------------
+
+    @property
+    def gradients(self) -> list[list[Tensor]]:
+        """Those at the copies, where they were, after `measure`; with ``copies`` of the user's."""
+        return self._views()
+
+    def unsettled(self, gram: Tensor, losses: Tensor, tol: float) -> Tensor:
+        """Whether `conclude` would leave a residual above tol·|h|; 0-dim bool on the device."""
+        state = self.state.clone()
+        ops.benettin_(state, gram, losses, self.k, **self._options)
+        h, residual = self._field("h", state), self._field("residual", state)
+        return (self._field("accepted", state) > 0) & (residual > tol * h.abs()).any()
+
+    def export(self, vectors: Basis, size: Tensor) -> None:
+        """Writes what the gradients' differences belong to, over Δq, to k rows."""
+        for part, rows in zip(self._groups, vectors.panels, strict=True):
+            group = part.group
+            state, here = _state_on(self.state, group.device), size.to(group.device).squeeze()
+            times = self._field("transform", state).squeeze() if self.k == 1 else 1.0
+            if not group.rounds:
+                torch.mul(part.q, times / here, out=rows)
+                continue
+            for q, row in zip(part.q, rows, strict=True):
+                for theta, held, out in zip(
+                    group.tensors, group.views(q), group.views(row), strict=True
+                ):
+                    wide = local(theta).to(held.dtype)
+                    there = (wide + (held * times).to(held.dtype)).to(group.dtype)
+                    out.copy_((there.to(held.dtype) - wide) / here)
+
+    @torch.no_grad()
+    def replace(
+        self,
+        vectors: Basis,
+        products: Basis,
+        mix: Tensor,
+        vv: Tensor,
+        vy: Tensor,
+        yy: Tensor,
+    ) -> Tensor:
+        """Goes on from other separations, between `measure` and `conclude`.
+
+        Args:
+            vectors, products: k rows q and y each.
+            mix: (k, k), float64, what the new separations have of the ones before: their momenta
+                have as much.
+            vv, vy, yy: the rows' products with each other, over all elements.
+
+        Returns:
+            The Gram matrix for `conclude`.
+        """
+        device, momentum = self.state.device, float(self._options["momentum"])
+        for part, q, y in zip(self._groups, vectors.panels, products.panels, strict=True):
+            state = _state_on(self.state, part.group.device)
+            part.q.copy_(q)
+            moved = y
+            if part.p is not None:
+                times = self._field("transform", state) if self.k == 1 else 1.0
+                ops.combine_(part.p, part.p, (mix.to(state.device) * times).contiguous())
+                moved = torch.add(y, part.p, alpha=momentum, out=part.p_next)
+            rate = (self._sign * self._field("beta", state)).squeeze()
+            torch.mul(moved, rate, out=part.d)
+            part.d.add_(part.q)
+        if self.k == 1:
+            self._field("transform").fill_(1.0)  # it is in q and p
+        blocks = [0, 1, 0] if self._options["realised"] else [0, 1]
+        sums = {(0, 0): vv, (0, 1): vy, (1, 0): vy.T, (1, 1): yy}
+        gram = torch.cat([torch.cat([sums[i, j] for j in blocks], 1) for i in blocks])
+        if not momentum:
+            return gram
+        parts = [ops.gram(part.d, part.d).to(device) for part in self._groups]
+        return torch.block_diag(gram, self.layout.reduce(torch.stack(parts).sum(0)))
+
     def excuse(self) -> None:
         """What the other ranks exchange in `conclude`, on one whose closure raised."""
         if self.k > 1:
@@ -298,13 +397,16 @@ class Benettin:
         ]
         return {
             "state": state,
+            "estimate": self._options["estimate"],
             "q": self.layout.unpack(self._separations()),
             "p": self.layout.unpack(momenta) if momenta else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
-        require_entries(saved, "state", "q", "p")
+        require_entries(saved, "state", "estimate", "q", "p")
+        if saved["estimate"] not in ops.ESTIMATES.values():
+            raise ValueError(f"state_dict: estimate is {saved['estimate']!r}")
         check_shapes("state", [self.state], [saved["state"]])
         momenta = [part.p for part in self._groups if part.p is not None]
         check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
@@ -314,6 +416,7 @@ class Benettin:
         check_finite("p", saved_p)
         names = ("perturbation", "beta", "transform")
         check_finite("state", [self._field(name, saved["state"]) for name in names])
+        self._options["estimate"] = int(saved["estimate"])
         self.state.copy_(saved["state"])
         self._settle(self.state)
         self.layout.pack_([part.q for part in self._groups], saved["q"])

@@ -6,11 +6,28 @@ from dataclasses import dataclass
 
 from lyapcuda import ops
 
-__all__ = ["SIGNS", "GrowthOptions"]
+__all__ = ["AUTO", "SIGNS", "GrowthOptions", "Tolerance"]
 
 #: The sign of the map by the end of the spectrum that it finds: gradient ascent the largest
 #: (algebraic) eigenvalue, descent the smallest.
 SIGNS = {"LA": 1, "SA": -1}
+
+
+#: The estimate that suits the loss: chosen at the first evaluation (`GrowthOptions.chosen`).
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a step takes further gradients, and how many.
+
+    Attributes:
+        tol: residuals above tol·|h| ask for them.
+        iterations: the most in a step.
+    """
+
+    tol: float
+    iterations: int
 
 
 @dataclass(frozen=True)
@@ -18,12 +35,13 @@ class GrowthOptions:
     """The options of a map θ ← θ ± βg(θ) whose copies part.
 
     Attributes:
-        estimate: what h is read from, a key of `lyapcuda.ops.ESTIMATES`.
+        estimate: what h is read from, a key of `lyapcuda.ops.ESTIMATES`, or `AUTO`.
         perturbation: Δq, the norm of a separation; None to choose it.
         beta: a fixed rate; None for one that follows the curvature.
         momentum: m of the heavy-ball map, 0 for the plain one.
         ema: weight of the past in the average of h.
         seed: of the random first separations.
+        tolerance: when a step takes further gradients; None: never.
     """
 
     estimate: str = "rayleigh"
@@ -32,6 +50,7 @@ class GrowthOptions:
     momentum: float = 0.0
     ema: float = 0.9
     seed: int = 0
+    tolerance: Tolerance | None = None
 
     @property
     def first_rate(self) -> float:
@@ -40,11 +59,27 @@ class GrowthOptions:
             return self.beta
         return 1.0 if self.estimate == "paper" else 0.0
 
+    def suitable(self, sign: int, smooth: bool) -> int:
+        """The number of the estimate, for a loss that is known to be smooth, or isn't.
+
+        The Schwarz quotient is the nearest where y is linear in q. It counts what isn't (kinks) in
+        full, ‖y‖/‖q‖ half of it. Both grow with the other end of the spectrum, which a descent has
+        more of: there it is the Schwarz quotient of ‖H‖ − H.
+        """
+        if self.estimate != AUTO:
+            return ops.ESTIMATES[self.estimate]
+        return ops.ESTIMATES["shifted" if sign < 0 else "schwarz" if smooth else "secant"]
+
+    @property
+    def of_quotients(self) -> bool:
+        """Whether h is read off q and y alone."""
+        return self.estimate == AUTO or self.estimate in ops.OF_QUOTIENTS
+
     def of_ops(self, sign: int) -> dict[str, object]:
         """As `lyapcuda.ops.benettin_` takes them."""
         return {
             "sign": sign,
-            "estimate": ops.ESTIMATES[self.estimate],
+            "estimate": self.suitable(sign, smooth=False),
             "momentum": self.momentum,
             "control": self.beta is None,
             # One side of θ and the other in turns: half the difference of two successive values is

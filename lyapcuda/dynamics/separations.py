@@ -13,7 +13,8 @@ from torch import Tensor
 from lyapcuda import ops
 from lyapcuda.dynamics.benettin import Benettin
 from lyapcuda.dynamics.options import SIGNS, GrowthOptions
-from lyapcuda.objective.evaluator import Gradients
+from lyapcuda.dynamics.refinement import Refinement
+from lyapcuda.objective.evaluator import Gradients, Probe
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import Ranks
 
@@ -109,15 +110,34 @@ class Separations:
 
     def __init__(self, layout: FlatLayout, ends: Sequence[End], options: GrowthOptions) -> None:
         self._layout = layout
-        self._of = [Benettin(layout, end.k, SIGNS[end.which], options) for end in ends]
+        signed = [(SIGNS[end.which], end.k) for end in ends]
+        self._tol, self._refinement = 0.0, None
+        if options.tolerance is not None:
+            self._tol = options.tolerance.tol
+            self._refinement = Refinement(layout, signed, options.tolerance)
+        self._of = [
+            Benettin(layout, k, sign, options, self._refinement and self._refinement.copies(number))
+            for number, (sign, k) in enumerate(signed)
+        ]
+        # What the next exchange has of sums and losses; and whether all ranks raise in it.
+        self._awaited, self._stops = 0, False
 
     def __iter__(self) -> Iterator[Benettin]:
         return iter(self._of)
 
     # --- a step ----------------------------------------------------------------------------------
 
+    @property
+    def refines(self) -> bool:
+        """Whether a step may need further gradients, from the probe that `advance` takes."""
+        return self._refinement is not None
+
     def place(self) -> list[list[Tensor]]:
         """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        self._awaited = 1 + BESIDE + sum(s.k + s.sums for s in self._of)
+        self._stops = False
+        if self._refinement is not None:
+            self._refinement.gradients = 0
         return [copy for separation in self._of for copy in separation.place()]
 
     def resize(self, size: float) -> None:
@@ -130,12 +150,21 @@ class Separations:
         for separation in self._of:
             separation.widen(noise, doubt)
 
-    def advance(self, found: Gradients, beside: Tensor | None = None) -> Tensor | None:
+    def suit(self, smooth: bool) -> None:
+        """Takes the estimate that suits the loss, unless the user chose one."""
+        for separation in self._of:
+            separation.suit(smooth)
+
+    def advance(
+        self, found: Gradients, beside: Tensor | None = None, probe: Probe | None = None
+    ) -> Tensor | None:
         """Steps all of them along their gradients, with one exchange among the ranks.
 
         Args:
             found: the gradients at θ and at the copies that `place` returned, in that order.
             beside: further float64 sums over this rank's elements, `BESIDE` of them; or zeros.
+            probe: evaluates at further copies, where residuals ask for it: one number is read back
+                then at every step, and there is an exchange more for every such copy.
 
         Returns:
             ``beside``, over all elements.
@@ -153,11 +182,41 @@ class Separations:
         sums = [s.measure(part) for s, part in zip(self._of, parts, strict=True)]
         if ranks is not None:
             beside = self.state.new_zeros(BESIDE) if beside is None else beside
-            (*sums, beside), losses = ranks.exchange([*sums, beside], losses)
-        for separation, total, span in zip(self._of, sums, spans, strict=True):
-            alone = len(self._of) == 1
-            separation.conclude(total, losses if alone else torch.cat([losses[:1], losses[span]]))
+            (*sums, beside), losses = ranks.exchange([*sums, beside], losses, now=self.refines)
+        alone = len(self._of) == 1
+        own = [losses if alone else torch.cat([losses[:1], losses[span]]) for span in spans]
+        if probe is not None:
+            sums, further = self._refined(sums, own, probe)
+            own = [torch.cat([part, further]) for part in own]
+        for separation, total, part in zip(self._of, sums, own, strict=True):
+            separation.conclude(total, part)
         return beside
+
+    def _refined(
+        self, sums: list[Tensor], losses: list[Tensor], probe: Probe
+    ) -> tuple[list[Tensor], Tensor]:
+        """The Gram matrices to conclude with, after as many further gradients as it takes, and the
+        losses there.
+        """
+        zipped = zip(self._of, sums, losses, strict=True)
+        asking = torch.stack([s.unsettled(total, part, self._tol) for s, total, part in zipped])
+        refined = None
+        if bool(asking.any()):
+            self._stops = True
+            refined = self._refinement.refine(self._of, probe, self._exchange)
+        return refined or (sums, self.state.new_zeros(0))
+
+    def _exchange(self, sums: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = self._layout.ranks
+        if ranks is None:
+            return sums, loss
+        (sums,), loss = ranks.exchange([sums], loss, now=True)
+        return sums, loss.reshape(1)
+
+    @property
+    def further(self) -> int:
+        """Gradients that the last step took beyond one a separation."""
+        return 0 if self._refinement is None else self._refinement.gradients
 
     def excuse(self) -> None:
         """Instead of `advance`, on a rank whose closure raised.
@@ -167,9 +226,9 @@ class Separations:
         ranks, device = self._layout.ranks, self.state.device
         if ranks is None:
             return
-        numbers = 1 + BESIDE + sum(separation.k + separation.sums for separation in self._of)
-        ranks.fail(numbers, device)
-        if ranks.reads_back(device):  # the others stopped there
+        awaited = self._refinement.awaited if self._stops else self._awaited
+        ranks.fail(awaited, device)
+        if self.refines or ranks.reads_back(device):  # the others stopped there
             return
         for separation in self._of:
             separation.excuse()

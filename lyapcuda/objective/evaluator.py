@@ -23,7 +23,16 @@ from lyapcuda.objective.pointing import pointing
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.shards import locals_of, reset
 
-__all__ = ["Closure", "Evaluator", "Gradients", "check_loss", "check_same", "lacks_any"]
+__all__ = [
+    "Closure",
+    "Evaluator",
+    "Further",
+    "Gradients",
+    "Probe",
+    "check_loss",
+    "check_same",
+    "lacks_any",
+]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
 #: itself or leave that to us.
@@ -44,6 +53,9 @@ class Gradients:
         span = slice(first, first + count)
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
+
+#: Is handed what was found, and a way to evaluate at further copies.
+Further = Callable[["Gradients", "Probe"], None]
 
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
@@ -91,9 +103,13 @@ class Evaluator:
     ) -> None:
         self.parameters, self.names, self.modules = parameters, names, modules
 
-    def snapshot(self, generators: Iterable[torch.Generator] = ()) -> Snapshot:
-        """What an evaluation may change besides its result, as it is now."""
-        return Snapshot(self.parameters, self.modules, generators)
+    def snapshot(
+        self, generators: Iterable[torch.Generator] = (), *, values: bool = False
+    ) -> Snapshot:
+        """What an evaluation may change besides its result, as it is now; ``values``: copies of the
+        gradients with it.
+        """
+        return Snapshot(self.parameters, self.modules, generators, values=values)
 
     @contextmanager
     def pointing_to(self, copies: Sequence[Tensor]) -> Iterator[None]:
@@ -157,6 +173,7 @@ class Evaluator:
         *,
         leave: bool = False,
         check: bool = False,
+        further: Further | None = None,
     ) -> Gradients:
         """Evaluates the closure at every one of ``copies`` (θ + q_j), then at the parameters (θ).
 
@@ -168,6 +185,7 @@ class Evaluator:
                 leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
                 random states and buffers after it.
             check: evaluate once more at θ, and raise where the two differ. Waits for the device.
+            further: called in the end; may evaluate at more copies, which leaves no trace either.
 
         Raises:
             TypeError, ValueError: as `evaluate`. After these, as after any exception of the
@@ -195,6 +213,11 @@ class Evaluator:
             loss0, g0 = self.evaluate(closure)
             if check:
                 check_same(once, Fingerprint.of(loss0, g0))
+            result = Gradients(g0, found, loss0, losses)
+            if further is not None:
+                probe = Probe(self, closure, before)
+                further(result, probe)
+                probe.end()
         except BaseException:
             reset(self.modules)
             before.restore()
@@ -203,7 +226,49 @@ class Evaluator:
         if not leave:
             before.restore()
             before.restore_gradients()
-        return Gradients(g0, found, loss0, losses)
+        return result
+
+
+class Probe:
+    """Evaluates a closure at further copies after it was evaluated at θ.
+
+    What that evaluation has left (gradients, random states, buffers) is put back by `end`, bitwise.
+    Memory: a copy of the gradients, from `origin` on.
+
+    Args:
+        evaluator, closure: whose gradients.
+        before: the states that every evaluation starts from.
+
+    Attributes:
+        gradients: those of the last call, where its copy was.
+    """
+
+    def __init__(self, evaluator: Evaluator, closure: Closure, before: Snapshot) -> None:
+        self._evaluator, self._closure, self._before = evaluator, closure, before
+        self._after: Snapshot | None = None
+        self.gradients: list[Tensor | None] = []
+
+    def origin(self) -> list[Tensor | None]:
+        """The gradients at θ, which later evaluations don't overwrite."""
+        if self._after is None:
+            self._after = self._evaluator.snapshot(values=True)
+        return locals_of(self._after.gradients)
+
+    def __call__(self, copy: Sequence[Tensor]) -> Tensor:
+        """Returns the loss at ``copy``, which comes back holding the gradient there."""
+        self.origin()
+        self._before.restore()
+        with pointing(self._evaluator.parameters, self._evaluator.modules) as hold:
+            hold(copy)
+            loss, there = self._evaluator.evaluate(self._closure)
+            self.gradients = _moved(there, copy)
+        return loss
+
+    def end(self) -> None:
+        """Puts back what the evaluation at θ has left."""
+        if self._after is not None:
+            self._after.restore()
+            self._after.restore_gradients()
 
 
 def check_same(once: Fingerprint, again: Fingerprint) -> None:

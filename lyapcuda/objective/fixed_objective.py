@@ -6,8 +6,6 @@ that differences of gradients belong to one symmetric Hessian.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +17,7 @@ from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
 from lyapcuda.objective.evaluator import Closure, Evaluator, check_loss
 from lyapcuda.objective.random_states import RandomStates
+from lyapcuda.params.memory import free_bytes
 
 __all__ = ["FixedObjective", "Point"]
 
@@ -30,16 +29,6 @@ Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 # Graphs of several batches are kept where there are at most so many, and they take at most this
 # share of the free memory, and so many bytes.
 _MANY, _SHARE, _MOST = 64, 0.125, 2**31
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Memory that is free on a device; 0 where that isn't known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
-    if device.type != "cpu" or any(name not in os.sysconf_names for name in names):
-        return 0.0
-    return math.prod(map(os.sysconf, names))
 
 
 class FixedObjective:
@@ -258,7 +247,7 @@ class FixedObjective:
         count, device = self.batches.count, self.evaluator.parameters[0].device
         if count is None or count > _MANY:
             return False
-        return count * graph.held_bytes() <= min(_free_bytes(device) * _SHARE, _MOST)
+        return count * graph.held_bytes() <= min((free_bytes(device) or 0) * _SHARE, _MOST)
 
     @property
     def is_one_batch(self) -> bool:

@@ -162,15 +162,23 @@ class TrackedGradients:
     Args:
         parameters: the tracked ones.
         modules: those that hold them.
+        values: keep copies of them, as evaluations may write to their memory.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], modules: Sequence[nn.Module], values: bool = False
+    ) -> None:
         # DDP may have gradients lie in its buckets, which the next evaluation writes.
         buckets = _has(modules, DistributedDataParallel) and any(
             isinstance(m, DistributedDataParallel) and m.gradient_as_bucket_view for m in modules
         )
         self._parameters, self._gradients = parameters, [p.grad for p in parameters]
-        self._values = [_value_of(g) for g in self._gradients] if buckets else ()
+        self._values = [_value_of(g) for g in self._gradients] if values or buckets else ()
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """The copies, as far as some are kept."""
+        return list(self._values)
 
     @deferred()
     def restore(self) -> None:
@@ -211,6 +219,7 @@ class Snapshot:
         parameters: the tracked ones.
         modules: whose buffers and other parameters' gradients are kept.
         generators: of the user's own, whose states are kept too.
+        values: keep copies of the tracked gradients as well.
     """
 
     def __init__(
@@ -218,13 +227,15 @@ class Snapshot:
         parameters: Sequence[Tensor],
         modules: Sequence[nn.Module],
         generators: Iterable[torch.Generator] = (),
+        *,
+        values: bool = False,
     ) -> None:
         if capturing():
             raise RuntimeError(
                 "a measurement can't be captured in a CUDA graph: it reads and restores random "
                 "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
             )
-        self._tracked = TrackedGradients(parameters, modules)
+        self._tracked = TrackedGradients(parameters, modules, values)
         # Accumulation is in place, so the values of other parameters' gradients are kept as well.
         self._other_gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
@@ -232,6 +243,11 @@ class Snapshot:
         ]
         self._buffers = _Buffers(modules)
         self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The tracked gradients' copies."""
+        return self._tracked.values
 
     @deferred()
     def restore(self) -> None:

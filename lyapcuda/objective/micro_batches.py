@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lyapcuda.arguments import proper_fraction
 from lyapcuda.objective.batches import batch_size
-from lyapcuda.objective.evaluator import Closure, Evaluator, Gradients
+from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients
 from lyapcuda.objective.isolation import untracked
 
 __all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
@@ -68,7 +68,13 @@ class Measured:
 
 
 def beside(
-    evaluator: Evaluator, part: Closure, whole: Closure, copies: Copies, *, check: bool = False
+    evaluator: Evaluator,
+    part: Closure,
+    whole: Closure,
+    copies: Copies,
+    *,
+    check: bool = False,
+    further: Further | None = None,
 ) -> Measured:
     """Measures ``part`` without a trace, then evaluates ``whole`` as training does.
 
@@ -77,7 +83,7 @@ def beside(
         states and buffers are what one plain evaluation of ``whole`` leaves; after an exception
         everything is as it was.
     """
-    found = evaluator.gradients(part, copies, check=check)
+    found = evaluator.gradients(part, copies, check=check, further=further)
     # The second evaluation may use their storage again (DDP's buckets). One by one, so that there
     # are never two of them all.
     for i in range(len(found.g0)):
@@ -133,6 +139,7 @@ def accumulated(
     copies: Copies,
     *,
     check: bool = False,
+    further: Further | None = None,
 ) -> Measured:
     """The gradient averaged over micro-batches; the copies see the last of them.
 
@@ -141,7 +148,7 @@ def accumulated(
         closure: called with each batch, with the last once more for every copy.
         batches: from `shares`.
         copies: none to evaluate the average only.
-        check: as for `Evaluator.gradients`.
+        check, further: as for `Evaluator.gradients`.
 
     Returns:
         The last batch's gradients, the average of the losses, and what is to be left: in ``.grad``
@@ -162,7 +169,9 @@ def accumulated(
             average.add(weight)
             loss = loss + value * weight
         batch, weight = batches[-1]
-        found = evaluator.gradients(lambda: closure(batch), copies, leave=True, check=check)
+        found = evaluator.gradients(
+            lambda: closure(batch), copies, leave=True, check=check, further=further
+        )
     except BaseException:
         before.restore()
         before.restore_gradients()

@@ -170,12 +170,15 @@ class Ranks:
             return part
         return self._total(self._gather(part.flatten())).view(part.shape)
 
-    def exchange(self, sums: Sequence[Tensor], losses: Tensor) -> tuple[list[Tensor], Tensor]:
+    def exchange(
+        self, sums: Sequence[Tensor], losses: Tensor, *, now: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
         """The exchange of a step.
 
         Args:
             sums: float64, over the elements that this rank holds.
             losses: float64, this rank's.
+            now: wait for the device, and raise here on CUDA too.
 
         Returns:
             The sums over all elements, and losses that are finite only where everyone's are.
@@ -191,7 +194,7 @@ class Ranks:
         twins = rows[self._rows_of(rows.device)[0]]
         apart = ((rows != twins) & ~(rows.isnan() & twins.isnan())).any(1)
         status = torch.where(failed != 0, failed, 2.0 * apart)
-        self._heed(status)
+        self._heed(status, now)
         total = torch.where(status.any(), math.nan, self._total(rows))
         split = total.split([part.numel() for part in parts])
         views = [piece.view(part.shape) for piece, part in zip(split, sums, strict=True)]
@@ -217,8 +220,8 @@ class Ranks:
         """Whether decisions are read on the host as they fall: where nothing waits for that."""
         return device.type == "cpu"
 
-    def _heed(self, status: Tensor) -> None:
-        if self.reads_back(status.device):
+    def _heed(self, status: Tensor, now: bool) -> None:
+        if now or self.reads_back(status.device):
             self._raise(status)
             return
         late = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lyapcuda.solvers.basis import Basis, on_host
+from lyapcuda.basis import Basis
 from lyapcuda.solvers.products import Buffers, Products
+from lyapcuda.solvers.solution import on_host
 
 __all__ = [
     "ASYMMETRIC",

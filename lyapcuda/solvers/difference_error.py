@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lyapcuda.basis import Basis
 from lyapcuda.solvers.agreement import BEND, is_rough
-from lyapcuda.solvers.basis import Basis, on_host
 from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.solution import on_host
 
 __all__ = ["TruncationError", "truncation_along"]
 

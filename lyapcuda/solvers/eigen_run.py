@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lyapcuda.basis import Basis
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.solvers.agreement import (
@@ -27,7 +28,6 @@ from lyapcuda.solvers.agreement import (
     one_side,
     unbelieved,
 )
-from lyapcuda.solvers.basis import Basis, Solution
 from lyapcuda.solvers.convergence import (
     DIFFERENCE_ACCURACY,
     EXACT_ACCURACY,
@@ -40,6 +40,7 @@ from lyapcuda.solvers.initial_vectors import fill_, refill_
 from lyapcuda.solvers.lanczos import lanczos
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import NOT_ITS_OWN, jumping
+from lyapcuda.solvers.solution import Solution
 from lyapcuda.solvers.subspace_iteration import subspace_iteration
 
 __all__ = ["EigenOutcome", "EigenRequest", "EigenRun"]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lyapcuda.arguments import choice, whole
 from lyapcuda.arguments import seed as check_seed
+from lyapcuda.basis import MAX_ROWS
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import UNCOMPARED
-from lyapcuda.solvers.basis import MAX_ROWS
 from lyapcuda.solvers.convergence import ConvergenceStatus
 from lyapcuda.solvers.eigen_run import EigenOutcome, EigenRequest, EigenRun
 from lyapcuda.solvers.initial_vectors import start_vectors

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.solvers.basis import Basis
+from lyapcuda.basis import Basis
 from lyapcuda.solvers.operator import HessianOperator
 
 __all__ = ["fill_", "refill_", "start_vectors"]

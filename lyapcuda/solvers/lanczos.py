@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lyapcuda.solvers.basis import MAX_ROWS, Basis, Product, Report, Solution, finite
+from lyapcuda.basis import MAX_ROWS, Basis
 from lyapcuda.solvers.convergence import INVARIANT, KRYLOV_STEPS, Criterion
 from lyapcuda.solvers.missed import KrylovGrowth
 from lyapcuda.solvers.ritz import Ritz, order
+from lyapcuda.solvers.solution import Product, Report, Solution, finite
 
 __all__ = ["lanczos"]
 

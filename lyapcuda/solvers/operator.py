@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, positive
+from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
@@ -39,7 +40,6 @@ from lyapcuda.solvers.agreement import (
     known_wrong,
     unbelieved,
 )
-from lyapcuda.solvers.basis import Basis
 from lyapcuda.solvers.products import Products
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]

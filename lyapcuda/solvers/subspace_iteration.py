@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from lyapcuda import ops
-from lyapcuda.solvers.basis import Basis, Product, Report, Solution, on_host
+from lyapcuda.basis import Basis
 from lyapcuda.solvers.convergence import BlockCriterion, ConvergenceStatus, Criterion, ends
 from lyapcuda.solvers.ritz import order, rayleigh_ritz
+from lyapcuda.solvers.solution import Product, Report, Solution, on_host
 
 __all__ = ["MAX_BLOCK", "block_size", "merged", "one_end", "subspace_iteration"]
 

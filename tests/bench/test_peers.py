@@ -228,7 +228,7 @@ def test_the_memory_of_lanczos_is_that_of_the_vectors_it_needs(mode, least, most
 
 
 def test_memory_is_given_back_in_whole_pages():
-    from lyapcuda.solvers.basis import release_pages
+    from lyapcuda.basis import release_pages
 
     rows = torch.ones(3, 5000)
     release_pages(rows[1])

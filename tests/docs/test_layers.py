@@ -14,6 +14,7 @@ LAYERS = [
     {"_C", "extension", "arguments", "files"},
     {"params"},
     {"ops"},
+    {"basis"},
     {"objective"},
     {"dynamics"},
     {"solvers"},

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lyapcuda
+from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import separation_size
-from lyapcuda.solvers.basis import Basis
 from lyapcuda.solvers.difference_error import truncation_along
 from truths import is_off
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import lyapcuda
+from lyapcuda.basis import Basis
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers import ritz
-from lyapcuda.solvers.basis import Basis, Solution
 from lyapcuda.solvers.convergence import BlockCriterion, ConvergenceStatus, Criterion
 from lyapcuda.solvers.missed import KrylovGrowth
+from lyapcuda.solvers.solution import Solution
 from lyapcuda.solvers.subspace_iteration import merged
 from nets import case, quadratic
 from truths import is_off

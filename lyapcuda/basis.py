@@ -1,9 +1,6 @@
-"""What every solver works on: a basis of flat vectors, the product, and what it ends with.
+"""Vectors over all parameters, as the rows of one panel a group: what bases are made of.
 
-Solvers see H through a product alone, of vectors that are one flat buffer a `FlatGroup`; a basis is
-a panel a group. Small matrices are NumPy in float64. Products are differences of gradients, so the
-projected matrix isn't quite symmetric: its whole is kept, and what is not symmetric in it tells how
-good the differences are.
+Small matrices are float64. Sums run over the elements of all ranks.
 """
 
 from __future__ import annotations
@@ -11,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,20 +16,13 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.params.flat import FlatLayout
-from lyapcuda.solvers.convergence import ConvergenceStatus
 
-__all__ = ["MAX_ROWS", "Basis", "Product", "Report", "Solution", "finite", "on_host"]
+__all__ = ["MAX_ROWS", "Basis"]
 
 # MADV_DONTNEED: the pages are gone, and read as zeros from here on
 _DONTNEED = 4
 #: Rows of a panel that the ops take.
 MAX_ROWS = 128
-
-#: Writes H times the first to the second, divided by the norm of the first, where that is given (it
-#: is 1 otherwise); returns a loss.
-Product = Callable[..., Tensor]
-#: Called with the status of every iteration.
-Report = Callable[[ConvergenceStatus], None]
 
 
 class Basis:
@@ -64,6 +53,10 @@ class Basis:
 
     def gram(self, other: Basis) -> Tensor:
         """(rows, rows of the other) float64, on the first group's device."""
+        return self.layout.reduce(self.partial_gram(other))
+
+    def partial_gram(self, other: Basis) -> Tensor:
+        """The same, over this rank's elements alone."""
         pairs = zip(self.panels, other.panels, strict=True)
         return _sum([ops.gram(a, b) for a, b in pairs])
 
@@ -92,8 +85,10 @@ class Basis:
         coefficients = self[before].gram(self[i : i + 1])[:, 0] * factors if i else factors
         total, passes = coefficients, []
         while True:
-            result = _sum(
-                [ops.project_(p[i], p[before], coefficients.to(p.device)) for p in self.panels]
+            result = self.layout.reduce(
+                _sum(
+                    [ops.project_(p[i], p[before], coefficients.to(p.device)) for p in self.panels]
+                )
             )
             host = torch.cat([total, result]).cpu().numpy()
             passes.append(host[-1])
@@ -126,32 +121,6 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
-
-
-@dataclass
-class Solution:
-    """What a solver ended with: the status, the eigenvectors, and how it went."""
-
-    status: ConvergenceStatus
-    vectors: Basis
-    iterations: int
-    #: Values and residuals of every iteration.
-    history: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-
-def on_host(tensor: Tensor) -> np.ndarray:
-    """Dot products of an iteration; FloatingPointError where one isn't finite."""
-    return finite(tensor.cpu().numpy())
-
-
-def finite(values: np.ndarray) -> np.ndarray:
-    """The same; FloatingPointError where one isn't finite."""
-    if not np.isfinite(values).all():
-        raise FloatingPointError(
-            "a gradient beside θ isn't finite (or the parameters' precision doesn't show a "
-            "displacement of this size: try a larger perturbation)"
-        )
-    return values
 
 
 def release_pages(tensor: Tensor) -> None:

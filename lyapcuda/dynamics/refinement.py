@@ -1,0 +1,292 @@
+"""More gradients where a step needs them: the separations' span grows until their values are good.
+
+A step of `lyapcuda.dynamics.benettin` knows the Hessian on the span of its separations. Where the
+leading eigenvector turns fast, as at the edge of stability, that isn't enough, and the residuals
+say so. The largest of them then joins the span, for one gradient more, and so on. The Ritz vectors
+of the larger span take the separations' place, and the step goes on from there.
+
+The minibatch is the same for all of it, so this is a Krylov method, started anew at every step from
+what the steps before have left. Small matrices are NumPy in float64 on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lyapcuda import ops
+from lyapcuda.basis import MAX_ROWS, Basis
+from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.options import Tolerance
+from lyapcuda.objective.evaluator import Probe
+from lyapcuda.params.flat import FlatLayout
+from lyapcuda.params.memory import free_bytes
+from lyapcuda.params.shards import local
+
+__all__ = ["Block", "Refinement", "check_room"]
+
+#: A residual of which less than this share (squared) lies outside of the span is rounding.
+_NEW = 1e-8
+#: Sums over all ranks, of sums over this one's elements and of a loss.
+Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def check_room(layout: FlatLayout, k: int, tolerance: Tolerance) -> None:
+    """Raises a ValueError where k separations and so many columns are too many vectors, by the ops
+    or by the memory that is free.
+    """
+    count = tolerance.iterations
+    most = min(MAX_ROWS, layout.numel) - k
+    if count > most:
+        raise ValueError(
+            f"iterations={count}: at most {max(most, 0)} beside k={k} of {layout.numel} parameters"
+        )
+    needed: dict[torch.device, int] = {}
+    for group in layout.groups:
+        size = 2 * (k + count) * group.length * group.buffer_dtype.itemsize
+        needed[group.device] = needed.get(group.device, 0) + size
+    for device, size in needed.items():
+        free = free_bytes(device)
+        if free is not None and size > free:
+            raise ValueError(
+                f"iterations={count}: with k={k} they need {size / 1e9:.2g} GB on {device}, where "
+                f"{free / 1e9:.2g} GB are free; fewer need less"
+            )
+
+
+class Block:
+    """The Ritz pairs of a span, by its Gram matrices.
+
+    Args:
+        rows: vectors that the span may have.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.size = 0
+        # Products of the vectors v with each other, with y = Hv, and of the y.
+        self.vv, self.vy, self.yy = (np.zeros((rows, rows)) for _ in range(3))
+
+    def start(self, vv: np.ndarray, vy: np.ndarray, yy: np.ndarray) -> None:
+        """Takes the Gram matrices of the first vectors."""
+        m = self.size = len(vv)
+        for whole, part in zip((self.vv, self.vy, self.yy), (vv, vy, yy), strict=True):
+            whole[:m, :m] = part
+
+    def add(self, vv: np.ndarray, vy: np.ndarray, yv: np.ndarray, yy: np.ndarray) -> None:
+        """Takes the products of all vectors (v, v, y, y) with the next one (v, y, v, y)."""
+        m = self.size
+        self.size = m + 1
+        self.vv[: m + 1, m] = self.vv[m, : m + 1] = vv
+        self.vy[: m + 1, m], self.vy[m, : m + 1] = vy, yv
+        self.yy[: m + 1, m] = self.yy[m, : m + 1] = yy
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the Ritz values, ascending, their vectors as columns, and their residuals.
+
+        Raises:
+            numpy.linalg.LinAlgError: the vectors are not independent.
+        """
+        m = self.size
+        vv, vy, yy = (matrix[:m, :m] for matrix in (self.vv, self.vy, self.yy))
+        inverse = np.linalg.inv(np.linalg.cholesky(vv))
+        values, z = np.linalg.eigh(inverse @ ((vy + vy.T) / 2) @ inverse.T)
+        s = inverse.T @ z
+        squares = np.einsum("ij,ij->j", s, yy @ s) - values**2
+        return values, s, np.sqrt(np.maximum(squares, 0.0))
+
+
+class Refinement:
+    """The block of vectors around all separations of a tracker.
+
+    Memory: 2·(k + iterations) vectors of N floats.
+
+    Args:
+        layout: of the parameters.
+        ends: the sign of the map (1: ascent) and the number of separations, of every end.
+        tolerance: when to take further columns.
+
+    Attributes:
+        gradients: further ones that the last step took.
+        awaited: sums and losses of the exchange that comes next.
+    """
+
+    def __init__(
+        self, layout: FlatLayout, ends: Sequence[tuple[int, int]], tolerance: Tolerance
+    ) -> None:
+        self._layout, self._ends, self.tolerance = layout, tuple(ends), tolerance
+        self.k = sum(k for _, k in ends)
+        rows = self.k + tolerance.iterations
+        self._vectors, self._products = Basis.empty(layout, rows), Basis.empty(layout, rows)
+        # 16-bit copies can't lie where their products do.
+        self._rounded = [
+            group.new_buffer(group.dtype) if group.rounds else None for group in layout.groups
+        ]
+        self.gradients = self.awaited = 0
+
+    def _rows(self, end: int) -> slice:
+        first = sum(k for _, k in self._ends[:end])
+        return slice(first, first + self._ends[end][1])
+
+    def copies(self, end: int) -> list[Tensor | None]:
+        """Panels, one a group, for the copies of an end to lie in; None where they can't."""
+        return [
+            None if group.rounds else panel[self._rows(end)]
+            for group, panel in zip(self._layout.groups, self._products.panels, strict=True)
+        ]
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refine(
+        self, separations: Sequence[Benettin], probe: Probe, exchange: Exchange
+    ) -> tuple[list[Tensor], Tensor] | None:
+        """Adds columns until the wanted residuals are small; puts the Ritz vectors in the place of
+        the separations.
+
+        Args:
+            separations: of every end, after `Benettin.measure`; the gradients lie in their copies.
+            probe: evaluates the gradient at a further copy.
+            exchange: called once after every evaluation.
+
+        Returns:
+            The Gram matrices with which every end concludes its step, and the losses at the
+            columns; None where there was nothing to add.
+        """
+        origin, size = probe.origin(), separations[0].value("perturbation")
+        for end, separation in enumerate(separations):
+            separation.export(self._vectors[self._rows(end)], size)
+            self._difference(self._rows(end), separation.gradients, origin, 1.0 / size)
+        block = Block(len(self._vectors))
+        vectors, products = self._vectors[: self.k], self._products[: self.k]
+        pairs = ((vectors, vectors), (vectors, products), (products, products))
+        block.start(*(a.gram(b).cpu().numpy() for a, b in pairs))
+        losses: list[Tensor] = []
+        for m in range(self.k, len(self._vectors)):
+            worst = self._worst(block)
+            if worst is None or not self._add_residual(m, worst):
+                break
+            copy = self._displace(m, size)
+            self.awaited = 4 * (m + 1) + 1
+            loss = probe(copy)
+            self.gradients += 1
+            self._difference(slice(m, m + 1), [probe.gradients], origin, 1.0 / size)
+            sums, loss = exchange(self._sums(m), loss.to(size).reshape(1))
+            host = torch.cat([sums, loss]).cpu().numpy()
+            if not np.isfinite(host).all():
+                break
+            losses.append(loss)
+            block.add(*host[:-1].reshape(4, m + 1))
+        if not losses:
+            return None
+        return self._replace(separations, block, size), torch.cat(losses)
+
+    def _wanted(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of all ends, in the order of their separations."""
+        values, s, residuals = block.pairs()
+        picked: list[int] = []
+        for sign, k in self._ends:
+            picked += list(range(block.size))[::-sign][:k]
+        return values[picked], s[:, picked], residuals[picked]
+
+    def _worst(self, block: Block) -> np.ndarray | None:
+        """The Ritz vector whose residual exceeds what is allowed the most; None: none does."""
+        try:
+            values, s, residuals = self._wanted(block)
+        except np.linalg.LinAlgError:
+            return None
+        excess = residuals - self.tolerance.tol * np.hypot(values, residuals)
+        worst = int(excess.argmax())
+        return s[:, worst] if excess[worst] > 0.0 else None
+
+    # --- columns ---------------------------------------------------------------------------------
+
+    def _add_residual(self, m: int, s: np.ndarray) -> bool:
+        """Makes a Ritz vector's residual column m; False where that is in the span already."""
+        matrix = torch.as_tensor(s[:, None].copy(), device=self._layout.device)
+        self._vectors[m : m + 1].combine_(self._products[:m], matrix)
+        inside = self._vectors.orthogonalise_(m)
+        whole = float((inside[:m] ** 2).sum() + inside[m])
+        return bool(inside[-1] > _NEW * whole)
+
+    def _displace(self, m: int, size: Tensor) -> list[Tensor]:
+        """Writes θ + Δq·v for column v; returns it, in the order of `FlatLayout.parameters`."""
+        where = []
+        for group, vectors, products, rounded in zip(
+            self._layout.groups,
+            self._vectors.panels,
+            self._products.panels,
+            self._rounded,
+            strict=True,
+        ):
+            here = size.to(group.device)
+            copy = products[m] if rounded is None else rounded
+            views = group.views(copy)
+            ops.displace_(
+                group.segments(views),
+                vectors[m],
+                group.segments(group.tensors),
+                group.offsets,
+                here,
+            )
+            if rounded is not None:  # the column is what was realised of it
+                for view, theta, v in zip(
+                    views, group.tensors, group.views(vectors[m]), strict=True
+                ):
+                    v.copy_((view.to(v.dtype) - local(theta).to(v.dtype)) / here.squeeze())
+            where.append(copy)
+        return self._layout.views(where)
+
+    def _difference(
+        self,
+        rows: slice,
+        gradients: Sequence[Sequence[Tensor | None]],
+        origin: Sequence[Tensor | None],
+        scale: Tensor,
+    ) -> None:
+        """Writes the products of columns, from the gradients at their copies."""
+        for number, group in enumerate(self._layout.groups):
+            minus = group.segments(group.own(origin))
+            vectors, products = self._vectors.panels[number], self._products.panels[number]
+            for row, there in zip(range(rows.start, rows.stop), gradients, strict=True):
+                ops.difference_(
+                    products[row],
+                    group.segments(group.own(there)),
+                    minus,
+                    group.offsets,
+                    scale.to(group.device),
+                    weight_decay=group.weight_decay,
+                    v=vectors[row] if group.weight_decay else None,
+                )
+
+    def _sums(self, m: int) -> Tensor:
+        """What `Block.add` takes, of column m: over this rank's elements."""
+        new = slice(m, m + 1)
+        v, y = self._vectors[new], self._products[new]
+        vectors, products = self._vectors[: m + 1], self._products[: m + 1]
+        pairs = ((vectors, v), (vectors, y), (products, v), (products, y))
+        return torch.cat([a.partial_gram(b)[:, 0] for a, b in pairs])
+
+    def _replace(self, separations: Sequence[Benettin], block: Block, size: Tensor) -> list[Tensor]:
+        """Puts the wanted Ritz vectors in the separations' place; returns their Gram matrices."""
+        _, s, _ = self._wanted(block)
+        m, device = block.size, size.device
+        matrix = (torch.as_tensor(s, device=device) * size).contiguous()
+        for basis in (self._vectors, self._products):
+            basis[: self.k].combine_(basis[:m], matrix)
+        grams = []
+        for end, separation in enumerate(separations):
+            rows = self._rows(end)
+            u = s[:, rows]
+            sums = [u.T @ whole[:m, :m] @ u for whole in (block.vv, block.vy, block.yy)]
+            grams.append(
+                separation.replace(
+                    self._vectors[rows],
+                    self._products[rows],
+                    torch.as_tensor(u[rows].copy(), device=device),
+                    *(torch.as_tensor(x, device=device) * size**2 for x in sums),
+                )
+            )
+        return grams
