@@ -9,6 +9,7 @@ residuals.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ def _state_on(state: Tensor, device: torch.device) -> Tensor:
 class _GroupPanels:
     """The panels of one group, k flat buffers each: q and d, with momentum p and the next p.
 
-    In d lie, in turns, θ + q, the gradients there, and what the step makes of them.
+    In d lie, in turns, θ + q, the gradients there, and what the step makes of them; where products
+    are exact, q (rounded to the parameters' dtype) and H·q in place of the first two.
     """
 
-    def __init__(self, group: FlatGroup, k: int, momentum: float) -> None:
+    def __init__(self, group: FlatGroup, k: int, options: GrowthOptions) -> None:
         self.group = group
 
         def panel(dtype: torch.dtype = group.buffer_dtype) -> Tensor:
@@ -46,13 +48,23 @@ class _GroupPanels:
         self.q, self.d = panel(), panel()
         # 16-bit gradients can't hold d: θ + q and the gradients there lie in a panel of their own.
         self._rounded = panel(group.dtype) if group.rounds else None
-        self.p = panel() if momentum else None
-        self.p_next = panel() if momentum else None
+        self.p = panel() if options.momentum else None
+        self.p_next = panel() if options.momentum else None
+        self._zeros: list[Tensor] | None = None
+        if options.exact:  # they are only read, so they share the memory of the largest
+            zeros = torch.zeros(max(group.sizes), dtype=group.dtype, device=group.device)
+            self._zeros = [zeros[:size] for size in group.sizes]
 
     @property
     def copies(self) -> Tensor:
         """The panel that θ + q lies in."""
         return self.d if self._rounded is None else self._rounded
+
+    def segments(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """What is to be added to q, or subtracted from what was found there, as segments: nothing
+        where products are exact.
+        """
+        return self.group.segments(tensors) if self._zeros is None else self._zeros
 
     def swap(self) -> None:
         """What the step wrote becomes q and p; d and p_next are what they were."""
@@ -88,9 +100,12 @@ class Benettin:
             "realised": any(group.rounds for group in layout.groups),
             "rotate": options.estimate in ops.OF_QUOTIENTS,
         }
-        self._groups = [_GroupPanels(group, k, options.momentum) for group in layout.groups]
+        self._groups = [_GroupPanels(group, k, options) for group in layout.groups]
         self._copies = Copies(layout)
-        size = chosen_perturbation(layout, options.perturbation)
+        if options.exact:
+            size = options.perturbation or 1.0
+        else:
+            size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
@@ -140,7 +155,9 @@ class Benettin:
 
     @torch.no_grad()
     def place(self) -> list[list[Tensor]]:
-        """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        """Writes every θ + q_j, for exact products every q_j; returns them, each in the order of
+        `FlatLayout.parameters`.
+        """
         for part in self._groups:
             part.group.check()
         for part in self._groups:
@@ -149,7 +166,7 @@ class Benettin:
                 part.q,
                 part.copies,
                 part.d,
-                group.segments(group.tensors),
+                part.segments(group.tensors),
                 group.offsets,
                 _state_on(self.state, group.device),
                 p=part.p,
@@ -177,7 +194,7 @@ class Benettin:
         rank's elements.
 
         Args:
-            found: the gradients at the copies where `place` wrote those.
+            found: the gradients at the copies, or the exact products, where `place` wrote those.
         """
         for gradients, copy in zip(found.copies, self._views(), strict=True):
             if lacks_any(gradients):
@@ -188,13 +205,13 @@ class Benettin:
             group = part.group
             moved: dict[str, Any] = {}
             if self._options["realised"]:
-                moved["theta"] = group.segments(group.tensors)
+                moved["theta"] = part.segments(group.tensors)
             if part.p is not None:
                 moved.update(momentum=self._options["momentum"], p=part.p, p_next=part.p_next)
             gram = ops.ascent_(
                 part.d,
                 part.q,
-                group.segments(group.own(found.g0)),
+                part.segments(group.own(found.g0)),
                 part.copies,
                 group.offsets,
                 _state_on(self.state, group.device),

@@ -24,6 +24,8 @@ class GrowthOptions:
         momentum: m of the heavy-ball map, 0 for the plain one.
         ema: weight of the past in the average of h.
         seed: of the random first separations.
+        exact: products with the Hessian are taken, not differences of gradients: Δq is the norm of
+            a separation, and no distance.
     """
 
     estimate: str = "rayleigh"
@@ -32,6 +34,7 @@ class GrowthOptions:
     momentum: float = 0.0
     ema: float = 0.9
     seed: int = 0
+    exact: bool = False
 
     @property
     def first_rate(self) -> float:

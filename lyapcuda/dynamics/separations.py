@@ -117,7 +117,7 @@ class Separations:
     # --- a step ----------------------------------------------------------------------------------
 
     def place(self) -> list[list[Tensor]]:
-        """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        """As `Benettin.place`, of every end."""
         return [copy for separation in self._of for copy in separation.place()]
 
     def resize(self, size: float) -> None:

@@ -23,7 +23,16 @@ from lyapcuda.objective.pointing import pointing
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.shards import locals_of, reset
 
-__all__ = ["Closure", "Evaluator", "Gradients", "check_loss", "check_same", "lacks_any"]
+__all__ = [
+    "NO_GRADIENT",
+    "Closure",
+    "Evaluator",
+    "Gradients",
+    "check_loss",
+    "check_same",
+    "lacks_any",
+    "moved",
+]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
 #: itself or leave that to us.
@@ -44,6 +53,12 @@ class Gradients:
         span = slice(first, first + count)
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
+
+#: What is said where a loss has nothing to do with the parameters.
+NO_GRADIENT = (
+    "closure: its loss gives none of the tracked parameters a gradient: were they replaced since, "
+    "or do they belong to another model?"
+)
 
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
@@ -131,12 +146,14 @@ class Evaluator:
                 loss.backward()
                 found = _appeared(parameters)
                 if found is None:
-                    raise ValueError(
-                        "closure: its loss gives none of the tracked parameters a gradient: were "
-                        "they replaced since, or do they belong to another model?"
-                    )
+                    raise ValueError(NO_GRADIENT)
         torch.clear_autocast_cache()
         gradients = locals_of(found)
+        self._check_dense(gradients)
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        return value.reshape(()), gradients
+
+    def _check_dense(self, gradients: Sequence[Tensor | None]) -> None:
         present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
         if set(map(_LAYOUT, present)) != {torch.strided}:
             sparse = next(
@@ -147,8 +164,6 @@ class Evaluator:
                 f"{gradients[sparse].layout}; only dense (strided) gradients can be tracked "
                 "(nn.Embedding: sparse=False)"
             )
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        return value.reshape(()), gradients
 
     def gradients(
         self,
@@ -185,7 +200,7 @@ class Evaluator:
                     # θ + q is no longer needed, so its gradient takes its place. By reference it
                     # wouldn't be safe: storage may be used again (DDP's buckets, a closure that
                     # writes .grad), and memory would hold one gradient more for every copy.
-                    found.append(_moved(there, copy))
+                    found.append(moved(there, copy))
                     del there
                     losses.append(loss)
                     before.restore()
@@ -217,12 +232,13 @@ def check_same(once: Fingerprint, again: Fingerprint) -> None:
 
 
 @torch.no_grad()
-def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
+def moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients in the memory of other tensors like them, as far as there are any."""
     if not lacks_any(gradients):
         torch._foreach_copy_(to, gradients)  # as torch.optim does
         return list(to)
     moved = [None if g is None else c for c, g in zip(to, gradients, strict=True)]
     there, held = ([t for t in some if t is not None] for some in (moved, gradients))
-    torch._foreach_copy_(there, held)
+    if there:
+        torch._foreach_copy_(there, held)
     return moved
