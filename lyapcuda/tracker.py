@@ -30,6 +30,7 @@ from lyapcuda.dynamics.separations import (
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
+from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
 from lyapcuda.objective.isolation import (
     LooseParameters,
@@ -47,7 +48,10 @@ from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
 
-__all__ = ["CurvatureTracker"]
+__all__ = ["MODES", "CurvatureTracker"]
+
+#: How the curvature along q is found.
+MODES = ("difference", "exact")
 
 _FORMAT = 8
 
@@ -105,6 +109,13 @@ class CurvatureTracker:
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
+        mode: "difference": of gradients at θ + q and at θ, which see the loss at the scale Δq.
+            "exact": products H·q by double backward, in the graph of the gradient at θ: the Hessian
+            at θ itself, of a ReLU net that of its linear piece. The closure is called once, and
+            must not call ``backward()``. Δq is then no distance, only the norm of q, 1 by default.
+            Refused where double backward fails or is wrong (fused attention, compiled parts,
+            weight_norm, DDP, FSDP2, hooks on parameters); see docs/tracking.md for that and for
+            what it costs.
         debug: evaluate the closure once more at every measurement, at θ, and raise a RuntimeError
             where it isn't the same function twice (another minibatch). Waits for the device.
 
@@ -131,12 +142,14 @@ class CurvatureTracker:
         seed: int = 0,
         model: nn.Module | Iterable[nn.Module] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        mode: str = "difference",
         debug: bool = False,
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
         choice("which", which, ENDS)
         choice("estimate", estimate, (AUTO, *ops.ESTIMATES))
+        choice("mode", mode, MODES)
         fraction("momentum", momentum)
         fraction("ema", ema)
         whole("every", every)
@@ -164,12 +177,17 @@ class CurvatureTracker:
                 )
         self._ends = ends_of(which, k, self._layout.numel)
         self._tensors = [p.tensor for p in self._layout.parameters]
-        self.k, self.every, self.which, self.estimate = k, every, which, estimate
+        self.k, self.every, self.which, self.estimate, self.mode = k, every, which, estimate, mode
+        exact = mode == "exact"
+        if exact and (process_group is not None or self._layout.sharded):
+            raise NotImplementedError(ONE_PROCESS)
         tolerance = None if tol is None else Tolerance(tol, iterations)
         if tolerance is not None:
             check_room(self._layout, k, tolerance)
         self.tol, self.iterations = tol, iterations
-        self._options = GrowthOptions(estimate, perturbation, beta, momentum, ema, seed, tolerance)
+        self._options = GrowthOptions(
+            estimate, perturbation, beta, momentum, ema, seed, tolerance, exact
+        )
         self._gradients = 0
         self._debug, self._process_group = debug, process_group
         # All parameters of the optimizers we are attached to, by id.
@@ -403,7 +421,8 @@ class CurvatureTracker:
             self._sizing.skip()
 
     def _new_sizing(self) -> Sizing:
-        return Sizing(self._layout, self._options.perturbation, follows=self.which != "SA")
+        follows, exact = self.which != "SA", self._options.exact
+        return Sizing(self._layout, self._options.perturbation, follows, exact)
 
     # --- inside an optimizer ---------------------------------------------------------------------
 
@@ -492,7 +511,8 @@ class CurvatureTracker:
         if self._found_evaluator is None:
             modules = [*self._find_modules(), LooseParameters(self._beside.values())]
             names = [p.name for p in self._layout.parameters]
-            self._found_evaluator = Evaluator(self._tensors, names, modules)
+            of = ExactEvaluator if self._options.exact else Evaluator
+            self._found_evaluator = of(self._tensors, names, modules)
         return self._found_evaluator
 
     def _find_modules(self) -> list[nn.Module]:
@@ -725,6 +745,7 @@ class CurvatureTracker:
             "k": self.k,
             "which": self.which,
             "estimate": self.estimate,
+            "mode": self.mode,
             "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
         }
 
@@ -732,8 +753,8 @@ class CurvatureTracker:
         """Goes on where the saved tracker was.
 
         Raises:
-            ValueError: it isn't a tracker's, or is of other parameters, another k, ``which`` or
-                ``estimate``; nothing has changed then.
+            ValueError: it isn't a tracker's, or is of other parameters, another k, ``which``,
+                ``estimate`` or ``mode``; nothing has changed then.
         """
         require_entries(state_dict, "format", of="a CurvatureTracker")
         if state_dict["format"] != _FORMAT:

@@ -24,7 +24,6 @@ from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
-from lyapcuda.params.shards import local
 
 __all__ = ["Benettin"]
 
@@ -37,12 +36,13 @@ def _state_on(state: Tensor, device: torch.device) -> Tensor:
 class _GroupPanels:
     """The panels of one group, k flat buffers each: q and d, with momentum p and the next p.
 
-    In d lie, in turns, θ + q, the gradients there, and what the step makes of them; ``copies``: the
-    first two lie there instead.
+    In d lie, in turns, θ + q, the gradients there, and what the step makes of them; where products
+    are exact, q (rounded to the parameters' dtype) and H·q in place of the first two. ``copies``:
+    these lie there instead.
     """
 
     def __init__(
-        self, group: FlatGroup, k: int, momentum: float, copies: Tensor | None = None
+        self, group: FlatGroup, k: int, options: GrowthOptions, copies: Tensor | None = None
     ) -> None:
         self.group = group
 
@@ -52,13 +52,20 @@ class _GroupPanels:
         self.q, self.d = panel(), panel()
         # 16-bit gradients can't hold d: θ + q and the gradients there lie in a panel of their own.
         self._apart = panel(group.dtype) if group.rounds else copies
-        self.p = panel() if momentum else None
-        self.p_next = panel() if momentum else None
+        self.p = panel() if options.momentum else None
+        self.p_next = panel() if options.momentum else None
+        self._exact = options.exact
 
     @property
     def copies(self) -> Tensor:
         """The panel that θ + q lies in."""
         return self.d if self._apart is None else self._apart
+
+    def segments(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """What is to be added to q, or subtracted from what was found there, as segments: nothing
+        where products are exact.
+        """
+        return self.group.zeros() if self._exact else self.group.segments(tensors)
 
     def swap(self) -> None:
         """What the step wrote becomes q and p; d and p_next are what they were."""
@@ -105,13 +112,16 @@ class Benettin:
             "rotate": options.of_quotients,
         }
         self._groups = [
-            _GroupPanels(group, k, options.momentum, panel)
+            _GroupPanels(group, k, options, panel)
             for group, panel in zip(
                 layout.groups, copies or [None] * len(layout.groups), strict=True
             )
         ]
         self._copies = Copies(layout)
-        size = chosen_perturbation(layout, options.perturbation)
+        if options.exact:
+            size = options.perturbation or 1.0
+        else:
+            size = chosen_perturbation(layout, options.perturbation)
         self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
@@ -165,7 +175,9 @@ class Benettin:
 
     @torch.no_grad()
     def place(self) -> list[list[Tensor]]:
-        """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        """Writes every θ + q_j, for exact products every q_j; returns them, each in the order of
+        `FlatLayout.parameters`.
+        """
         for part in self._groups:
             part.group.check()
         for part in self._groups:
@@ -174,7 +186,7 @@ class Benettin:
                 part.q,
                 part.copies,
                 part.d,
-                group.segments(group.tensors),
+                part.segments(group.tensors),
                 group.offsets,
                 _state_on(self.state, group.device),
                 p=part.p,
@@ -202,7 +214,7 @@ class Benettin:
         rank's elements.
 
         Args:
-            found: the gradients at the copies where `place` wrote those.
+            found: the gradients at the copies, or the exact products, where `place` wrote those.
         """
         for gradients, copy in zip(found.copies, self._views(), strict=True):
             if lacks_any(gradients):
@@ -213,13 +225,13 @@ class Benettin:
             group = part.group
             moved: dict[str, Any] = {}
             if self._options["realised"]:
-                moved["theta"] = group.segments(group.tensors)
+                moved["theta"] = part.segments(group.tensors)
             if part.p is not None:
                 moved.update(momentum=self._options["momentum"], p=part.p, p_next=part.p_next)
             gram = ops.ascent_(
                 part.d,
                 part.q,
-                group.segments(group.own(found.g0)),
+                part.segments(group.own(found.g0)),
                 part.copies,
                 group.offsets,
                 _state_on(self.state, group.device),
@@ -278,13 +290,13 @@ class Benettin:
             if not group.rounds:
                 torch.mul(part.q, times / here, out=rows)
                 continue
+            theta = part.segments(group.tensors)
             for q, row in zip(part.q, rows, strict=True):
-                for theta, held, out in zip(
-                    group.tensors, group.views(q), group.views(row), strict=True
-                ):
-                    wide = local(theta).to(held.dtype)
-                    there = (wide + (held * times).to(held.dtype)).to(group.dtype)
-                    out.copy_((there.to(held.dtype) - wide) / here)
+                for origin, offset in zip(theta, group.offsets, strict=True):
+                    span = slice(offset, offset + origin.numel())
+                    wide = origin.reshape(-1).to(q.dtype)
+                    there = (wide + q[span] * times).to(group.dtype)
+                    row[span] = (there.to(q.dtype) - wide) / here
 
     @torch.no_grad()
     def replace(

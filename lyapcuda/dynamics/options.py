@@ -42,6 +42,8 @@ class GrowthOptions:
         ema: weight of the past in the average of h.
         seed: of the random first separations.
         tolerance: when a step takes further gradients; None: never.
+        exact: products with the Hessian are taken, not differences of gradients: Δq is the norm of
+            a separation, and no distance.
     """
 
     estimate: str = "rayleigh"
@@ -51,6 +53,7 @@ class GrowthOptions:
     ema: float = 0.9
     seed: int = 0
     tolerance: Tolerance | None = None
+    exact: bool = False
 
     @property
     def first_rate(self) -> float:
@@ -68,7 +71,8 @@ class GrowthOptions:
         """
         if self.estimate != AUTO:
             return ops.ESTIMATES[self.estimate]
-        return ops.ESTIMATES["shifted" if sign < 0 else "schwarz" if smooth else "secant"]
+        linear = smooth or self.exact
+        return ops.ESTIMATES["shifted" if sign < 0 else "schwarz" if linear else "secant"]
 
     @property
     def of_quotients(self) -> bool:

@@ -24,7 +24,6 @@ from lyapcuda.dynamics.options import Tolerance
 from lyapcuda.objective.evaluator import Probe
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.memory import free_bytes
-from lyapcuda.params.shards import local
 
 __all__ = ["Block", "Refinement", "check_room"]
 
@@ -107,6 +106,7 @@ class Refinement:
         layout: of the parameters.
         ends: the sign of the map (1: ascent) and the number of separations, of every end.
         tolerance: when to take further columns.
+        exact: products are exact, of the columns themselves.
 
     Attributes:
         gradients: further ones that the last step took.
@@ -114,9 +114,14 @@ class Refinement:
     """
 
     def __init__(
-        self, layout: FlatLayout, ends: Sequence[tuple[int, int]], tolerance: Tolerance
+        self,
+        layout: FlatLayout,
+        ends: Sequence[tuple[int, int]],
+        tolerance: Tolerance,
+        exact: bool = False,
     ) -> None:
         self._layout, self._ends, self.tolerance = layout, tuple(ends), tolerance
+        self._exact = exact
         self.k = sum(k for _, k in ends)
         rows = self.k + tolerance.iterations
         self._vectors, self._products = Basis.empty(layout, rows), Basis.empty(layout, rows)
@@ -223,19 +228,13 @@ class Refinement:
         ):
             here = size.to(group.device)
             copy = products[m] if rounded is None else rounded
-            views = group.views(copy)
-            ops.displace_(
-                group.segments(views),
-                vectors[m],
-                group.segments(group.tensors),
-                group.offsets,
-                here,
-            )
+            theta = group.zeros() if self._exact else group.segments(group.tensors)
+            ops.displace_(group.segments(group.views(copy)), vectors[m], theta, group.offsets, here)
             if rounded is not None:  # the column is what was realised of it
-                for view, theta, v in zip(
-                    views, group.tensors, group.views(vectors[m]), strict=True
-                ):
-                    v.copy_((view.to(v.dtype) - local(theta).to(v.dtype)) / here.squeeze())
+                for origin, offset in zip(theta, group.offsets, strict=True):
+                    span = slice(offset, offset + origin.numel())
+                    moved = copy[span].to(here.dtype) - origin.reshape(-1).to(here.dtype)
+                    vectors[m, span] = (moved / here).to(vectors.dtype)
             where.append(copy)
         return self._layout.views(where)
 
@@ -248,7 +247,7 @@ class Refinement:
     ) -> None:
         """Writes the products of columns, from the gradients at their copies."""
         for number, group in enumerate(self._layout.groups):
-            minus = group.segments(group.own(origin))
+            minus = group.zeros() if self._exact else group.segments(group.own(origin))
             vectors, products = self._vectors.panels[number], self._products.panels[number]
             for row, there in zip(range(rows.start, rows.stop), gradients, strict=True):
                 ops.difference_(

@@ -114,7 +114,7 @@ class Separations:
         self._tol, self._refinement = 0.0, None
         if options.tolerance is not None:
             self._tol = options.tolerance.tol
-            self._refinement = Refinement(layout, signed, options.tolerance)
+            self._refinement = Refinement(layout, signed, options.tolerance, options.exact)
         self._of = [
             Benettin(layout, k, sign, options, self._refinement and self._refinement.copies(number))
             for number, (sign, k) in enumerate(signed)
@@ -133,7 +133,7 @@ class Separations:
         return self._refinement is not None
 
     def place(self) -> list[list[Tensor]]:
-        """Writes every θ + q_j; returns them, each in the order of `FlatLayout.parameters`."""
+        """As `Benettin.place`, of every end."""
         self._awaited = 1 + BESIDE + sum(s.k + s.sums for s in self._of)
         self._stops = False
         if self._refinement is not None:

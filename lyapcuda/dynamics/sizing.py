@@ -66,10 +66,13 @@ class Sizing:
         layout: of the parameters.
         given: Δq of the user's, which stays.
         follows: whether h is read off to choose Δq; False where it may well be zero.
+        exact: there is nothing to choose: products are exact.
     """
 
-    def __init__(self, layout: FlatLayout, given: float | None, follows: bool = True) -> None:
-        self._layout, self._given, self._follows = layout, given, follows
+    def __init__(
+        self, layout: FlatLayout, given: float | None, follows: bool = True, exact: bool = False
+    ) -> None:
+        self._layout, self._given, self._follows, self._exact = layout, given, follows, exact
         #: What the first evaluation showed of the loss.
         self.sighting = Sighting()
         self.noise = self.doubt = 0.0
@@ -101,6 +104,8 @@ class Sizing:
     @property
     def due(self) -> bool:
         """Whether this measurement takes part in the choice."""
+        if self._exact:
+            return False
         first = self._count <= _MIRRORED[-1] and self._measures
         return self.watches or first or (self._measures and self._rechecks)
 

@@ -27,6 +27,8 @@ class GradientGraph:
         closure: returns the loss; must not call ``backward()`` itself.
         parameters: leaf tensors.
         take: handed the gradients, None where a parameter gets none.
+        look: handed the loss before it is differentiated; returns further leaves, whose gradients
+            ``take`` is handed after those of the parameters.
 
     Attributes:
         loss: 0-dim, detached.
@@ -49,6 +51,7 @@ class GradientGraph:
         closure: Closure,
         parameters: Sequence[Tensor],
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
+        look: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
         self._parameters = parameters
         for parameter in parameters:
@@ -63,15 +66,17 @@ class GradientGraph:
                 )
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise DoubleBackwardError("closure: the loss it returned can't be differentiated")
+            others = look(loss) if look is not None else ()
             with _twice():
                 gradients = torch.autograd.grad(
-                    loss, parameters, create_graph=True, allow_unused=True
+                    loss, [*parameters, *others], create_graph=True, allow_unused=True
                 )
         torch.clear_autocast_cache()
         self.loss = loss.detach().reshape(())
         self.versions = [p._version for p in parameters]
         self._edges = [
-            get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients
+            get_gradient_edge(g) if g is not None and g.requires_grad else None
+            for g in gradients[: len(parameters)]
         ]
         if take is not None:
             take([None if g is None else g.detach() for g in gradients])
@@ -94,6 +99,20 @@ class GradientGraph:
                     nodes.append(following)
         return sum(held.values())
 
+    def parts(self, vector: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor | None]:
+        """Returns the product as autograd gives it: None where it is zero.
+
+        Arguments, errors: as of `product`.
+        """
+        outputs = [(e, v) for e, v in zip(self._edges, vector, strict=True) if e is not None]
+        if not outputs:  # the loss is linear in the parameters
+            return [None] * len(self._parameters)
+        edges, factors = zip(*outputs, strict=True)
+        with _twice():
+            return torch.autograd.grad(
+                edges, self._parameters, factors, retain_graph=keep, allow_unused=True
+            )
+
     def product(
         self,
         vector: Sequence[Tensor],
@@ -111,24 +130,17 @@ class GradientGraph:
         Raises:
             DoubleBackwardError: a function in the loss has no second derivative in torch.
         """
-        outputs = [(e, v) for e, v in zip(self._edges, vector, strict=True) if e is not None]
-        rows: Sequence[Tensor | None] = [None] * len(total)
-        if outputs:  # else the loss is linear in the parameters
-            edges, factors = zip(*outputs, strict=True)
-            # Each part goes where it belongs as soon as it is known: no second vector is held.
-            hooks = [
-                parameter.register_hook(_receiver(out, weight))
-                for parameter, out in zip(self._parameters, total, strict=True)
-                if out.dtype == parameter.dtype
-            ]
-            try:
-                with _twice():
-                    rows = torch.autograd.grad(
-                        edges, self._parameters, factors, retain_graph=keep, allow_unused=True
-                    )
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        # Each part goes where it belongs as soon as it is known: no second vector is held.
+        hooks = [
+            parameter.register_hook(_receiver(out, weight))
+            for parameter, out in zip(self._parameters, total, strict=True)
+            if out.dtype == parameter.dtype
+        ]
+        try:
+            rows = self.parts(vector, keep=keep)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for out, row in zip(total, rows, strict=True):
             if row is None:
                 if weight is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.shards import locals_of, reset
 
 __all__ = [
+    "NO_GRADIENT",
     "Closure",
     "Evaluator",
     "Further",
@@ -32,6 +33,7 @@ __all__ = [
     "check_loss",
     "check_same",
     "lacks_any",
+    "moved",
 ]
 
 #: Takes nothing (where batches are streamed: a batch), returns the loss; may have called backward()
@@ -54,8 +56,29 @@ class Gradients:
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
 
+class Probe(Protocol):
+    """Evaluates at further copies, once an evaluation at θ is done.
+
+    Attributes:
+        gradients: those of the last call, where its copy was; None where there is none.
+    """
+
+    gradients: list[Tensor | None]
+
+    def origin(self) -> list[Tensor | None]:
+        """Returns the gradients at θ, which later evaluations don't overwrite."""
+
+    def __call__(self, copy: Sequence[Tensor]) -> Tensor:
+        """Returns the loss at ``copy``, which comes back holding the gradient there."""
+
+
 #: Is handed what was found, and a way to evaluate at further copies.
-Further = Callable[["Gradients", "Probe"], None]
+Further = Callable[[Gradients, Probe], None]
+#: What is said where a loss has nothing to do with the parameters.
+NO_GRADIENT = (
+    "closure: its loss gives none of the tracked parameters a gradient: were they replaced since, "
+    "or do they belong to another model?"
+)
 
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
@@ -147,12 +170,14 @@ class Evaluator:
                 loss.backward()
                 found = _appeared(parameters)
                 if found is None:
-                    raise ValueError(
-                        "closure: its loss gives none of the tracked parameters a gradient: were "
-                        "they replaced since, or do they belong to another model?"
-                    )
+                    raise ValueError(NO_GRADIENT)
         torch.clear_autocast_cache()
         gradients = locals_of(found)
+        self._check_dense(gradients)
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        return value.reshape(()), gradients
+
+    def _check_dense(self, gradients: Sequence[Tensor | None]) -> None:
         present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
         if set(map(_LAYOUT, present)) != {torch.strided}:
             sparse = next(
@@ -163,8 +188,6 @@ class Evaluator:
                 f"{gradients[sparse].layout}; only dense (strided) gradients can be tracked "
                 "(nn.Embedding: sparse=False)"
             )
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        return value.reshape(()), gradients
 
     def gradients(
         self,
@@ -203,7 +226,7 @@ class Evaluator:
                     # θ + q is no longer needed, so its gradient takes its place. By reference it
                     # wouldn't be safe: storage may be used again (DDP's buckets, a closure that
                     # writes .grad), and memory would hold one gradient more for every copy.
-                    found.append(_moved(there, copy))
+                    found.append(moved(there, copy))
                     del there
                     losses.append(loss)
                     before.restore()
@@ -215,7 +238,7 @@ class Evaluator:
                 check_same(once, Fingerprint.of(loss0, g0))
             result = Gradients(g0, found, loss0, losses)
             if further is not None:
-                probe = Probe(self, closure, before)
+                probe = _Probe(self, closure, before)
                 further(result, probe)
                 probe.end()
         except BaseException:
@@ -229,7 +252,7 @@ class Evaluator:
         return result
 
 
-class Probe:
+class _Probe:
     """Evaluates a closure at further copies after it was evaluated at θ.
 
     What that evaluation has left (gradients, random states, buffers) is put back by `end`, bitwise.
@@ -261,7 +284,7 @@ class Probe:
         with pointing(self._evaluator.parameters, self._evaluator.modules) as hold:
             hold(copy)
             loss, there = self._evaluator.evaluate(self._closure)
-            self.gradients = _moved(there, copy)
+            self.gradients = moved(there, copy)
         return loss
 
     def end(self) -> None:
@@ -282,12 +305,13 @@ def check_same(once: Fingerprint, again: Fingerprint) -> None:
 
 
 @torch.no_grad()
-def _moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
+def moved(gradients: Sequence[Tensor | None], to: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients in the memory of other tensors like them, as far as there are any."""
     if not lacks_any(gradients):
         torch._foreach_copy_(to, gradients)  # as torch.optim does
         return list(to)
     moved = [None if g is None else c for c, g in zip(to, gradients, strict=True)]
     there, held = ([t for t in some if t is not None] for some in (moved, gradients))
-    torch._foreach_copy_(there, held)
+    if there:
+        torch._foreach_copy_(there, held)
     return moved

@@ -22,6 +22,7 @@ from lyapcuda.params.shards import any_sharded, reshard
 __all__ = [
     "LooseParameters",
     "Snapshot",
+    "States",
     "TrackedGradients",
     "capturing",
     "chosen_modules",
@@ -209,6 +210,31 @@ class TrackedGradients:
                 parameter.grad = gradient
 
 
+class States:
+    """Random states, and the buffers of modules, as they are now.
+
+    Args:
+        parameters: on whose devices random states are kept.
+        modules: whose buffers are kept.
+        generators: of the user's own, whose states are kept too.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        generators: Iterable[torch.Generator] = (),
+    ) -> None:
+        self._buffers = _Buffers(modules)
+        self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
+
+    @deferred()
+    def restore(self) -> None:
+        """Puts them back, bitwise."""
+        self._random.restore()
+        self._buffers.restore()
+
+
 class Snapshot:
     """What an evaluation may change besides its result, as it is now.
 
@@ -241,8 +267,7 @@ class Snapshot:
             (p, p.grad, None if p.grad is None else p.grad.detach().clone())
             for p in untracked(parameters, modules)
         ]
-        self._buffers = _Buffers(modules)
-        self._random = RandomStates((p.device for p in parameters if not p.is_cpu), generators)
+        self._states = States(parameters, modules, generators)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -252,8 +277,7 @@ class Snapshot:
     @deferred()
     def restore(self) -> None:
         """Everything but the tracked parameters' own gradients, bitwise."""
-        self._random.restore()
-        self._buffers.restore()
+        self._states.restore()
         for parameter, gradient, value in self._other_gradients:
             if gradient is not None:
                 gradient.data.copy_(value)

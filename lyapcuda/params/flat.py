@@ -76,6 +76,7 @@ class FlatGroup:
     sizes: list[int] = field(init=False)
     #: Elements of a flat buffer, the gaps between segments included.
     length: int = field(init=False)
+    _zeros: list[Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.offsets, self.length = [], 0
@@ -177,6 +178,13 @@ class FlatGroup:
             and set(map(_DTYPE, tensors)) == {self.dtype}
             and list(map(Tensor.stride, tensors)) == self.strides
         )
+
+    def zeros(self) -> list[Tensor]:
+        """Segments of zeros, to be read only: they share the memory of the largest."""
+        if self._zeros is None:
+            held = torch.zeros(max(self.sizes), dtype=self.dtype, device=self.device)
+            self._zeros = [held[:size] for size in self.sizes]
+        return self._zeros
 
     def segments_at(self, indices: Iterable[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The same for tensors like some of the parameters, those at ``indices``."""
