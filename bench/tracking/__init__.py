@@ -1,0 +1,1 @@
+"""The parts of bench/tracking_accuracy.py, a module a kind of training."""
