@@ -1,0 +1,1 @@
+"""The runs of bench/tracking_accuracy.py, a module a kind."""
