@@ -421,8 +421,8 @@ class CurvatureTracker:
             self._sizing.skip()
 
     def _new_sizing(self) -> Sizing:
-        follows, exact = self.which != "SA", self._options.exact
-        return Sizing(self._layout, self._options.perturbation, follows, exact)
+        options, follows = self._options, self.which != "SA"
+        return Sizing(self._layout, options.perturbation, follows, options.exact, options.one_sided)
 
     # --- inside an optimizer ---------------------------------------------------------------------
 

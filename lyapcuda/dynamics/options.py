@@ -79,6 +79,11 @@ class GrowthOptions:
         """Whether h is read off q and y alone."""
         return self.estimate == AUTO or self.estimate in ops.OF_QUOTIENTS
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether h is of the last step alone, and so of one side of θ."""
+        return self.estimate in (AUTO, *ops.OF_ONE_STEP)
+
     def of_ops(self, sign: int) -> dict[str, object]:
         """As `lyapcuda.ops.benettin_` takes them."""
         return {

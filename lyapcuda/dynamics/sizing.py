@@ -67,12 +67,19 @@ class Sizing:
         given: Δq of the user's, which stays.
         follows: whether h is read off to choose Δq; False where it may well be zero.
         exact: there is nothing to choose: products are exact.
+        one_sided: whether values are of one side of θ alone.
     """
 
     def __init__(
-        self, layout: FlatLayout, given: float | None, follows: bool = True, exact: bool = False
+        self,
+        layout: FlatLayout,
+        given: float | None,
+        follows: bool = True,
+        exact: bool = False,
+        one_sided: bool = False,
     ) -> None:
         self._layout, self._given, self._follows, self._exact = layout, given, follows, exact
+        self._one_sided = one_sided
         #: What the first evaluation showed of the loss.
         self.sighting = Sighting()
         self.noise = self.doubt = 0.0
@@ -177,8 +184,13 @@ class Sizing:
         if coarse:
             size = default_perturbation(layout, epsilon, smooth=self._measures, extent=extent)
         else:
-            smooth = self._measures or seen.smooth
-            size = default_perturbation(layout, layout.epsilon(), smooth=smooth, extent=extent)
+            size = default_perturbation(
+                layout,
+                layout.epsilon(),
+                smooth=self._measures or seen.smooth,
+                extent=extent,
+                one_sided=self._one_sided and seen.smooth,
+            )
         self._first = size
         separations.resize(size)
 

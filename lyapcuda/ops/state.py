@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lyapcuda import _C
 
-__all__ = ["ESTIMATES", "MAX_K", "OF_QUOTIENTS", "new_state", "state_field", "state_fields"]
+__all__ = [
+    "ESTIMATES",
+    "MAX_K",
+    "OF_ONE_STEP",
+    "OF_QUOTIENTS",
+    "new_state",
+    "state_field",
+    "state_fields",
+]
 
 #: Separations that one state may have, at most.
 MAX_K: int = _C.max_k
@@ -21,6 +29,8 @@ MAX_K: int = _C.max_k
 ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3, "secant": 4, "shifted": 5}
 #: Those that q and y alone tell, whatever the rate of the map. The others are read off its growth.
 OF_QUOTIENTS = ("rayleigh", "schwarz", "secant", "shifted")
+#: Those of the last step alone, not the mean of both sides of θ.
+OF_ONE_STEP = OF_QUOTIENTS[1:]
 
 _FIELDS = {k: _C.state_fields(k) for k in range(1, MAX_K + 1)}
 #: Fields of a new state that are 0. All others are NaN, but see `new_state` for k = 1.
