@@ -33,8 +33,8 @@ class CurvatureHistory:
     Attributes:
         step: int64 (n,), which call of ``step`` (or of an attached optimizer's) it was, from 1.
         loss: float64 (n,), what that call returned.
-        h, h_ema, rayleigh, residual, schwarz, exponent: float64 (n,), for k > 1 (n, k), as the
-            tracker's properties of those names were after it.
+        h, h_ema, h_error, rayleigh, residual, schwarz, exponent: float64 (n,), for k > 1 (n, k), as
+            the tracker's properties of those names were after it.
         interval: float64 (n, 2), for k > 1 (n, k, 2).
         beta: float64 (n,), for "BE" (n, 2).
         accepted: bool (n,), False where a loss or gradient wasn't finite: the values are then the
@@ -46,6 +46,7 @@ class CurvatureHistory:
     loss: Tensor
     h: Tensor
     h_ema: Tensor
+    h_error: Tensor
     interval: Tensor
     rayleigh: Tensor
     residual: Tensor
@@ -148,6 +149,7 @@ class Ring:
             beta=per_value(torch.cat(parts("beta"), 1), 1),
             accepted=torch.cat(parts("accepted"), 1).bool().all(1),
             overwritten=max(overwritten, 0),
+            h_error=per_value(values("error"), 1),
             rayleigh=per_value(rayleigh, 1),
             residual=per_value(residual, 1),
             schwarz=per_value(schwarz_quotient(rayleigh, residual), 1),

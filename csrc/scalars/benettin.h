@@ -177,6 +177,8 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
     }
     double& mean = state(StateVector::h_ema, i);
     state(StateVector::h, i) = h;
+    state(StateVector::error, i) = error_of(h, quotient(s, i), state(StateVector::first, i),
+                                            state(StateScalar::refined) != 0.0, step);
     mean = std::isfinite(mean) ? mul(step.ema, mean) + mul(1.0 - step.ema, h) : h;
   }
   team.sync();

@@ -115,30 +115,22 @@ LYAPCUDA_HOST_DEVICE inline Quotient quotient(const BenettinScratch& s, int i) {
   return {s.ritz[i], ritz_residual(s, i), std::sqrt(s.yy[i] / s.mm[i])};
 }
 
-// What this step's quotients, and those of before, say of ‖H‖.
-LYAPCUDA_HOST_DEVICE inline double bound_seen(const State& state, const BenettinScratch& s,
-                                              double sign) {
-  double bound = state(StateScalar::bound);
-  for (int i = 0; i < state.k; ++i) {
-    const double seen = norm_seen(quotient(s, i), sign);
-    if (seen > bound) bound = seen;
-  }
-  return bound;
-}
-
 // The Ritz values and their error bars, direction by direction.
 template <class Team>
 LYAPCUDA_HOST_DEVICE inline void take_ritz(const Team& team, const State& state,
                                            const BenettinScratch& s, const GrowthOptions& options) {
-  const double bound = bound_seen(state, s, options.sign);
   for (int i = team.rank; i < state.k; i += team.size) {
     const double ritz = s.ritz[i], residual = ritz_residual(s, i);
     const Bar bar = error_bar(ritz, residual, state(StateVector::rayleigh, i),
-                              state(StateVector::residual, i), options, bound);
+                              state(StateVector::residual, i), options);
     state(StateVector::center, i) = bar.center;
     state(StateVector::width, i) = bar.width;
     state(StateVector::rayleigh, i) = ritz;
     state(StateVector::residual, i) = residual;
+    if (state(StateScalar::refined) == 0.0) {
+      const double secant = length_of(ritz, residual);
+      state(StateVector::first, i) = secant > 0.0 ? residual / secant : 0.0;
+    }
   }
 }
 

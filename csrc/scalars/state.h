@@ -21,7 +21,8 @@
   X(steps)        /* how many steps were accepted */                                     \
   X(skipped)      /* how many were not */                                                \
   X(reseed)       /* 1 + the row that is lost: reseed_ is to make another; 0: none */    \
-  X(reseeds)      /* how often that was so */
+  X(reseeds)      /* how often that was so */                                            \
+  X(refined)      /* 1: the step that comes took further gradients; `first` is from before */
 
 // Entry i belongs to the i-th Ritz value: descending for an ascent, ascending for a descent.
 #define LYAPCUDA_STATE_VECTORS(X)                                                        \
@@ -31,7 +32,9 @@
   X(rayleigh) /* the Ritz values */                                                      \
   X(residual) /* ‖y − ρq‖/‖q‖ of each Ritz vector */                                     \
   X(center)   /* the middle of the error bar: ρ, or its mean over both sides of θ */     \
-  X(width)    /* half the length of the error bar */
+  X(width)    /* half the length of the error bar */                                     \
+  X(first)    /* the residual over ‖y‖/‖q‖, before further gradients */                  \
+  X(error)    /* how far h may be off: nine times in ten it is less */
 
 #define LYAPCUDA_STATE_MATRICES(X)                                                       \
   X(r)         /* R of the last step's QR, upper triangular */                           \

@@ -25,7 +25,13 @@ from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
 
-__all__ = ["Benettin"]
+__all__ = ["HOPELESS", "NOISY", "Benettin"]
+
+#: With kinks, a share of the residual from which on further gradients lead astray: to a curvature
+#: at the scale Δq, which is larger than that at θ.
+HOPELESS = 0.6
+#: How many times the noise of a difference counts as a residual that nothing can lower.
+NOISY = 1.5
 
 
 def _state_on(state: Tensor, device: torch.device) -> Tensor:
@@ -105,7 +111,9 @@ class Benettin:
         copies: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.layout, self.k, self._sign, self._seed = layout, k, sign, options.seed
-        self._chosen = options
+        self._chosen, self.linear = options, options.exact
+        #: `first` of the last step, as it would be without further gradients.
+        self._first: Tensor | None = None
         self._options = {
             **options.of_ops(sign),
             "realised": any(group.rounds for group in layout.groups),
@@ -127,8 +135,13 @@ class Benettin:
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
 
     def suit(self, smooth: bool) -> None:
-        """Takes the estimate that suits the loss, unless the user chose one."""
-        self._options["estimate"] = self._chosen.suitable(self._sign, smooth)
+        """Takes the estimate that suits the loss, unless the user chose one.
+
+        Args:
+            smooth: whether the loss is known to have no kinks.
+        """
+        self.linear = smooth or self._chosen.exact
+        self._options["estimate"] = self._chosen.suitable(self._sign, self.linear)
 
     def resize(self, size: float) -> None:
         """Takes another Δq, from the next separations on."""
@@ -138,12 +151,14 @@ class Benettin:
         held.fill_(size)
 
     def widen(self, noise: float, doubt: float) -> None:
-        """Adds the noise of a gradient difference, of norm ``noise``, to the last error bar, since
-        the residual of a noisy product isn't that of an eigenvector; and ``doubt``.
+        """Adds the noise of a gradient difference, of norm ``noise``, to the last error bar and
+        error, since the residual of a noisy product isn't that of an eigenvector; and ``doubt``.
         """
         share = noise / self._field("perturbation") + doubt
         # Where nothing was accepted, the bar is that of before, and has it already.
-        self._field("width").add_(torch.where(self._field("accepted") > 0, share, 0.0))
+        added = torch.where(self._field("accepted") > 0, share, 0.0)
+        self._field("width").add_(added)
+        self._field("error").add_(added)
 
     def _randomise(self, seed: int, size: float) -> None:
         """Fills every q_j with normal numbers of a generator of our own, of norm ``size``."""
@@ -180,6 +195,8 @@ class Benettin:
         """
         for part in self._groups:
             part.group.check()
+        if self._chosen.tolerance is not None:
+            self._field("refined").zero_()
         for part in self._groups:
             group = part.group
             ops.recenter_(
@@ -274,12 +291,23 @@ class Benettin:
         """Those at the copies, where they were, after `measure`; with ``copies`` of the user's."""
         return self._views()
 
-    def unsettled(self, gram: Tensor, losses: Tensor, tol: float) -> Tensor:
-        """Whether `conclude` would leave a residual above tol·|h|; 0-dim bool on the device."""
+    def unsettled(self, gram: Tensor, losses: Tensor, tol: float, noise: float) -> Tensor:
+        """Whether `conclude` would leave a residual above tol·|h|, and further gradients may help;
+        0-dim bool on the device.
+
+        Args:
+            gram, losses: as for `conclude`.
+            tol: of `lyapcuda.dynamics.options.Tolerance`.
+            noise: of a gradient difference, its norm.
+        """
         state = self.state.clone()
         ops.benettin_(state, gram, losses, self.k, **self._options)
         h, residual = self._field("h", state), self._field("residual", state)
-        return (self._field("accepted", state) > 0) & (residual > tol * h.abs()).any()
+        self._first = self._field("first", state)
+        large = residual > torch.hypot(tol * h, NOISY * noise / self._field("perturbation"))
+        if not self.linear:
+            large = large & (self._first < HOPELESS)
+        return (self._field("accepted", state) > 0) & large.any()
 
     def export(self, vectors: Basis, size: Tensor) -> None:
         """Writes what the gradients' differences belong to, over Δq, to k rows."""
@@ -333,6 +361,8 @@ class Benettin:
             part.d.add_(part.q)
         if self.k == 1:
             self._field("transform").fill_(1.0)  # it is in q and p
+        self._field("first").copy_(self._first)
+        self._field("refined").fill_(1.0)
         blocks = [0, 1, 0] if self._options["realised"] else [0, 1]
         sums = {(0, 0): vv, (0, 1): vy, (1, 0): vy.T, (1, 1): yy}
         gram = torch.cat([torch.cat([sums[i, j] for j in blocks], 1) for i in blocks])
@@ -409,16 +439,16 @@ class Benettin:
         ]
         return {
             "state": state,
-            "estimate": self._options["estimate"],
+            "linear": self.linear,
             "q": self.layout.unpack(self._separations()),
             "p": self.layout.unpack(momenta) if momenta else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
-        require_entries(saved, "state", "estimate", "q", "p")
-        if saved["estimate"] not in ops.ESTIMATES.values():
-            raise ValueError(f"state_dict: estimate is {saved['estimate']!r}")
+        require_entries(saved, "state", "linear", "q", "p")
+        if not isinstance(saved["linear"], bool):
+            raise ValueError(f"state_dict: linear is {saved['linear']!r}, expected a bool")
         check_shapes("state", [self.state], [saved["state"]])
         momenta = [part.p for part in self._groups if part.p is not None]
         check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])
@@ -428,7 +458,7 @@ class Benettin:
         check_finite("p", saved_p)
         names = ("perturbation", "beta", "transform")
         check_finite("state", [self._field(name, saved["state"]) for name in names])
-        self._options["estimate"] = int(saved["estimate"])
+        self.suit(saved["linear"])
         self.state.copy_(saved["state"])
         self._settle(self.state)
         self.layout.pack_([part.q for part in self._groups], saved["q"])

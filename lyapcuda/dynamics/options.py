@@ -62,17 +62,16 @@ class GrowthOptions:
             return self.beta
         return 1.0 if self.estimate == "paper" else 0.0
 
-    def suitable(self, sign: int, smooth: bool) -> int:
-        """The number of the estimate, for a loss that is known to be smooth, or isn't.
+    def suitable(self, sign: int, linear: bool) -> int:
+        """The number of the estimate; ``linear``: y is known to be linear in q, but for its bend.
 
-        The Schwarz quotient is the nearest where y is linear in q. It counts what isn't (kinks) in
-        full, ‖y‖/‖q‖ half of it. Both grow with the other end of the spectrum, which a descent has
-        more of: there it is the Schwarz quotient of ‖H‖ − H.
+        The Schwarz quotient is the nearest where it is. It counts what isn't (kinks) in full,
+        ‖y‖/‖q‖ half of it. Both grow with the other end of the spectrum, which a descent has more
+        of: there it is the outer end of [ρ − r, ρ + r].
         """
         if self.estimate != AUTO:
             return ops.ESTIMATES[self.estimate]
-        linear = smooth or self.exact
-        return ops.ESTIMATES["shifted" if sign < 0 else "schwarz" if linear else "secant"]
+        return ops.ESTIMATES["outer" if sign < 0 else "schwarz" if linear else "secant"]
 
     @property
     def of_quotients(self) -> bool:
@@ -88,7 +87,7 @@ class GrowthOptions:
         """As `lyapcuda.ops.benettin_` takes them."""
         return {
             "sign": sign,
-            "estimate": self.suitable(sign, smooth=False),
+            "estimate": self.suitable(sign, self.exact),
             "momentum": self.momentum,
             "control": self.beta is None,
             # One side of θ and the other in turns: half the difference of two successive values is

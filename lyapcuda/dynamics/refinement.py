@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.basis import MAX_ROWS, Basis
-from lyapcuda.dynamics.benettin import Benettin
+from lyapcuda.dynamics.benettin import NOISY, Benettin
 from lyapcuda.dynamics.options import Tolerance
 from lyapcuda.objective.evaluator import Probe
 from lyapcuda.params.flat import FlatLayout
@@ -29,6 +29,8 @@ __all__ = ["Block", "Refinement", "check_room"]
 
 #: A residual of which less than this share (squared) lies outside of the span is rounding.
 _NEW = 1e-8
+#: With kinks, a column that leaves more than this share of a residual is not used.
+_STALLED = 0.67
 #: Sums over all ranks, of sums over this one's elements and of a loss.
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -146,7 +148,11 @@ class Refinement:
 
     @torch.no_grad()
     def refine(
-        self, separations: Sequence[Benettin], probe: Probe, exchange: Exchange
+        self,
+        separations: Sequence[Benettin],
+        probe: Probe,
+        exchange: Exchange,
+        noise: float = 0.0,
     ) -> tuple[list[Tensor], Tensor] | None:
         """Adds columns until the wanted residuals are small; puts the Ritz vectors in the place of
         the separations.
@@ -155,6 +161,7 @@ class Refinement:
             separations: of every end, after `Benettin.measure`; the gradients lie in their copies.
             probe: evaluates the gradient at a further copy.
             exchange: called once after every evaluation.
+            noise: of a gradient difference, its norm.
 
         Returns:
             The Gram matrices with which every end concludes its step, and the losses at the
@@ -168,10 +175,12 @@ class Refinement:
         vectors, products = self._vectors[: self.k], self._products[: self.k]
         pairs = ((vectors, vectors), (vectors, products), (products, products))
         block.start(*(a.gram(b).cpu().numpy() for a, b in pairs))
+        linear = all(separation.linear for separation in separations)
+        floor = NOISY * noise / float(size)
         losses: list[Tensor] = []
         for m in range(self.k, len(self._vectors)):
-            worst = self._worst(block)
-            if worst is None or not self._add_residual(m, worst):
+            worst = self._worst(block, floor)
+            if worst is None or not self._add_residual(m, worst[1]):
                 break
             copy = self._displace(m, size)
             self.awaited = 4 * (m + 1) + 1
@@ -182,8 +191,11 @@ class Refinement:
             host = torch.cat([sums, loss]).cpu().numpy()
             if not np.isfinite(host).all():
                 break
-            losses.append(loss)
             block.add(*host[:-1].reshape(4, m + 1))
+            if not linear and self._fell(block, worst[0]) > _STALLED:
+                block.size -= 1
+                break
+            losses.append(loss)
         if not losses:
             return None
         return self._replace(separations, block, size), torch.cat(losses)
@@ -196,15 +208,26 @@ class Refinement:
             picked += list(range(block.size))[::-sign][:k]
         return values[picked], s[:, picked], residuals[picked]
 
-    def _worst(self, block: Block) -> np.ndarray | None:
-        """The Ritz vector whose residual exceeds what is allowed the most; None: none does."""
+    def _worst(self, block: Block, floor: float) -> tuple[int, np.ndarray] | None:
+        """Which wanted pair's residual exceeds what is allowed the most, and its vector; None: none
+        does.
+        """
         try:
             values, s, residuals = self._wanted(block)
         except np.linalg.LinAlgError:
             return None
-        excess = residuals - self.tolerance.tol * np.hypot(values, residuals)
+        allowed = np.hypot(self.tolerance.tol * np.hypot(values, residuals), floor)
+        excess = residuals - allowed
         worst = int(excess.argmax())
-        return s[:, worst] if excess[worst] > 0.0 else None
+        return (worst, s[:, worst]) if excess[worst] > 0.0 else None
+
+    def _fell(self, block: Block, pair: int) -> float:
+        """What the last column left of a pair's residual, as a share."""
+        after = self._wanted(block)[2][pair]
+        block.size -= 1
+        before = self._wanted(block)[2][pair]
+        block.size += 1
+        return float(after / before)
 
     # --- columns ---------------------------------------------------------------------------------
 

@@ -121,6 +121,8 @@ class Separations:
         ]
         # What the next exchange has of sums and losses; and whether all ranks raise in it.
         self._awaited, self._stops = 0, False
+        #: Of a gradient difference, its norm, as far as it is known: no residual gets below it.
+        self.noise = 0.0
 
     def __iter__(self) -> Iterator[Benettin]:
         return iter(self._of)
@@ -199,11 +201,13 @@ class Separations:
         losses there.
         """
         zipped = zip(self._of, sums, losses, strict=True)
-        asking = torch.stack([s.unsettled(total, part, self._tol) for s, total, part in zipped])
+        asking = torch.stack(
+            [s.unsettled(total, part, self._tol, self.noise) for s, total, part in zipped]
+        )
         refined = None
         if bool(asking.any()):
             self._stops = True
-            refined = self._refinement.refine(self._of, probe, self._exchange)
+            refined = self._refinement.refine(self._of, probe, self._exchange, self.noise)
         return refined or (sums, self.state.new_zeros(0))
 
     def _exchange(self, sums: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,16 +26,27 @@ __all__ = [
 #: Separations that one state may have, at most.
 MAX_K: int = _C.max_k
 #: How `h` is read off a step, by name, as the ops number them.
-ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3, "secant": 4, "shifted": 5}
+ESTIMATES = {"rayleigh": 0, "growth": 1, "paper": 2, "schwarz": 3, "secant": 4, "outer": 5}
 #: Those that q and y alone tell, whatever the rate of the map. The others are read off its growth.
-OF_QUOTIENTS = ("rayleigh", "schwarz", "secant", "shifted")
+OF_QUOTIENTS = ("rayleigh", "schwarz", "secant", "outer")
 #: Those of the last step alone, not the mean of both sides of θ.
 OF_ONE_STEP = OF_QUOTIENTS[1:]
 
 _FIELDS = {k: _C.state_fields(k) for k in range(1, MAX_K + 1)}
 #: Fields of a new state that are 0. All others are NaN, but see `new_state` for k = 1.
 _ZERO = (
-    *("bound", "guard", "pending", "again", "accepted", "steps", "skipped", "reseed", "reseeds"),
+    *(
+        "bound",
+        "guard",
+        "pending",
+        "again",
+        "accepted",
+        "steps",
+        "skipped",
+        "reseed",
+        "reseeds",
+        "refined",
+    ),
     "transform",
 )
 
