@@ -747,6 +747,7 @@ class CurvatureTracker:
             "gradients": self._gradients,
             "sizing": self._sizing.state_dict(),
             "separations": [] if self._separations is None else self._separations.state_dict(),
+            "refinement": [] if self._separations is None else self._separations.refinement(),
             "history": None if self._history is None else self._history.state_dict(),
         }
 
@@ -778,7 +779,9 @@ class CurvatureTracker:
             saved = state_dict.get(name)
             if saved != mine:
                 raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
-        require_entries(state_dict, "calls", "gradients", "sizing", "separations", "history")
+        require_entries(
+            state_dict, "calls", "gradients", "refinement", "sizing", "separations", "history"
+        )
         saved, calls = state_dict["separations"], state_dict["calls"]
         whole("state_dict: calls", calls, 0)
         whole("state_dict: gradients", state_dict["gradients"], 0)
@@ -794,6 +797,7 @@ class CurvatureTracker:
         present = self._separations
         if saved:
             try:
+                self.separations.load_refinement(state_dict["refinement"])
                 self.separations.load_state_dict(saved)
             except BaseException:
                 self._separations = present

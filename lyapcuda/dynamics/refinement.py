@@ -3,10 +3,14 @@
 A step of `lyapcuda.dynamics.benettin` knows the Hessian on the span of its separations. Where the
 leading eigenvector turns fast, as at the edge of stability, that isn't enough, and the residuals
 say so. The largest of them then joins the span, for one gradient more, and so on. The Ritz vectors
-of the larger span take the separations' place, and the step goes on from there.
+of the larger span take the separations' place, and the step goes on from there. The minibatch is
+the same for all of it, so this is a Krylov method, started anew at every step from what the steps
+before have left.
 
-The minibatch is the same for all of it, so this is a Krylov method, started anew at every step from
-what the steps before have left. Small matrices are NumPy in float64 on the host.
+Where an eigenvector has come up that the separations have no part of, residuals don't show it. The
+gradient may: at the edge of stability it has much of what θ swings along. So it is a column too,
+where it has lately proved to bring much (`GradientTurns`). The last training step does
+the same at the edge, for a buffer more. On minibatches both bring less than residuals.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ __all__ = ["Block", "Refinement", "check_room"]
 
 #: A residual of which less than this share (squared) lies outside of the span is rounding.
 _NEW = 1e-8
+#: A value that grew by more than this share, by the gradient beside a residual, calls it a success.
+_BROUGHT = 0.02
 #: With kinks, a column that leaves more than this share of a residual is not used.
 _STALLED = 0.67
 #: Sums over all ranks, of sums over this one's elements and of a loss.
@@ -99,6 +105,41 @@ class Block:
         return values, s, np.sqrt(np.maximum(squares, 0.0))
 
 
+class GradientTurns:
+    """Which column of a step is the gradient.
+
+    At every second step that adds columns, the second one, to see what it brings: where the value
+    grows by it, beside a residual already, the next step begins with it.
+
+    Attributes:
+        turn: whether the last step was one of those.
+        first: whether the next step begins with it.
+    """
+
+    def __init__(self) -> None:
+        self.turn, self.first = False, False
+
+    def column(self) -> int | None:
+        """Which it is in the step that begins, from 0; None: none."""
+        self.turn = not self.turn
+        if self.first:
+            self.first = False
+            return 0
+        return 1 if self.turn else None
+
+    def judge(self, column: int, gain: float) -> None:
+        """Takes note of how much a wanted value grew by it, relative."""
+        self.first = column == 1 and gain > _BROUGHT
+
+    def state(self) -> list[float]:
+        """Plain numbers, for a checkpoint."""
+        return [float(self.turn), float(self.first)]
+
+    def load(self, saved: list[float]) -> None:
+        """Takes over a `state`."""
+        self.turn, self.first = map(bool, saved)
+
+
 class Refinement:
     """The block of vectors around all separations of a tracker.
 
@@ -132,6 +173,7 @@ class Refinement:
             group.new_buffer(group.dtype) if group.rounds else None for group in layout.groups
         ]
         self.gradients = self.awaited = 0
+        self.turns = GradientTurns()
 
     def _rows(self, end: int) -> slice:
         first = sum(k for _, k in self._ends[:end])
@@ -178,9 +220,13 @@ class Refinement:
         linear = all(separation.linear for separation in separations)
         floor = NOISY * noise / float(size)
         losses: list[Tensor] = []
+        turn = self.turns.column()
         for m in range(self.k, len(self._vectors)):
             worst = self._worst(block, floor)
-            if worst is None or not self._add_residual(m, worst[1]):
+            if worst is None:
+                break
+            by_gradient = m - self.k == turn and self._add_gradient(m, probe.gradient())
+            if not by_gradient and not self._add_residual(m, block, worst):
                 break
             copy = self._displace(m, size)
             self.awaited = 4 * (m + 1) + 1
@@ -191,8 +237,13 @@ class Refinement:
             host = torch.cat([sums, loss]).cpu().numpy()
             if not np.isfinite(host).all():
                 break
+            before, _, left = self._wanted(block)
             block.add(*host[:-1].reshape(4, m + 1))
-            if not linear and self._fell(block, worst[0]) > _STALLED:
+            after, _, now = self._wanted(block)
+            if by_gradient:
+                grown = np.abs(after - before) / np.maximum(np.abs(after), np.abs(before))
+                self.turns.judge(m - self.k, float(grown.max()))
+            if not linear and now[worst] > _STALLED * left[worst]:
                 block.size -= 1
                 break
             losses.append(loss)
@@ -208,33 +259,39 @@ class Refinement:
             picked += list(range(block.size))[::-sign][:k]
         return values[picked], s[:, picked], residuals[picked]
 
-    def _worst(self, block: Block, floor: float) -> tuple[int, np.ndarray] | None:
-        """Which wanted pair's residual exceeds what is allowed the most, and its vector; None: none
-        does.
-        """
+    def _worst(self, block: Block, floor: float) -> int | None:
+        """Which wanted pair's residual exceeds what is allowed the most; None: none does."""
         try:
-            values, s, residuals = self._wanted(block)
+            values, _, residuals = self._wanted(block)
         except np.linalg.LinAlgError:
             return None
         allowed = np.hypot(self.tolerance.tol * np.hypot(values, residuals), floor)
         excess = residuals - allowed
         worst = int(excess.argmax())
-        return (worst, s[:, worst]) if excess[worst] > 0.0 else None
-
-    def _fell(self, block: Block, pair: int) -> float:
-        """What the last column left of a pair's residual, as a share."""
-        after = self._wanted(block)[2][pair]
-        block.size -= 1
-        before = self._wanted(block)[2][pair]
-        block.size += 1
-        return float(after / before)
+        return worst if excess[worst] > 0.0 else None
 
     # --- columns ---------------------------------------------------------------------------------
 
-    def _add_residual(self, m: int, s: np.ndarray) -> bool:
-        """Makes a Ritz vector's residual column m; False where that is in the span already."""
-        matrix = torch.as_tensor(s[:, None].copy(), device=self._layout.device)
+    def _add_residual(self, m: int, block: Block, pair: int) -> bool:
+        """Makes a wanted pair's residual column m; False where that is in the span already."""
+        u = self._wanted(block)[1][:, pair]
+        matrix = torch.as_tensor(u[:, None].copy(), device=self._layout.device)
         self._vectors[m : m + 1].combine_(self._products[:m], matrix)
+        return self._orthogonalise(m)
+
+    def _add_gradient(self, m: int, gradient: Sequence[Tensor | None]) -> bool:
+        """The same of the gradient, that of the weight decay included."""
+        for group, vectors in zip(self._layout.groups, self._vectors.panels, strict=True):
+            theta, decay = group.segments(group.tensors), group.weight_decay
+            slopes = group.segments(group.own(gradient))
+            for here, slope, offset in zip(theta, slopes, group.offsets, strict=True):
+                row = vectors[m, offset : offset + here.numel()]
+                row.copy_(slope.reshape(-1))
+                if decay:
+                    row.add_(here.reshape(-1), alpha=decay)
+        return self._orthogonalise(m)
+
+    def _orthogonalise(self, m: int) -> bool:
         inside = self._vectors.orthogonalise_(m)
         whole = float((inside[:m] ** 2).sum() + inside[m])
         return bool(inside[-1] > _NEW * whole)

@@ -217,6 +217,23 @@ class Separations:
         (sums,), loss = ranks.exchange([sums], loss, now=True)
         return sums, loss.reshape(1)
 
+    def refinement(self) -> list[float]:
+        """What further columns are chosen by, for a checkpoint; empty without them."""
+        return [] if self._refinement is None else self._refinement.turns.state()
+
+    def load_refinement(self, saved: Any) -> None:
+        """Takes over `refinement`; a ValueError where one of the two has none."""
+        mine = self.refinement()
+        if not isinstance(saved, list) or not all(isinstance(x, float) for x in saved):
+            raise ValueError(f"state_dict: refinement is {saved!r:.40}, expected numbers")
+        if len(saved) != len(mine):
+            raise ValueError(
+                "state_dict: it is of a tracker "
+                + ("without tol, this one has it" if mine else "with tol, this one has none")
+            )
+        if mine:
+            self._refinement.turns.load(saved)
+
     @property
     def further(self) -> int:
         """Gradients that the last step took beyond one a separation."""

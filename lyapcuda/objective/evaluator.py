@@ -65,8 +65,11 @@ class Probe(Protocol):
 
     gradients: list[Tensor | None]
 
-    def origin(self) -> list[Tensor | None]:
+    def gradient(self) -> list[Tensor | None]:
         """Returns the gradients at θ, which later evaluations don't overwrite."""
+
+    def origin(self) -> list[Tensor | None]:
+        """Returns what is to be subtracted from those of a call."""
 
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss at ``copy``, which comes back holding the gradient there."""
@@ -256,7 +259,7 @@ class _Probe:
     """Evaluates a closure at further copies after it was evaluated at θ.
 
     What that evaluation has left (gradients, random states, buffers) is put back by `end`, bitwise.
-    Memory: a copy of the gradients, from `origin` on.
+    Memory: a copy of the gradients, from the first call on.
 
     Args:
         evaluator, closure: whose gradients.
@@ -271,15 +274,17 @@ class _Probe:
         self._after: Snapshot | None = None
         self.gradients: list[Tensor | None] = []
 
-    def origin(self) -> list[Tensor | None]:
+    def gradient(self) -> list[Tensor | None]:
         """The gradients at θ, which later evaluations don't overwrite."""
         if self._after is None:
             self._after = self._evaluator.snapshot(values=True)
         return locals_of(self._after.gradients)
 
+    origin = gradient
+
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss at ``copy``, which comes back holding the gradient there."""
-        self.origin()
+        self.gradient()
         self._before.restore()
         with pointing(self._evaluator.parameters, self._evaluator.modules) as hold:
             hold(copy)

@@ -115,7 +115,7 @@ class ExactEvaluator(Evaluator):
                 del parts
             result = Gradients(g0, found, graph.loss, [graph.loss] * len(copies))
             if further is not None:
-                further(result, _ExactProbe(graph, len(self.parameters)))
+                further(result, _ExactProbe(graph, g0))
             training.after.restore()
         except BaseException:
             before.restore()
@@ -132,15 +132,18 @@ class _ExactProbe:
 
     Args:
         graph: which it keeps.
-        count: of parameters.
+        g0: the gradients at θ.
     """
 
-    def __init__(self, graph: GradientGraph, count: int) -> None:
-        self._graph, self._count = graph, count
+    def __init__(self, graph: GradientGraph, g0: list[Tensor | None]) -> None:
+        self._graph, self._g0 = graph, g0
         self.gradients: list[Tensor | None] = []
 
+    def gradient(self) -> list[Tensor | None]:
+        return self._g0
+
     def origin(self) -> list[Tensor | None]:
-        return [None] * self._count
+        return [None] * len(self._g0)
 
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss; ``copy`` comes back holding H times it."""
