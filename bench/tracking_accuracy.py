@@ -1,6 +1,10 @@
 """How near the tracked h0 is to an exact value.
 
-    python bench/tracking_accuracy.py DIR [--modes MODE ...] [--runs 0 1 2]
+    python bench/tracking_accuracy.py DIR [--parts PART ...] [--nanogpt FOLDER]
+
+Five parts; those that aren't run are reported from the CSVs of an earlier run. `edge`,
+`minibatches`, `both_ends` and `nanogpt` are the modules of that name in bench/tracking, which say
+what they do and run alone as well. `modes` is here: cheaper modes against the full loss.
 
 CIFAR-10 planes/cars, batch 512, SGD without momentum,
 weight decay 5e-4, cross-entropy; three runs: an MLP of 3 layers of 200 at learning rates 0.1 and
@@ -13,9 +17,9 @@ the Hessian (Lanczos, products by double backward) of
   what it still says in between;
 - what the mode itself measured (the minibatch, or its part), at those and more steps, as far as it
   measured there.
-Reported are the medians over the run of tracked/exact and of |tracked/exact − 1|: of h (the mean of
-the last two Rayleigh quotients), ρ (the last one), the Schwarz quotient s (`estimate="schwarz"`),
-and √(ρ·s) = ‖y‖/‖q‖ ("secant").
+Reported are the medians over the run of tracked/exact and of |tracked/exact − 1|: of h (of these
+smooth nets the Schwarz quotient), ρ (the last Rayleigh quotient), and √(ρ·s) = ‖y‖/‖q‖ ("secant");
+and of averages, as `h_ema` is one.
 """
 
 from __future__ import annotations
@@ -35,10 +39,9 @@ from torch import Tensor, nn
 
 import lyapcuda
 from cifar_mlp import BATCH, DECAY, exact_top
-from lyapcuda.dynamics.perturbation import default_perturbation
 from lyapcuda.files import LineFile
 from lyapcuda.log import csv_line
-from lyapcuda.params.flat import FlatLayout
+from tracking import both_ends, edge, minibatches, nanogpt, readings
 from tracking_cost import RESULTS, TENTH, report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -49,14 +52,11 @@ from examples.paper.models import build  # noqa: E402
 
 @dataclass(frozen=True)
 class Mode:
-    """How one of the trackers measures: its options, the share of the minibatch, steps on each, and
-    Δq as a part of the default.
-    """
+    """How one of the trackers measures: its options, the share of the minibatch, steps on each."""
 
     options: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
     steps: int = 1
-    size: float = 1.0
 
     @property
     def every(self) -> int:
@@ -74,10 +74,8 @@ MODES = {
     "a tenth": Mode(share=TENTH),
     "every=2, a fifth": Mode({"every": 2}, share=0.2),
     "every=5, a half": Mode({"every": 5}, share=0.5),
-    # Of one-sided quotients Δq is an error of first order.
-    "every=1, Δq/10": Mode(size=0.1),
-    "every=10, Δq/10": Mode({"every": 10}, size=0.1),
-    "a tenth, Δq/10": Mode(share=TENTH, size=0.1),
+    "every=1, tol=0.1": Mode({"tol": 0.1}),
+    "a tenth, tol=0.1": Mode({"tol": 0.1}, share=TENTH),
     # What more gradients, or momentum, would bring.
     "every=10, 2 steps": Mode({"every": 10}, steps=2),
     "every=10, k=2": Mode({"every": 10, "k": 2}),
@@ -89,7 +87,7 @@ MODES = {
 OWN = sorted({mode.own for mode in MODES.values()} - {"minibatch"})
 EXACT = ("expected", "minibatch")
 #: What is compared: label → the tracker's property.
-VALUES = {"h": "h", "ρ": "rayleigh", "Schwarz": "schwarz"}
+VALUES = {"h": "h", "ρ": "rayleigh"}
 #: Model, learning rate, seed.
 RUNS = [("mlp", 0.1, 0), ("mlp", 0.03, 1), ("lenet1", 0.05, 2)]
 
@@ -123,10 +121,8 @@ def follow(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=DECAY)
     parameters = list(model.parameters())
     trackers = {}
-    default = default_perturbation(FlatLayout(parameters))
     for label, mode in modes.items():
         options = {key: value for key, value in mode.options.items() if key != "every"}
-        options["perturbation"] = None if mode.size == 1.0 else mode.size * default
         trackers[label] = lyapcuda.CurvatureTracker(parameters, weight_decay=DECAY, **options)
 
     def loss_of(batch) -> Tensor:
@@ -209,7 +205,7 @@ def ratios(rows: Rows, label: str, what: str, past: float, name: str, due: bool)
     """tracked/exact at the steps with an exact value; ``due``: only where the mode measures."""
     every = MODES[label].every
     if what == "secant":  # √(ρ·s)
-        pairs = ((row[f"{label}, ρ"], row[f"{label}, Schwarz"]) for row in rows)
+        pairs = ((row[f"{label}, ρ"], row[f"{label}, h"]) for row in rows)
         column = [math.sqrt(max(a * b, 0.0)) for a, b in pairs]
     else:
         column = [row[f"{label}, {what}"] for row in rows]
@@ -230,12 +226,12 @@ def off(found: list[float]) -> float:
 
 
 def summary(runs: dict[str, Rows]) -> list[str]:
-    """The Schwarz quotient's error in all runs, mode by mode."""
+    """The error of h in all runs, mode by mode."""
     columns = [("own", True), ("minibatch", True), ("minibatch", False), ("expected", False)]
     head = ["its own, where it measured", "the minibatch, where it measured"]
     head += ["the minibatch, at any step", "the expected loss, at any step"]
     lines = [
-        f"Schwarz quotient: median of |tracked/exact − 1| in the runs {', '.join(runs)}:",
+        f"h: median of |tracked/exact − 1| in the runs {', '.join(runs)}:",
         "",
         "| mode | " + " | ".join(head) + " |",
         "|---" * 5 + "|",
@@ -245,9 +241,7 @@ def summary(runs: dict[str, Rows]) -> list[str]:
         for name, due in columns:
             of = mode.own if name == "own" else name
             errors = [
-                f"{off(ratios(rows, label, 'Schwarz', 0.0, of, due)):.3f}"
-                if has(rows, label)
-                else "–"
+                f"{off(ratios(rows, label, 'h', 0.0, of, due)):.3f}" if has(rows, label) else "–"
                 for rows in runs.values()
             ]
             cells.append(", ".join(errors))
@@ -273,7 +267,7 @@ def accuracy(title: str, rows: Rows) -> list[str]:
     ]
     modes = {label: mode for label, mode in MODES.items() if has(rows, label)}
     for label, mode in modes.items():
-        averaged = [(what, 0.5) for what in ("h", "secant", "Schwarz")]
+        averaged = [(what, past) for what in ("h", "secant") for past in (0.5, 0.8)]
         for what, past in (*((w, 0.0) for w in (*VALUES, "secant")), *averaged):
             line = f"| {label} | {what}{f', averaged with ema={past}' if past else ''} |"
             for name, due in (("expected", False), ("minibatch", False), (mode.own, True)):
@@ -291,9 +285,40 @@ def accuracy(title: str, rows: Rows) -> list[str]:
     return [*lines, ""]
 
 
+#: What each part runs; "modes" has its own.
+PARTS = ("modes", "edge", "minibatches", "both_ends", "nanogpt")
+TRACKERS = {
+    "edge": ("default", "tol=0.1,iterations=2", "tol=0.1,iterations=2,mode=exact"),
+    "minibatches": ("default", "tol=0.1,iterations=2"),
+    "both_ends": ("default", "tol=0.1,iterations=4"),
+    "nanogpt": ("default", "tol=0.1,iterations=2", "tol=0.1,iterations=4"),
+}
+
+
+def others(folder: str | None, parts: list[str], model: str | None) -> list[str]:
+    """Runs the parts of bench/tracking that are asked for; the lines of all of them."""
+    modes = {part: readings.modes_of(texts) for part, texts in TRACKERS.items()}
+    if folder is not None and "edge" in parts:
+        edge.measure(Path(folder), list(edge.RUNS), modes["edge"])
+    lines = ["# At the edge of stability", "", *edge.lines()]
+    at = folder if "minibatches" in parts else None
+    lines += ["# Minibatches", "", *minibatches.measured(at, modes["minibatches"])]
+    again = "both_ends" in parts
+    lines += ["# Both ends", "", *both_ends.measured(modes["both_ends"], again=again)]
+    again = "nanogpt" in parts and model is not None
+    return [
+        *lines,
+        "# nanoGPT",
+        "",
+        *nanogpt.measured(model and Path(model), modes["nanogpt"], again=again),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", nargs="?", help="none: report on the CSVs again")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=list(PARTS))
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="with nanoGPT's model.py")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--points", type=int, default=20, help="steps with exact values")
     parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", default=list(MODES))
@@ -304,14 +329,14 @@ def main() -> None:
     for number, run in enumerate(RUNS):
         title = f"{run[0]}, learning rate {run[1]}"
         path = RESULTS / f"tracking_accuracy_{run[0]}_{run[1]}.csv"
-        if arguments.folder is not None and number in arguments.runs:
+        if arguments.folder and "modes" in arguments.parts and number in arguments.runs:
             modes = {label: MODES[label] for label in arguments.modes}
             rows = follow(arguments.folder, run, arguments.epochs, arguments.points, modes)
             keep(path, rows)
         runs[title] = rows_of(path)
         lines += accuracy(title, runs[title])
-    lines = [*summary(runs), *lines]
-    report("tracking_accuracy", "Tracked h0 beside exact values", __doc__, lines)
+    lines += others(arguments.folder, arguments.parts, arguments.nanogpt)
+    report("tracking_accuracy", "Tracked h0 beside exact values", __doc__, [*summary(runs), *lines])
 
 
 if __name__ == "__main__":

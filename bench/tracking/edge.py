@@ -429,6 +429,23 @@ def value_of(text: str) -> Any:
         return text
 
 
+def measure(folder: Path | None, names: Sequence[str], modes: dict[str, dict[str, Any]]) -> None:
+    """Trains the runs of these names and writes their CSVs; without a folder does nothing."""
+    for name in names if folder else ():
+        run, earlier = RUNS[name], rows_of(RUNS[name].path)
+        keep(run.path, follow(folder, run, modes, earlier), earlier)
+
+
+def measured() -> dict[str, Rows]:
+    """What the CSVs hold, by run."""
+    return {name: rows for name, run in RUNS.items() if (rows := rows_of(run.path))}
+
+
+def lines() -> list[str]:
+    """The report on the CSVs."""
+    return lines_of(measured())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -440,12 +457,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     modes = {mode: options_of(mode) for mode in arguments.modes}
-    for name in arguments.runs if arguments.folder else ():
-        run, earlier = RUNS[name], rows_of(RUNS[name].path)
-        keep(run.path, follow(arguments.folder, run, modes, earlier), earlier)
-    runs = {name: rows for name, run in RUNS.items() if (rows := rows_of(run.path))}
-    report("tracking_edge", "Tracked h0 at the edge of stability", __doc__, lines_of(runs))
-    draw(runs, PICTURE, arguments.draw)
+    measure(arguments.folder, arguments.runs, modes)
+    report("tracking_edge", "Tracked h0 at the edge of stability", __doc__, lines())
+    draw(measured(), PICTURE, arguments.draw)
 
 
 if __name__ == "__main__":
