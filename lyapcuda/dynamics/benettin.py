@@ -364,7 +364,7 @@ class Benettin:
             moved = y
             if part.p is not None:
                 if self.k == 1:
-                    part.p.mul_(self._field("transform", state))
+                    part.p.mul_(self._field("transform", state).squeeze())
                 ops.combine_(part.p, part.p, mix.to(state.device).contiguous())
                 moved = torch.add(y, part.p, alpha=momentum, out=part.p_next)
             rate = (self._sign * self._field("beta", state)).squeeze()

@@ -321,6 +321,8 @@ class Refinement:
         ``mix``: of `_orthonormal`.
         """
         _, s, _ = self._wanted(block)
+        # On the side of θ where they were, as the next step takes the other.
+        s = s * np.where((mix @ s[: mix.shape[1]]).diagonal() < 0.0, -1.0, 1.0)
         m, device = block.size, size.device
         matrix = (torch.as_tensor(s, device=device) * size).contiguous()
         for basis in (self._vectors, self._products):
