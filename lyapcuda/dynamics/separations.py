@@ -280,8 +280,10 @@ class Separations:
         return float(self.scalars("perturbation")[0])
 
     def largest(self) -> float:
-        """The largest curvature in the last error bars' middles, whatever its sign."""
-        return float(self.values("center").abs().max())
+        """The largest of the last Rayleigh quotients, whatever its sign: the same for all estimates,
+        of which some count what isn't linear in q as curvature.
+        """
+        return float(self.values("rayleigh").abs().max())
 
     def restart_average(self) -> None:
         """Lets h_ema begin anew at the present h."""
