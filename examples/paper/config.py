@@ -15,7 +15,7 @@ from lyapcuda.command.problem import LOSSES
 from .data import CLASSES, DIGITS, Dataset
 from .models import MODELS
 
-ESTIMATES = ("rayleigh", "growth", "paper", "schwarz")
+ESTIMATES = ("auto", "rayleigh", "growth", "paper", "schwarz", "secant", "outer")
 SCHEDULE_NAMES = ("constant", "cyclic", "qn")
 # Where a run may go on differently from how it began.
 _FREE_ON_RESUME = ("epochs", "max_steps", "device")
