@@ -280,8 +280,9 @@ class Separations:
         return float(self.scalars("perturbation")[0])
 
     def largest(self) -> float:
-        """The largest of the last Rayleigh quotients, whatever its sign: the same for all estimates,
-        of which some count what isn't linear in q as curvature.
+        """The largest of the last Rayleigh quotients, whatever its sign.
+
+        The same for all estimates: some of these count what isn't linear in q as curvature.
         """
         return float(self.values("rayleigh").abs().max())
 
