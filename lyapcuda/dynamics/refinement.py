@@ -102,6 +102,8 @@ class Block:
         basis = turn[:, kept] / lengths[:, None] / np.sqrt(squares[kept])
         values, z = np.linalg.eigh(basis.T @ ((vy + vy.T) / 2) @ basis)
         s = basis @ z
+        # Which side of θ a column lies on isn't left to LAPACK.
+        s *= np.where(np.take_along_axis(s, np.abs(s).argmax(0)[None], 0) < 0.0, -1.0, 1.0)
         squares = np.einsum("ij,ij->j", s, yy @ s) - values**2
         return values, s, np.sqrt(np.maximum(squares, 0.0))
 
