@@ -14,7 +14,6 @@ from lyapcuda.params.ranks import RankError
 from ranks import equal_everywhere, on_ranks, outcomes
 from wrapped_nets import loss_of, same, setting, snapshot
 
-
 #: No step gets there: all further gradients are taken.
 FURTHER = {"tol": 1e-9, "iterations": 2}
 
