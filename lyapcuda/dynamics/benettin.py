@@ -258,9 +258,15 @@ class Benettin:
             total = gram if total is None else total + gram
         return total
 
-    def conclude(self, gram: Tensor, losses: Tensor) -> None:
-        """Takes the growth, by the Gram matrix over all elements, into the state."""
+    def conclude(self, gram: Tensor, losses: Tensor, coarse: bool = False) -> None:
+        """Takes the growth, by the Gram matrix over all elements, into the state.
+
+        ``coarse``: the arithmetic asks for so large a Δq that each side of θ is some percent off,
+        as for 16-bit parameters. Half of what two sides differ by then counts as error too.
+        """
         before = None
+        bends = self._chosen.one_sided and (coarse or self._options["realised"])
+        center = self.value("center") if bends else None
         if self._chosen.tolerance is not None:
             before = {name: self.value(name) for name in ("refined", "first")}
             self._field("refined").fill_(float(self._refined))
@@ -270,6 +276,9 @@ class Benettin:
         for name, value in (before or {}).items():  # of what wasn't accepted, nothing stays
             field = self._field(name)
             field.copy_(torch.where(self._field("accepted") > 0, field, value))
+        if center is not None:
+            apart = 0.5 * (self._field("center") - center).abs()
+            self._field("error").add_(torch.where(apart.isfinite(), apart, 0.0))
         if self.k == 1:
             for part in self._groups:
                 part.swap()

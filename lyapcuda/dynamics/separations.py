@@ -191,7 +191,7 @@ class Separations:
             sums, further = self._refined(sums, own, probe)
             own = [torch.cat([part, further]) for part in own]
         for separation, total, part in zip(self._of, sums, own, strict=True):
-            separation.conclude(total, part)
+            separation.conclude(total, part, coarse=self.noise > 0.0)
         return beside
 
     def _refined(
