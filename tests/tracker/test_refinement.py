@@ -357,9 +357,15 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.5}, {"which": "BE", "k": 3}, {"estimate": "growth"}], ids=str
+    ("options", "error"),
+    [
+        ({}, KeyboardInterrupt),
+        ({"momentum": 0.5}, Stop),
+        ({"which": "BE", "k": 3}, KeyboardInterrupt),
+        ({"estimate": "growth"}, Stop),
+    ],
+    ids=str,
 )
 def test_a_closure_that_throws_at_a_further_copy_leaves_everything(options, error):
     model, tracker, closure = noisy_problem(True, **options)
