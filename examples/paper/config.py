@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lyapcuda import ops
 from lyapcuda.command.problem import LOSSES
 
 from .data import CLASSES, DIGITS, Dataset
 from .models import MODELS
 
-ESTIMATES = ("rayleigh", "growth", "paper", "schwarz")
+#: Of a tracker; with several separations those of ``OF_QUOTIENTS`` alone.
+ESTIMATES = ("auto", *ops.ESTIMATES)
 SCHEDULE_NAMES = ("constant", "cyclic", "qn")
 # Where a run may go on differently from how it began.
 _FREE_ON_RESUME = ("epochs", "max_steps", "device")
@@ -40,8 +42,8 @@ class TrainConfig:
         batch_size: default 128 for digits, 512 for CIFAR-10.
         weight_decay: part of the loss, and of its curvature.
         perturbation: length of the separation; default: chosen by the tracker.
-        estimate: ``rayleigh``, ``schwarz``, ``growth`` or ``paper``; default ``growth`` under
-            ``qn``, whose steps it keeps on the short side, else ``rayleigh``.
+        estimate: as of `lyapcuda.CurvatureTracker`; default ``growth`` under ``qn``, whose steps it
+            keeps on the short side, else ``rayleigh``.
         every: measure on every n-th step (not under ``qn``, which needs every one).
         classes: labels to train on; default all ten, but planes and cars for CIFAR-10 with any
             model except resnet18, as in the paper.
@@ -103,9 +105,10 @@ class TrainConfig:
             raise ValueError(f"seed must lie in 0..2**63-1, got {self.seed}")
         if self.k > 1 and self.schedule != "qn":
             raise ValueError(f"k must be 1 with schedule={self.schedule}, got {self.k}")
-        if self.k > 1 and self.estimate not in (None, "rayleigh", "schwarz"):
+        if self.k > 1 and self.estimate not in (None, *ops.OF_QUOTIENTS):
             raise ValueError(
-                f"estimate must be rayleigh or schwarz with k={self.k}, got {self.estimate}"
+                f"estimate must be one of {', '.join(ops.OF_QUOTIENTS)} with k={self.k}, got "
+                f"{self.estimate}"
             )
         if self.schedule == "qn" and self.every != 1:
             raise ValueError(

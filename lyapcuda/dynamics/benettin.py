@@ -112,8 +112,8 @@ class Benettin:
     ) -> None:
         self.layout, self.k, self._sign, self._seed = layout, k, sign, options.seed
         self._chosen, self.linear = options, options.exact
-        #: `first` of the last step, as it would be without further gradients.
-        self._first: Tensor | None = None
+        # Whether `replace` was called since `place`; `first` as it would be without.
+        self._refined, self._first = False, None
         self._options = {
             **options.of_ops(sign),
             "realised": any(group.rounds for group in layout.groups),
@@ -195,8 +195,7 @@ class Benettin:
         """
         for part in self._groups:
             part.group.check()
-        if self._chosen.tolerance is not None:
-            self._field("refined").zero_()
+        self._refined = False
         for part in self._groups:
             group = part.group
             ops.recenter_(
@@ -259,9 +258,27 @@ class Benettin:
             total = gram if total is None else total + gram
         return total
 
-    def conclude(self, gram: Tensor, losses: Tensor) -> None:
-        """Takes the growth, by the Gram matrix over all elements, into the state."""
+    def conclude(self, gram: Tensor, losses: Tensor, coarse: bool = False) -> None:
+        """Takes the growth, by the Gram matrix over all elements, into the state.
+
+        ``coarse``: the arithmetic asks for so large a Δq that each side of θ is some percent off,
+        as for 16-bit parameters. Half of what two sides differ by then counts as error too.
+        """
+        before = None
+        bends = self._chosen.one_sided and (coarse or self._options["realised"])
+        center = self.value("center") if bends else None
+        if self._chosen.tolerance is not None:
+            before = {name: self.value(name) for name in ("refined", "first")}
+            self._field("refined").fill_(float(self._refined))
+            if self._refined:
+                self._field("first").copy_(self._first)
         ops.benettin_(self.state, gram, losses, self.k, **self._options)
+        for name, value in (before or {}).items():  # of what wasn't accepted, nothing stays
+            field = self._field(name)
+            field.copy_(torch.where(self._field("accepted") > 0, field, value))
+        if center is not None:
+            apart = 0.5 * (self._field("center") - center).abs()
+            self._field("error").add_(torch.where(apart.isfinite(), apart, 0.0))
         if self.k == 1:
             for part in self._groups:
                 part.swap()
@@ -301,6 +318,7 @@ class Benettin:
             noise: of a gradient difference, its norm.
         """
         state = self.state.clone()
+        self._field("refined", state).zero_()
         ops.benettin_(state, gram, losses, self.k, **self._options)
         h, residual = self._field("h", state), self._field("residual", state)
         self._first = self._field("first", state)
@@ -316,7 +334,8 @@ class Benettin:
             state, here = _state_on(self.state, group.device), size.to(group.device).squeeze()
             times = self._field("transform", state).squeeze() if self.k == 1 else 1.0
             if not group.rounds:
-                torch.mul(part.q, times / here, out=rows)
+                # In two steps, as a saved state has the separations times the transform.
+                torch.mul(part.q, times, out=rows).div_(here)
                 continue
             theta = part.segments(group.tensors)
             for q, row in zip(part.q, rows, strict=True):
@@ -353,16 +372,16 @@ class Benettin:
             part.q.copy_(q)
             moved = y
             if part.p is not None:
-                times = self._field("transform", state) if self.k == 1 else 1.0
-                ops.combine_(part.p, part.p, (mix.to(state.device) * times).contiguous())
+                if self.k == 1:
+                    part.p.mul_(self._field("transform", state).squeeze())
+                ops.combine_(part.p, part.p, mix.to(state.device).contiguous())
                 moved = torch.add(y, part.p, alpha=momentum, out=part.p_next)
             rate = (self._sign * self._field("beta", state)).squeeze()
             torch.mul(moved, rate, out=part.d)
             part.d.add_(part.q)
         if self.k == 1:
             self._field("transform").fill_(1.0)  # it is in q and p
-        self._field("first").copy_(self._first)
-        self._field("refined").fill_(1.0)
+        self._refined = True
         blocks = [0, 1, 0] if self._options["realised"] else [0, 1]
         sums = {(0, 0): vv, (0, 1): vy, (1, 0): vy.T, (1, 1): yy}
         gram = torch.cat([torch.cat([sums[i, j] for j in blocks], 1) for i in blocks])

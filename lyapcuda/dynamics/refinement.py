@@ -35,6 +35,10 @@ __all__ = ["Block", "Refinement", "check_room"]
 _NEW = 1e-8
 #: A value that grew by more than this share, by the gradient beside a residual, calls it a success.
 _BROUGHT = 0.02
+#: A direction that is less than this share (squared) of the vectors that have it is rounding too.
+_DEPENDENT = 1e-6
+#: Products of vectors that are this near to those of orthonormal ones will do.
+_ORTHONORMAL = 1e-4
 #: With kinks, a column that leaves more than this share of a residual is not used.
 _STALLED = 0.67
 #: Sums over all ranks, of sums over this one's elements and of a loss.
@@ -93,14 +97,19 @@ class Block:
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the Ritz values, ascending, their vectors as columns, and their residuals.
 
-        Raises:
-            numpy.linalg.LinAlgError: the vectors are not independent.
+        There are fewer than vectors where those aren't independent: both ends of the spectrum start
+        from the same random ones.
         """
         m = self.size
         vv, vy, yy = (matrix[:m, :m] for matrix in (self.vv, self.vy, self.yy))
-        inverse = np.linalg.inv(np.linalg.cholesky(vv))
-        values, z = np.linalg.eigh(inverse @ ((vy + vy.T) / 2) @ inverse.T)
-        s = inverse.T @ z
+        lengths = np.sqrt(vv.diagonal())
+        squares, turn = np.linalg.eigh(vv / np.outer(lengths, lengths))
+        kept = squares > _DEPENDENT * squares[-1]
+        basis = turn[:, kept] / lengths[:, None] / np.sqrt(squares[kept])
+        values, z = np.linalg.eigh(basis.T @ ((vy + vy.T) / 2) @ basis)
+        s = basis @ z
+        # Which side of θ a column lies on isn't left to LAPACK.
+        s *= np.where(np.take_along_axis(s, np.abs(s).argmax(0)[None], 0) < 0.0, -1.0, 1.0)
         squares = np.einsum("ij,ij->j", s, yy @ s) - values**2
         return values, s, np.sqrt(np.maximum(squares, 0.0))
 
@@ -112,7 +121,7 @@ class GradientTurns:
     grows by it, beside a residual already, the next step begins with it.
 
     Attributes:
-        turn: whether the last step was one of those.
+        turn: whether the last step that added columns was of the one kind or the other.
         first: whether the next step begins with it.
     """
 
@@ -120,16 +129,13 @@ class GradientTurns:
         self.turn, self.first = False, False
 
     def column(self) -> int | None:
-        """Which it is in the step that begins, from 0; None: none."""
-        self.turn = not self.turn
-        if self.first:
-            self.first = False
-            return 0
-        return 1 if self.turn else None
+        """Which it is in the next step that adds columns, from 0; None: none."""
+        return 0 if self.first else None if self.turn else 1
 
-    def judge(self, column: int, gain: float) -> None:
-        """Takes note of how much a wanted value grew by it, relative."""
-        self.first = column == 1 and gain > _BROUGHT
+    def advance(self, brought: bool) -> None:
+        """After such a step. ``brought``: whether a wanted value grew by it."""
+        self.first = brought and self.column() == 1
+        self.turn = not self.turn
 
     def state(self) -> list[float]:
         """Plain numbers, for a checkpoint."""
@@ -217,15 +223,16 @@ class Refinement:
         vectors, products = self._vectors[: self.k], self._products[: self.k]
         pairs = ((vectors, vectors), (vectors, products), (products, products))
         block.start(*(a.gram(b).cpu().numpy() for a, b in pairs))
+        mix = self._orthonormal(block)
         linear = all(separation.linear for separation in separations)
         floor = NOISY * noise / float(size)
         losses: list[Tensor] = []
-        turn = self.turns.column()
-        for m in range(self.k, len(self._vectors)):
+        turn, first, brought = self.turns.column(), block.size, False
+        for m in range(first, first + self.tolerance.iterations):
             worst = self._worst(block, floor)
             if worst is None:
                 break
-            by_gradient = m - self.k == turn and self._add_gradient(m, probe.gradient())
+            by_gradient = m - first == turn and self._add_gradient(m, probe.gradient())
             if not by_gradient and not self._add_residual(m, block, worst):
                 break
             copy = self._displace(m, size)
@@ -241,30 +248,44 @@ class Refinement:
             block.add(*host[:-1].reshape(4, m + 1))
             after, _, now = self._wanted(block)
             if by_gradient:
-                grown = np.abs(after - before) / np.maximum(np.abs(after), np.abs(before))
-                self.turns.judge(m - self.k, float(grown.max()))
+                brought = bool((np.abs(after - before) > _BROUGHT * np.abs(after)).any())
             if not linear and now[worst] > _STALLED * left[worst]:
                 block.size -= 1
                 break
             losses.append(loss)
+        self.turns.advance(brought)
         if not losses:
             return None
-        return self._replace(separations, block, size), torch.cat(losses)
+        return self._replace(separations, block, size, mix), torch.cat(losses)
+
+    def _orthonormal(self, block: Block) -> np.ndarray:
+        """Makes the first vectors orthonormal, as `lyapcuda.basis.Basis.orthogonalise_` takes them;
+        returns the matrix, of which the columns are the new ones.
+
+        Those of one end were random at first; those of the other are no part of their basis.
+        """
+        k = block.size
+        if np.abs(block.vv[:k, :k] - np.eye(k)).max() < _ORTHONORMAL:
+            return np.eye(k)
+        matrix = block.pairs()[1]
+        count = matrix.shape[1]
+        times = torch.as_tensor(matrix.copy(), device=self._layout.device)
+        for basis in (self._vectors, self._products):
+            basis[:count].combine_(basis[:k], times)
+        block.start(*(matrix.T @ x[:k, :k] @ matrix for x in (block.vv, block.vy, block.yy)))
+        return matrix
 
     def _wanted(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pairs of all ends, in the order of their separations."""
         values, s, residuals = block.pairs()
         picked: list[int] = []
         for sign, k in self._ends:
-            picked += list(range(block.size))[::-sign][:k]
+            picked += list(range(len(values)))[::-sign][:k]
         return values[picked], s[:, picked], residuals[picked]
 
     def _worst(self, block: Block, floor: float) -> int | None:
         """Which wanted pair's residual exceeds what is allowed the most; None: none does."""
-        try:
-            values, _, residuals = self._wanted(block)
-        except np.linalg.LinAlgError:
-            return None
+        values, _, residuals = self._wanted(block)
         allowed = np.hypot(self.tolerance.tol * np.hypot(values, residuals), floor)
         excess = residuals - allowed
         worst = int(excess.argmax())
@@ -348,14 +369,21 @@ class Refinement:
         pairs = ((vectors, v), (vectors, y), (products, v), (products, y))
         return torch.cat([a.partial_gram(b)[:, 0] for a, b in pairs])
 
-    def _replace(self, separations: Sequence[Benettin], block: Block, size: Tensor) -> list[Tensor]:
-        """Puts the wanted Ritz vectors in the separations' place; returns their Gram matrices."""
+    def _replace(
+        self, separations: Sequence[Benettin], block: Block, size: Tensor, mix: np.ndarray
+    ) -> list[Tensor]:
+        """Puts the wanted Ritz vectors in the separations' place; returns their Gram matrices.
+
+        ``mix``: of `_orthonormal`.
+        """
         _, s, _ = self._wanted(block)
+        # On the side of θ where they were, as the next step takes the other.
+        s = s * np.where((mix @ s[: mix.shape[1]]).diagonal() < 0.0, -1.0, 1.0)
         m, device = block.size, size.device
         matrix = (torch.as_tensor(s, device=device) * size).contiguous()
         for basis in (self._vectors, self._products):
             basis[: self.k].combine_(basis[:m], matrix)
-        grams = []
+        grams, before = [], mix @ s[: mix.shape[1]]
         for end, separation in enumerate(separations):
             rows = self._rows(end)
             u = s[:, rows]
@@ -364,7 +392,7 @@ class Refinement:
                 separation.replace(
                     self._vectors[rows],
                     self._products[rows],
-                    torch.as_tensor(u[rows].copy(), device=device),
+                    torch.as_tensor(before[rows, rows].copy(), device=device),
                     *(torch.as_tensor(x, device=device) * size**2 for x in sums),
                 )
             )

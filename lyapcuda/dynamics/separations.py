@@ -191,7 +191,7 @@ class Separations:
             sums, further = self._refined(sums, own, probe)
             own = [torch.cat([part, further]) for part in own]
         for separation, total, part in zip(self._of, sums, own, strict=True):
-            separation.conclude(total, part)
+            separation.conclude(total, part, coarse=self.noise > 0.0)
         return beside
 
     def _refined(
@@ -297,8 +297,11 @@ class Separations:
         return float(self.scalars("perturbation")[0])
 
     def largest(self) -> float:
-        """The largest curvature in the last error bars' middles, whatever its sign."""
-        return float(self.values("center").abs().max())
+        """The largest of the last Rayleigh quotients, whatever its sign.
+
+        The same for all estimates: some of these count what isn't linear in q as curvature.
+        """
+        return float(self.values("rayleigh").abs().max())
 
     def restart_average(self) -> None:
         """Lets h_ema begin anew at the present h."""

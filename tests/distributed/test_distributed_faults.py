@@ -14,9 +14,14 @@ from lyapcuda.params.ranks import RankError
 from ranks import equal_everywhere, on_ranks, outcomes
 from wrapped_nets import loss_of, same, setting, snapshot
 
+#: No step gets there: all further gradients are taken.
+FURTHER = {"tol": 1e-9, "iterations": 2}
 
-def fails_after_backward(rank: int, how: str, options: dict, leave: bool) -> None:
-    """In the last evaluation: the others get to the exchange and hear of it."""
+
+def fails_after_backward(rank: int, how: str, options: dict, leave: bool, further: int = 0) -> None:
+    """In the last evaluation, or at a further copy: the others get to the exchange and hear of
+    it.
+    """
     model, x, y, tracker = setting(rank, how, **options)
     wrong, calls = False, 0
 
@@ -26,7 +31,7 @@ def fails_after_backward(rank: int, how: str, options: dict, leave: bool) -> Non
         loss = loss_of(model, x, y)
         model.zero_grad()
         loss.backward()
-        if wrong and calls == tracker.k + 1 and rank == 1:
+        if wrong and calls == tracker.k + 1 + further and rank == 1:
             raise ValueError("out of coffee")
         return loss
 
@@ -45,6 +50,7 @@ def fails_after_backward(rank: int, how: str, options: dict, leave: bool) -> Non
     wrong = False
     tracker.step(closure, leave_grad=leave)
     assert int(tracker.steps.max()) == 3 and equal_everywhere(tracker.h)
+    assert tracker.gradients == 3 * (tracker.k + (2 if further else 0))
 
 
 def not_finite_on_one(rank: int, how: str) -> None:
@@ -111,7 +117,9 @@ def deferred(rank: int) -> None:
         def query(self) -> bool:
             return True
 
-    def heed(self, status):
+    def heed(self, status, now):
+        if now:
+            return self._raise(status)
         self._late = (status.clone(), Event())
 
     ranks = lyapcuda.params.ranks.Ranks
@@ -146,6 +154,9 @@ def in_step(rank: int) -> None:
     fails_after_backward(rank, "ddp", {"k": 2}, True)
     fails_after_backward(rank, "fsdp_root", {}, True)
     fails_after_backward(rank, "fsdp", {"k": 3, "which": "BE"}, False)
+    fails_after_backward(rank, "ddp", FURTHER, True, further=1)
+    fails_after_backward(rank, "ddp_view", {"k": 2, **FURTHER}, False, further=2)
+    fails_after_backward(rank, "fsdp", {"k": 3, "which": "BE", **FURTHER}, True, further=2)
     not_finite_on_one(rank, "ddp")
     not_finite_on_one(rank, "fsdp")
     not_averaged(rank)

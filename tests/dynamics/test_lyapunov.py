@@ -122,10 +122,15 @@ def test_a_tracker_adapts_its_separation_to_a_loss_without_kinks(k, activation, 
 
     layout = FlatLayout(model.parameters())
     tracker = CurvatureTracker(model.parameters(), k=k)
+    mean = CurvatureTracker(model.parameters(), k=k, estimate="rayleigh")
     own = CurvatureTracker(model.parameters(), k=k, perturbation=0.05)
     for _ in range(3):
-        tracker.step(closure)
-        own.step(closure)
-    assert tracker.perturbation == default_perturbation(layout, smooth=smooth)
-    assert (tracker.perturbation < 0.7 * default_perturbation(layout)) == smooth
+        for each in (tracker, mean, own):
+            each.step(closure)
+    assert mean.perturbation == default_perturbation(layout, smooth=smooth)
+    assert (mean.perturbation < 0.7 * default_perturbation(layout)) == smooth
+    # The default estimate is of one side of θ alone, off by the first order in Δq: a smaller one.
+    one_sided = default_perturbation(layout, smooth=smooth, one_sided=True)
+    assert tracker.perturbation == one_sided
+    assert (one_sided < 0.3 * mean.perturbation) == smooth
     assert own.perturbation == 0.05

@@ -376,4 +376,6 @@ def test_several_curvatures(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig("linear", **{"schedule": "qn", "k": 3, **bad})
-    assert TrainConfig("linear", schedule="qn", k=3, estimate="schwarz").estimate == "schwarz"
+    for estimate in ("schwarz", "secant"):
+        assert TrainConfig("linear", schedule="qn", k=3, estimate=estimate).estimate == estimate
+    assert TrainConfig("linear", estimate="auto").estimate == "auto"

@@ -171,7 +171,7 @@ def test_the_separation_grows_to_what_tf32_needs(k):
         for _ in range(20):
             tracker.step(case.closure)
     size, noise = tracker.perturbation, tracker.sizing.noise
-    assert size > 4 * default_perturbation(layout)
+    assert size > 3 * default_perturbation(layout)  # 64 times the noise, as far as it bends
     assert noise > 0.0 and size * float(tracker.h.reshape(-1)[0]) > 15 * noise
 
 

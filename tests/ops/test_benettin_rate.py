@@ -89,21 +89,71 @@ def test_a_rate_stays_one_that_float32_holds(estimate):
     assert after["beta"] == (1e37 if estimate == 2 else 1e38)
 
 
-@pytest.mark.parametrize("rayleigh", [2.0, -2.0, 0.5, 0.0])
-def test_schwarz_is_the_quotient_of_the_step_alone(rayleigh):
-    known = {"beta": 0.3, "rayleigh": 5.0, "residual": 3.0, "h_ema": 1.0}
-    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), **known)
-    step.y = rayleigh * step.c + SIZE * torch.eye(2, N, dtype=F64)[1:]
+def quotient_step(rho, r=1.0, **known):
+    """A step of one separation with this Rayleigh quotient and residual."""
+    step = Step(1, carried=SIZE * torch.eye(1, N, dtype=F64), beta=0.3, **known)
+    step.y = rho * step.c + r * SIZE * torch.eye(2, N, dtype=F64)[1:]
     stack = torch.cat([step.c, step.y])
     step.gram = stack @ stack.T
-    step.run(estimate=3, ema=0.5)
-    # y·y/(q·y), but at most a residual away from ρ; at ρ = 0 it has no side to lie on.
-    s = {2.0: 2.5, -2.0: -2.5, 0.5: 1.5, 0.0: 0.0}[rayleigh]
-    assert float(step["h"]) == float(step["center"]) == pytest.approx(s, rel=1e-14)
-    assert float(step["h_ema"]) == pytest.approx((s + 1.0) / 2)
-    before = 5.0 + 9.0 / 5.0
-    expected = math.hypot(1.0, s - rayleigh) + abs(s - before) / 2
-    assert float(step["width"]) == pytest.approx(expected)
+    return step
+
+
+#: Of one step alone, r = 1: by ρ, y·y/(q·y), but at most r away; ‖y‖/‖q‖ with the sign of ρ. At
+#: ρ = 0 they have no side to lie on. The outer end lies on the wanted side, a full r away until
+#: r is below a tenth of ‖y‖/‖q‖.
+ONE_STEP = {
+    ("schwarz", 1): {2.0: 2.5, -2.0: -2.5, 0.5: 1.5, 0.0: 0.0, 40.0: 40.025},
+    ("secant", 1): {2.0: 5**0.5, -2.0: -(5**0.5), 0.5: 1.25**0.5, 0.0: 0.0, 40.0: 1601**0.5},
+    ("outer", 1): {2.0: 3.0, -2.0: -1.0, 0.5: 1.5, 0.0: 1.0, 40.0: 40 + 10 / 1601**0.5},
+    ("outer", -1): {2.0: 1.0, -2.0: -3.0, 0.5: -0.5, 0.0: -1.0, -40.0: -40 - 10 / 1601**0.5},
+}
+
+
+@pytest.mark.parametrize(("estimate", "sign"), ONE_STEP)
+def test_estimates_of_the_step_alone(estimate, sign):
+    expected = ONE_STEP[estimate, sign]
+    for rho, h in expected.items():
+        # The step before: ρ = 2, r = 1.
+        known = {"rayleigh": 2.0, "residual": 1.0, "h_ema": 1.0, "sign": sign}
+        step = quotient_step(rho, **known).run(estimate=ops.ESTIMATES[estimate], ema=0.5)
+        assert float(step["h"]) == float(step["center"]) == pytest.approx(h, rel=1e-14)
+        assert float(step["h_ema"]) == pytest.approx((h + 1.0) / 2)
+        width = math.hypot(1.0, h - rho) + abs(h - expected[2.0]) / 2
+        assert float(step["width"]) == pytest.approx(width)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("estimate", ["schwarz", "secant", "outer", "rayleigh"])
+def test_the_error_follows_from_the_shares_of_the_residual(estimate, refined):
+    """ρ = 3, r = 4: ‖y‖/‖q‖ = 5, the share 0.8; before further gradients it was 0.9."""
+    known = {"refined": 1.0, "first": 0.9} if refined else {}
+    step = quotient_step(3.0, 4.0, **known).run(estimate=ops.ESTIMATES[estimate])
+    assert float(step["first"]) == pytest.approx(0.9 if refined else 0.8, rel=1e-14)
+    assert step["refined"] == float(refined)  # the caller's, who takes it back
+    if estimate == "outer":  # h = 7
+        expected = math.hypot(0.005 * 7.0, 4.0)
+    elif estimate == "secant":  # h = 5
+        expected = 5.0 * math.hypot(0.01, 0.85 * 0.9**1.2 if refined else 0.75 * 0.8)
+    else:  # the Schwarz quotient is ρ + r here, 7
+        share = 1.7 * (0.8 + 0.05 * 0.9) ** 1.2 if refined else 2.0 * 0.8**1.2
+        expected = 7.0 * math.hypot(0.005, share) + (4.0 if estimate == "rayleigh" else 0.0)
+    assert float(step["error"]) == pytest.approx(expected, rel=1e-13)
+
+
+def test_without_a_product_there_is_no_share_and_no_error():
+    step = quotient_step(0.0, 0.0).run(estimate=ops.ESTIMATES["secant"])
+    assert step["first"] == step["error"] == step["h"] == 0.0
+
+
+@pytest.mark.parametrize("estimate", ["schwarz", "secant", "outer"])
+@pytest.mark.parametrize("factor", [1e-150, 1e150])
+def test_estimates_of_any_size(estimate, factor):
+    """Squares of them would be zero, or infinite."""
+    one, other = (quotient_step(x * 2.0, x) for x in (1.0, factor))
+    for step in (one, other):
+        step.run(estimate=ops.ESTIMATES[estimate])
+    for name in ("h", "width", "error"):
+        assert float(other[name]) == pytest.approx(float(one[name]) * factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

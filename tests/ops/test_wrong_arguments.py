@@ -205,7 +205,7 @@ KEEP_OFFSETS = {
 COUNTED = {
     "k small": ({"k": 0}, "k: expected 1 to 32, got 0"),
     "k large": ({"k": 33}, "k: expected 1 to 32, got 33"),
-    "k other": ({"k": 2}, "state: expected 33 elements, got 50"),
+    "k other": ({"k": 2}, "state: expected 38 elements, got 57"),
 }
 WRONG = {
     "ascent_": {
@@ -213,7 +213,7 @@ WRONG = {
         "p alone": (without("p_next"), "p, p_next: give both"),
         "p_next alone": (without("p"), "p, p_next: give both"),
         "momentum alone": (without("p", "p_next"), "momentum: 0.5 needs p and p_next"),
-        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 50 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 57 elements"),
         "d in q": (overlapping("d", "q"), "d: shares memory with q"),
         "d in g1": (overlapping("d", "g1"), "d: shares memory with g1"),
         "d in p": (overlapping("d", "p"), "d: shares memory with p"),
@@ -226,7 +226,7 @@ WRONG = {
     "recenter_": {
         "p alone": (without("p_next"), "p, p_next: give both"),
         "p_next alone": (without("p"), "p, p_next: give both"),
-        "state of another k": ({"state": ops.new_state("cpu", 4)}, "state: expected 50 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 4)}, "state: expected 57 elements"),
         "q is d": (lambda a: {"q": a["d"]}, "q: shares memory with d"),
         "q in d": (overlapping("q", "d"), "q: shares memory with d"),
         "q is copies": (lambda a: {"q": a["copies"]}, "q: shares memory with copies"),
@@ -240,7 +240,7 @@ WRONG = {
     "reseed_": {
         "panel in p": (lambda a: {"p": a["panel"]}, "p: shares memory with panel"),
         "dim": (lambda a: {"panel": a["panel"][None]}, "panel: expected a contiguous 2-D tensor"),
-        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 50 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 57 elements"),
         "elements": ({"elements": 0}, "elements: expected at least 1, got 0"),
         "counts": ({"sizes": [1]}, "sizes: 1 entries, but offsets has 2"),
         "beyond": ({"sizes": [5, 46]}, r"offsets\[1\]: .* 46 elements don't fit a buffer of"),
@@ -288,8 +288,8 @@ WRONG = {
     "benettin_": {
         **COUNTED,
         "sign": ({"sign": 0}, "sign: expected 1"),
-        "estimate": ({"estimate": -1}, "estimate: expected 0 to 3, got -1"),
-        "estimate large": ({"estimate": 4}, "estimate: expected 0 to 3, got 4"),
+        "estimate": ({"estimate": -1}, "estimate: expected 0 to 5, got -1"),
+        "estimate large": ({"estimate": 6}, "estimate: expected 0 to 5, got 6"),
         **{
             f"{name} {value}": ({name: value}, f"{name}: expected")
             for name in ("momentum", "ema")

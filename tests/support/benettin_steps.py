@@ -78,6 +78,8 @@ def random_step(rng, k):
         "residual": math.nan if first else rng.random(),
         "h_ema": math.nan if first else rng.uniform(-3, 3),
         "exponent": math.nan if first else rng.uniform(-1, 1),
+        "refined": float(rng.random() < 0.3),
+        "first": rng.random(),  # as `Benettin.replace` leaves it where the step was refined
     }
     return Step(
         k,

@@ -310,13 +310,17 @@ def draw_project(i: Inputs) -> Arguments:
     return {"w": i.flat(), "v": rows, "coefficients": i.matrix(i.k, 1)[:, 0].contiguous()}
 
 
-def draw_benettin(i: Inputs, realised=False, momentum=0.0, **options) -> Arguments:
+def draw_benettin(i: Inputs, realised=False, momentum=0.0, refined=0.0, **options) -> Arguments:
     blocks = 2 + realised + (momentum > 0)
     rows = torch.randn(blocks * i.k, 3 * blocks * i.k, generator=i.generator, dtype=F64)
     rows[: i.k] += 4 * torch.eye(*rows[: i.k].shape)
     if realised:
         rows[2 * i.k : 3 * i.k] = rows[: i.k] + 1e-3 * rows[2 * i.k : 3 * i.k]
-    a = {"state": i.state(again=0.0), "gram": 0.25 * rows @ rows.T, "k": i.k}
+    a = {
+        "state": i.state(again=0.0, refined=refined, first=0.4),
+        "gram": 0.25 * rows @ rows.T,
+        "k": i.k,
+    }
     a |= {"losses": torch.tensor([0.3, 0.4], dtype=F64), "realised": realised}
     return a | {"momentum": momentum, **options}
 
@@ -520,6 +524,8 @@ ROWS = [
             "growth": {"estimate": 1, "ema": 0.9},
             "paper": {"estimate": 2, "sign": -1, "control": False},
             "schwarz": {"estimate": 3, "alternate": False},
+            "secant": {"estimate": 4, "refined": 1.0},
+            "outer": {"estimate": 5, "sign": -1, "momentum": 0.5},
             "realised": {"realised": True, "rotate": False},
             "realised, heavy": {"realised": True, "momentum": 0.5},
         },
