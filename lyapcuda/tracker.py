@@ -632,13 +632,13 @@ class CurvatureTracker:
 
     @property
     def interval(self) -> Tensor:
-        """(2,), for k > 1 (k, 2), float64: some eigenvalue lies within, up to second order in Δq.
+        """(2,), for k > 1 (k, 2), float64: some eigenvalue lies within. `h_error` is of h0 itself.
 
-        Its middle is the mean of the last two Rayleigh quotients (with ``estimate="paper"``, the
-        last), which look from opposite sides of θ; half its length is the mean of their residuals
-        plus half their difference. On a changing minibatch that holds the change as well.
-        With ``estimate="schwarz"`` the middle is `h`, the last Schwarz quotient s, and half the
-        length ‖y − sq‖/‖q‖ plus half of what s has changed: up to first order in Δq.
+        Its middle is `h` (with "growth" the mean of the last two Rayleigh quotients, with "paper"
+        the last), half its length ‖y − hq‖/‖q‖ plus half of what h has changed since the last step:
+        up to first order in Δq. With ``estimate="rayleigh"`` up to second order: half its length is
+        then the mean of the last two residuals, plus half of what the two quotients differ by. On a
+        changing minibatch that holds the change as well.
         """
         center, width = self._values("center"), self._values("width")
         return torch.stack([center - width, center + width], dim=-1)
