@@ -81,12 +81,13 @@ class CurvatureTracker:
         which: "LA", the largest (algebraic) eigenvalues h0, h1, …; "SA", the smallest, hN, …; or
             "BE", both ends at once, half of k at each (one more at the upper end where k is odd).
         estimate: what `h` is. "auto" chooses at the first step: "schwarz" where the loss is seen to
-            be smooth, "secant" where it isn't, "outer" for ``which="SA"``. These are of the last
-            step alone, free, and correct the Rayleigh quotient ρ = q·y/‖q‖², y = g(θ + q) − g(θ),
-            outwards by what its residual says, for a q that lags behind; for k > 1 the Ritz values.
-            "schwarz": y·y/(q·y), half a step nearer to the eigenvector; doubles what isn't linear
-            in y (kinks). "secant": ‖y‖/‖q‖ with the sign of ρ, halfway there. "outer": the
-            Schwarz quotient of ‖H‖ ± H, never beyond the wanted end of the spectrum.
+            be smooth, "secant" where it isn't, "outer" for ``which="SA"``. These three are free, of
+            the last step alone, and correct the Rayleigh quotient ρ = q·y/‖q‖², y = g(θ + q) − g(θ)
+            (for k > 1 the Ritz values), outwards by what its residual r says, for a q that lags
+            behind. For 16-bit parameters, whose Δq is too large for one side of θ, "rayleigh".
+            "schwarz": y·y/(q·y), half a step nearer to the eigenvector; counts what isn't linear in
+            q (kinks) in full. "secant": ‖y‖/‖q‖ with the sign of ρ, halfway there. "outer": the
+            outer end of [ρ − r, ρ + r], ρ itself once r is below a tenth of it.
             "rayleigh": the mean of the last two ρ, which look from opposite sides of θ; lags.
             "growth": the exact inversion (e^λ − 1)/β of the growth. "paper": Algorithm 1 as printed
             (β starts at 1, β ← β/λ, h = 1/β), which converges to h0/(e − 1); as printed, a single

@@ -114,9 +114,10 @@ class Benettin:
         self._chosen, self.linear = options, options.exact
         # Whether `replace` was called since `place`; `first` as it would be without.
         self._refined, self._first = False, None
+        rounds = any(group.rounds for group in layout.groups)
         self._options = {
-            **options.of_ops(sign),
-            "realised": any(group.rounds for group in layout.groups),
+            **options.of_ops(sign, rounds),
+            "realised": rounds,
             "rotate": options.of_quotients,
         }
         self._groups = [
@@ -141,7 +142,9 @@ class Benettin:
             smooth: whether the loss is known to have no kinks.
         """
         self.linear = smooth or self._chosen.exact
-        self._options["estimate"] = self._chosen.suitable(self._sign, self.linear)
+        self._options["estimate"] = self._chosen.suitable(
+            self._sign, self.linear, self._options["realised"]
+        )
 
     def resize(self, size: float) -> None:
         """Takes another Δq, from the next separations on."""

@@ -62,8 +62,14 @@ class GrowthOptions:
             return self.beta
         return 1.0 if self.estimate == "paper" else 0.0
 
-    def suitable(self, sign: int, linear: bool) -> int:
-        """The number of the estimate; ``linear``: y is known to be linear in q, but for its bend.
+    def suitable(self, sign: int, linear: bool, rounds: bool) -> int:
+        """The number of the estimate.
+
+        Args:
+            sign: of the map.
+            linear: y is known to be linear in q, but for its bend.
+            rounds: the parameters are of 16 bits: then Δq is so large that one side of θ alone is
+                off by ten percent, and the mean of both sides isn't.
 
         The Schwarz quotient is the nearest where it is. It counts what isn't (kinks) in full,
         ‖y‖/‖q‖ half of it. Both grow with the other end of the spectrum, which a descent has more
@@ -71,6 +77,8 @@ class GrowthOptions:
         """
         if self.estimate != AUTO:
             return ops.ESTIMATES[self.estimate]
+        if rounds and not self.exact:
+            return ops.ESTIMATES["rayleigh"]
         return ops.ESTIMATES["outer" if sign < 0 else "schwarz" if linear else "secant"]
 
     @property
@@ -83,11 +91,11 @@ class GrowthOptions:
         """Whether h is of the last step alone, and so of one side of θ."""
         return self.estimate in (AUTO, *ops.OF_ONE_STEP)
 
-    def of_ops(self, sign: int) -> dict[str, object]:
-        """As `lyapcuda.ops.benettin_` takes them."""
+    def of_ops(self, sign: int, rounds: bool) -> dict[str, object]:
+        """As `lyapcuda.ops.benettin_` takes them; ``rounds``: as for `suitable`."""
         return {
             "sign": sign,
-            "estimate": self.suitable(sign, self.exact),
+            "estimate": self.suitable(sign, self.exact, rounds),
             "momentum": self.momentum,
             "control": self.beta is None,
             # One side of θ and the other in turns: half the difference of two successive values is
