@@ -21,8 +21,8 @@ beside those at θ, on average and at most; and, where the tracker has `h_error`
 with |h − exact| ≤ h_error. Parts of a run: its first ten steps, in which q is random at first; then
 before the edge, as long as the exact value is below 0.95·2/η; at the edge, from the first exact
 value of at least 2/η on; and of that the unsteady part, from the first rise of the loss on: until
-then θ hasn't yet left its smooth path and the value passes 2/η undisturbed. A mode is a name of
-MODES or the tracker's options, as in ``tol=0.1,iterations=2``.
+then θ hasn't yet left its smooth path and the value passes 2/η undisturbed. A mode is "default", or
+the tracker's options, as in ``tol=0.1,iterations=2``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import csv
 import math
 import sys
 import time
-from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +50,7 @@ BENCH, ROOT = Path(__file__).parents[1:3]
 sys.path[:0] = [str(BENCH), str(ROOT)]
 
 from examples.paper.cifar import CLASSES, PIXELS, read_folder  # noqa: E402
+from tracking.readings import DEFAULT, modes_of  # noqa: E402
 from tracking_cost import RESULTS, report  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "edge_of_stability.png"
@@ -66,7 +66,6 @@ PARTS = {
     "at": "at the edge",
     "unsteady": "of these, unsteady",
 }
-MODES: dict[str, dict[str, Any]] = {"default": {}}
 
 Closure = Callable[[], Tensor]
 Rows = list[dict[str, float]]
@@ -411,24 +410,6 @@ def draw(runs: dict[str, Rows], path: Path, modes: Sequence[str] = ()) -> None:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def options_of(mode: str) -> dict[str, Any]:
-    """The tracker's options of a mode: a name of MODES, or ``name=value,name=value``."""
-    if mode in MODES:
-        return MODES[mode]
-    pairs = [part.partition("=") for part in mode.split(",")]
-    if not all(equals for _, equals, _ in pairs):
-        raise SystemExit(f"--modes {mode}: expected one of {', '.join(MODES)}, or name=value,…")
-    return {name: value_of(text) for name, _, text in pairs}
-
-
-def value_of(text: str) -> Any:
-    """A Python literal, else the text itself."""
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def measure(folder: Path | None, names: Sequence[str], modes: dict[str, dict[str, Any]]) -> None:
     """Trains the runs of these names and writes their CSVs; without a folder does nothing."""
     for name in names if folder else ():
@@ -452,11 +433,11 @@ def main() -> None:
         "folder", metavar="DIR", nargs="?", type=Path, help="none: CSVs as they are"
     )
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE")
+    parser.add_argument("--modes", nargs="+", default=[DEFAULT], metavar="MODE")
     parser.add_argument("--draw", nargs="+", default=[], metavar="MODE", help="not all of them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    modes = {mode: options_of(mode) for mode in arguments.modes}
+    modes = modes_of(arguments.modes)
     measure(arguments.folder, arguments.runs, modes)
     report("tracking_edge", "Tracked h0 at the edge of stability", __doc__, lines())
     draw(measured(), PICTURE, arguments.draw)
