@@ -312,8 +312,8 @@ class Benettin:
         return self._views()
 
     def unsettled(self, gram: Tensor, losses: Tensor, tol: float, noise: float) -> Tensor:
-        """Whether `conclude` would leave a residual above tol·|h|, and further gradients may help;
-        0-dim bool on the device.
+        """Whether `conclude` would accept the step; and whether it would leave a residual above
+        tol·|h|, and further gradients may help. (2,) bool on the device.
 
         Args:
             gram, losses: as for `conclude`.
@@ -328,7 +328,7 @@ class Benettin:
         large = residual > torch.hypot(tol * h, NOISY * noise / self._field("perturbation"))
         if not self.linear:
             large = large & (self._first < HOPELESS)
-        return (self._field("accepted", state) > 0) & large.any()
+        return torch.stack([(self._field("accepted", state) > 0).squeeze(), large.any()])
 
     def export(self, vectors: Basis, size: Tensor) -> None:
         """Writes what the gradients' differences belong to, over Δq, to k rows."""

@@ -33,6 +33,8 @@ __all__ = ["Block", "Refinement", "check_room"]
 
 #: A residual of which less than this share (squared) lies outside of the span is rounding.
 _NEW = 1e-8
+#: The gradient is a column at least every so many steps.
+_AGAIN = 5
 #: A value that grew by more than this share, by the gradient beside a residual, calls it a success.
 _BROUGHT = 0.02
 #: A direction that is less than this share (squared) of the vectors that have it is rounding too.
@@ -117,33 +119,51 @@ class Block:
 class GradientTurns:
     """Which column of a step is the gradient.
 
-    At every second step that adds columns, the second one, to see what it brings: where the value
-    grows by it, beside a residual already, the next step begins with it.
+    At every second step that adds columns, the second one, to see what it brings; and where it
+    wasn't one for `_AGAIN` steps, the first, whatever the residuals: they can be small on the wrong
+    vector. Where a value grows by it, the next step begins with it.
 
     Attributes:
-        turn: whether the last step that added columns was of the one kind or the other.
+        turn: which of two steps that add columns the next is.
         first: whether the next step begins with it.
+        waited: steps since it was a column.
     """
 
     def __init__(self) -> None:
-        self.turn, self.first = False, False
+        self.turn, self.first, self.waited = False, False, 0
 
-    def column(self) -> int | None:
-        """Which it is in the next step that adds columns, from 0; None: none."""
-        return 0 if self.first else None if self.turn else 1
+    @property
+    def due(self) -> bool:
+        """Whether this step takes it, whatever the residuals."""
+        return self.first or self.waited >= _AGAIN
 
-    def advance(self, brought: bool) -> None:
-        """After such a step. ``brought``: whether a wanted value grew by it."""
-        self.first = brought and self.column() == 1
-        self.turn = not self.turn
+    def column(self, asked: bool) -> int | None:
+        """Which it is in a step that adds columns, from 0; None: none.
+
+        Args:
+            asked: residuals asked for that.
+        """
+        if not asked or self.first:
+            return 0
+        return None if self.turn else 1
+
+    def tried(self, brought: bool) -> None:
+        """After it was a column; ``brought``: a wanted value grew by it."""
+        # As the first column it grows by what residuals would have brought as well.
+        self.first, self.waited = brought and not self.first, 0
+
+    def tick(self) -> None:
+        """After every step."""
+        self.waited += 1
 
     def state(self) -> list[float]:
         """Plain numbers, for a checkpoint."""
-        return [float(self.turn), float(self.first)]
+        return [float(self.turn), float(self.first), float(self.waited)]
 
     def load(self, saved: list[float]) -> None:
         """Takes over a `state`."""
-        self.turn, self.first = map(bool, saved)
+        self.turn, self.first = map(bool, saved[:2])
+        self.waited = int(saved[2])
 
 
 class Refinement:
@@ -227,13 +247,15 @@ class Refinement:
         linear = all(separation.linear for separation in separations)
         floor = NOISY * noise / float(size)
         losses: list[Tensor] = []
-        turn, first, brought = self.turns.column(), block.size, False
+        first, brought = block.size, None
+        worst = self._worst(block, floor)
+        turn = self.turns.column(worst is not None)
         for m in range(first, first + self.tolerance.iterations):
             worst = self._worst(block, floor)
-            if worst is None:
+            if worst is None and (m > first or not self.turns.due):
                 break
             by_gradient = m - first == turn and self._add_gradient(m, probe.gradient())
-            if not by_gradient and not self._add_residual(m, block, worst):
+            if not by_gradient and (worst is None or not self._add_residual(m, block, worst)):
                 break
             copy = self._displace(m, size)
             self.awaited = 4 * (m + 1) + 1
@@ -249,11 +271,13 @@ class Refinement:
             after, _, now = self._wanted(block)
             if by_gradient:
                 brought = bool((np.abs(after - before) > _BROUGHT * np.abs(after)).any())
-            if not linear and now[worst] > _STALLED * left[worst]:
+            if not linear and worst is not None and now[worst] > _STALLED * left[worst]:
                 block.size -= 1
                 break
             losses.append(loss)
-        self.turns.advance(brought)
+        if brought is not None:
+            self.turns.tried(brought)
+        self.turns.turn = not self.turns.turn
         if not losses:
             return None
         return self._replace(separations, block, size, mix), torch.cat(losses)

@@ -192,6 +192,8 @@ class Separations:
             own = [torch.cat([part, further]) for part in own]
         for separation, total, part in zip(self._of, sums, own, strict=True):
             separation.conclude(total, part, coarse=self.noise > 0.0)
+        if self._refinement is not None:
+            self._refinement.turns.tick()
         return beside
 
     def _refined(
@@ -201,11 +203,14 @@ class Separations:
         losses there.
         """
         zipped = zip(self._of, sums, losses, strict=True)
-        asking = torch.stack(
+        found = torch.stack(
             [s.unsettled(total, part, self._tol, self.noise) for s, total, part in zipped]
-        )
+        ).tolist()
+        accepted, asked = (all(x for x, _ in found), any(x for _, x in found))
+        # Differences that kinks are in say nothing of a vector that residuals don't ask for.
+        linear = all(separation.linear for separation in self._of)
         refined = None
-        if bool(asking.any()):
+        if accepted and (asked or linear and self._refinement.turns.due):
             self._stops = True
             refined = self._refinement.refine(self._of, probe, self._exchange, self.noise)
         return refined or (sums, self.state.new_zeros(0))
