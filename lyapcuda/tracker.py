@@ -94,7 +94,8 @@ class CurvatureTracker:
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.
         tol: a step takes further gradients of the same minibatch while the residual of a value is
             above tol·|h|, in (0, 1): each brings the largest residual into the span that the values
-            are taken from. None: never. One number is read back at every step.
+            are taken from; at every fifth step at least one brings the gradient. None: never. One
+            number is read back at every step.
         iterations: the most further gradients in a step. Memory: 2·(k + iterations) − k N-float
             buffers, and a gradient while they are taken.
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that

@@ -9,8 +9,9 @@ before have left.
 
 Where an eigenvector has come up that the separations have no part of, residuals don't show it. The
 gradient may: at the edge of stability it has much of what θ swings along. So it is a column too,
-where it has lately proved to bring much (`GradientTurns`). The last training step does
-the same at the edge, for a buffer more. On minibatches both bring less than residuals.
+from time to time, and at once where it has just proved to bring much (`GradientTurns`). The last
+training step does the same at the edge, for a buffer more. On minibatches both bring less than
+residuals.
 """
 
 from __future__ import annotations
