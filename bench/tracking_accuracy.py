@@ -237,6 +237,8 @@ def summary(runs: dict[str, Rows]) -> list[str]:
         "|---" * 5 + "|",
     ]
     for label, mode in MODES.items():
+        if not any(has(rows, label) for rows in runs.values()):
+            continue
         cells = []
         for name, due in columns:
             of = mode.own if name == "own" else name

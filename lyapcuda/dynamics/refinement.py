@@ -202,6 +202,16 @@ class Refinement:
         self.gradients = self.awaited = 0
         self.turns = GradientTurns()
 
+    @property
+    def due(self) -> bool:
+        """Whether the next step takes the gradient as a column, whatever the residuals."""
+        return self.turns.due and self._climbs(0)
+
+    def _climbs(self, pair: int) -> bool:
+        """Whether a wanted pair is of the upper end, which the gradient may have something of."""
+        sign, k = self._ends[0]
+        return sign > 0 and pair < k
+
     def _rows(self, end: int) -> slice:
         first = sum(k for _, k in self._ends[:end])
         return slice(first, first + self._ends[end][1])
@@ -253,9 +263,13 @@ class Refinement:
         turn = self.turns.column(worst is not None)
         for m in range(first, first + self.tolerance.iterations):
             worst = self._worst(block, floor)
-            if worst is None and (m > first or not self.turns.due):
+            if worst is None and (m > first or not self.due):
                 break
-            by_gradient = m - first == turn and self._add_gradient(m, probe.gradient())
+            by_gradient = (
+                m - first == turn
+                and (worst is None or self._climbs(worst))
+                and self._add_gradient(m, probe.gradient())
+            )
             if not by_gradient and (worst is None or not self._add_residual(m, block, worst)):
                 break
             copy = self._displace(m, size)

@@ -210,7 +210,7 @@ class Separations:
         # Differences that kinks are in say nothing of a vector that residuals don't ask for.
         linear = all(separation.linear for separation in self._of)
         refined = None
-        if accepted and (asked or linear and self._refinement.turns.due):
+        if accepted and (asked or linear and self._refinement.due):
             self._stops = True
             refined = self._refinement.refine(self._of, probe, self._exchange, self.noise)
         return refined or (sums, self.state.new_zeros(0))
