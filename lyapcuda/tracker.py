@@ -94,10 +94,10 @@ class CurvatureTracker:
             λ < 0 turns β negative and the map around, which `rayleigh` then shows.
         tol: a step takes further gradients of the same minibatch while the residual of a value is
             above tol·|h|, in (0, 1): each brings the largest residual into the span that the values
-            are taken from; at every fifth step at least one brings the gradient. None: never. One
-            number is read back at every step.
-        iterations: the most further gradients in a step. Memory: 2·(k + iterations) − k N-float
-            buffers, and a gradient while they are taken.
+            are taken from. On smooth losses a fifth step that needs none takes one all the same,
+            for the gradient. None: never. One number is read back at every step.
+        iterations: the most further gradients in a step. Memory: 2·(k + iterations) N-float buffers
+            more, and a copy of the gradient while they are taken.
         beta: a fixed ascent rate (the learning rate of the map, for "SA" its α) instead of one that
             follows the curvature.
         momentum: m of the heavy-ball map (App. B), 0 for none; needs 2k more N-float buffers.
@@ -219,8 +219,8 @@ class CurvatureTracker:
 
         Args:
             closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
-                ``backward()`` itself, or leave that to us. Called k + 1 times: its random numbers
-                are replayed.
+                ``backward()`` itself, or leave that to us. Called k + 1 times, with ``tol`` more
+                often: its random numbers are replayed.
             measure: another closure, of a part of the minibatch, to measure the curvature of. Costs
                 k + 1 gradients of the part more than training alone.
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each; the
@@ -260,8 +260,8 @@ class CurvatureTracker:
 
         Args:
             closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
-                ``backward()`` itself, or leave that to us. Called k + 1 times: its random numbers
-                are replayed.
+                ``backward()`` itself, or leave that to us. Called k + 1 times, with ``tol`` more
+                often: its random numbers are replayed.
             measure: another closure, of a part of the minibatch, to measure the curvature of; the
                 gradient that ``leave_grad`` leaves is that of ``closure``. Costs k + 1 gradients of
                 the part more than training alone.
@@ -798,10 +798,12 @@ class CurvatureTracker:
         sizing.load_state_dict(state_dict["sizing"])
         present = self._separations
         if saved:
+            before = self.separations.refinement()
             try:
                 self.separations.load_refinement(state_dict["refinement"])
                 self.separations.load_state_dict(saved)
             except BaseException:
+                self.separations.load_refinement(before)
                 self._separations = present
                 raise
         if not saved:

@@ -89,7 +89,7 @@ LYAPCUDA_HOST_DEVICE inline double half_step(double residual, double gap) {
 // √(a² + b²), of which no square overflows.
 LYAPCUDA_HOST_DEVICE inline double length_of(double a, double b) {
   const double larger = std::fabs(a) > std::fabs(b) ? std::fabs(a) : std::fabs(b);
-  if (!(larger > 0.0)) return 0.0;
+  if (larger == 0.0) return 0.0;
   a /= larger;
   b /= larger;
   return mul(larger, std::sqrt(mul(a, a) + mul(b, b)));

@@ -34,7 +34,7 @@ __all__ = ["Block", "Refinement", "check_room"]
 
 #: A residual of which less than this share (squared) lies outside of the span is rounding.
 _NEW = 1e-8
-#: The gradient is a column at least every so many steps.
+#: Steps without the gradient as a column after which one is taken for it, on smooth losses.
 _AGAIN = 5
 #: A value that grew by more than this share, by the gradient beside a residual, calls it a success.
 _BROUGHT = 0.02
@@ -121,8 +121,8 @@ class GradientTurns:
     """Which column of a step is the gradient.
 
     At every second step that adds columns, the second one, to see what it brings; and where it
-    wasn't one for `_AGAIN` steps, the first, whatever the residuals: they can be small on the wrong
-    vector. Where a value grows by it, the next step begins with it.
+    wasn't one for `_AGAIN` steps, it is the one column of a step whose residuals ask for none: they
+    can be small on the wrong vector. Where a value grows by it, the next step begins with it.
 
     Attributes:
         turn: which of two steps that add columns the next is.
@@ -170,7 +170,7 @@ class GradientTurns:
 class Refinement:
     """The block of vectors around all separations of a tracker.
 
-    Memory: 2·(k + iterations) vectors of N floats.
+    Memory: 2·(k + iterations) vectors of N floats; for 16-bit parameters one of theirs more.
 
     Args:
         layout: of the parameters.
@@ -246,6 +246,7 @@ class Refinement:
             The Gram matrices with which every end concludes its step, and the losses at the
             columns; None where there was nothing to add.
         """
+        self.awaited = self.k**2 - 1  # what the first Gram matrix has of a message
         origin, size = probe.origin(), separations[0].value("perturbation")
         for end, separation in enumerate(separations):
             separation.export(self._vectors[self._rows(end)], size)
@@ -279,7 +280,8 @@ class Refinement:
             self._difference(slice(m, m + 1), [probe.gradients], origin, 1.0 / size)
             sums, loss = exchange(self._sums(m), loss.to(size).reshape(1))
             host = torch.cat([sums, loss]).cpu().numpy()
-            if not np.isfinite(host).all():
+            # (A 16-bit copy may not have moved at all: the column is nothing then.)
+            if not np.isfinite(host).all() or not host[m] > 0.0:
                 break
             before, _, left = self._wanted(block)
             block.add(*host[:-1].reshape(4, m + 1))

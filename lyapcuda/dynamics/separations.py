@@ -229,7 +229,9 @@ class Separations:
     def load_refinement(self, saved: Any) -> None:
         """Takes over `refinement`; a ValueError where one of the two has none."""
         mine = self.refinement()
-        if not isinstance(saved, list) or not all(isinstance(x, float) for x in saved):
+        if not isinstance(saved, list) or not all(
+            isinstance(x, float) and math.isfinite(x) for x in saved
+        ):
             raise ValueError(f"state_dict: refinement is {saved!r:.40}, expected numbers")
         if len(saved) != len(mine):
             raise ValueError(
