@@ -305,9 +305,9 @@ def others(folder: str | None, parts: list[str], model: str | None) -> list[str]
     lines = ["# At the edge of stability", "", *edge.lines()]
     at = folder if "minibatches" in parts else None
     lines += ["# Minibatches", "", *minibatches.measured(at, modes["minibatches"])]
-    again = "both_ends" in parts
+    again = folder is not None and "both_ends" in parts
     lines += ["# Both ends", "", *both_ends.measured(modes["both_ends"], again=again)]
-    again = "nanogpt" in parts and model is not None
+    again = folder is not None and "nanogpt" in parts and model is not None
     return [
         *lines,
         "# nanoGPT",
