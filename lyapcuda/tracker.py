@@ -628,7 +628,7 @@ class CurvatureTracker:
 
         h0 is the eigenvalue at θ of the minibatch's loss that was measured. Of the present step's
         residual, by a formula fitted to 37 training runs: docs/tracking.md has it, and how often it
-        holds on others. `interval` is narrower or wider: it holds some eigenvalue, not that one.
+        holds on others. `interval` says something else: that some eigenvalue, any, lies within.
         """
         return self._values("error")
 

@@ -14,7 +14,7 @@ enum class Estimate : int64_t {
   kGrowth = 1,    // exact inversion of the growth: (e^λ − 1)/β
   kPaper = 2,     // the paper's λ/β, which converges to h/(e − 1) under its own control
   kSchwarz = 3,   // y·y/(q·y) of the step alone: the Rayleigh quotient half a step on
-  kSecant = 4,    // ‖y‖/‖q‖ with ρ's sign: between the two before
+  kSecant = 4,    // ‖y‖/‖q‖ with ρ's sign: between ρ and Schwarz
   kOuter = 5      // the outer end of [ρ − r, ρ + r], ρ itself once r is small
 };
 

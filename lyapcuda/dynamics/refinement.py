@@ -247,10 +247,10 @@ class Refinement:
             columns; None where there was nothing to add.
         """
         self.awaited = self.k**2 - 1  # what the first Gram matrix has of a message
-        origin, size = probe.origin(), separations[0].value("perturbation")
+        gradient, size = probe.gradient(), separations[0].value("perturbation")
         for end, separation in enumerate(separations):
             separation.export(self._vectors[self._rows(end)], size)
-            self._difference(self._rows(end), separation.gradients, origin, 1.0 / size)
+            self._difference(self._rows(end), separation.gradients, gradient, 1.0 / size)
         block = Block(len(self._vectors))
         vectors, products = self._vectors[: self.k], self._products[: self.k]
         pairs = ((vectors, vectors), (vectors, products), (products, products))
@@ -263,13 +263,12 @@ class Refinement:
         worst = self._worst(block, floor)
         turn = self.turns.column(worst is not None)
         for m in range(first, first + self.tolerance.iterations):
-            worst = self._worst(block, floor)
             if worst is None and (m > first or not self.due):
                 break
             by_gradient = (
                 m - first == turn
                 and (worst is None or self._climbs(worst))
-                and self._add_gradient(m, probe.gradient())
+                and self._add_gradient(m, gradient)
             )
             if not by_gradient and (worst is None or not self._add_residual(m, block, worst)):
                 break
@@ -277,7 +276,7 @@ class Refinement:
             self.awaited = 4 * (m + 1) + 1
             loss = probe(copy)
             self.gradients += 1
-            self._difference(slice(m, m + 1), [probe.gradients], origin, 1.0 / size)
+            self._difference(slice(m, m + 1), [probe.gradients], gradient, 1.0 / size)
             sums, loss = exchange(self._sums(m), loss.to(size).reshape(1))
             host = torch.cat([sums, loss]).cpu().numpy()
             # (A 16-bit copy may not have moved at all: the column is nothing then.)
@@ -292,6 +291,7 @@ class Refinement:
                 block.size -= 1
                 break
             losses.append(loss)
+            worst = self._worst(block, floor)
         if brought is not None:
             self.turns.tried(brought)
         self.turns.turn = not self.turns.turn
@@ -387,7 +387,9 @@ class Refinement:
         origin: Sequence[Tensor | None],
         scale: Tensor,
     ) -> None:
-        """Writes the products of columns, from the gradients at their copies."""
+        """Writes the products of columns, from the gradients at their copies and at θ (``origin``);
+        exact ones lie there, times Δq.
+        """
         for number, group in enumerate(self._layout.groups):
             minus = group.zeros() if self._exact else group.segments(group.own(origin))
             vectors, products = self._vectors.panels[number], self._products.panels[number]

@@ -111,9 +111,8 @@ class Separations:
     def __init__(self, layout: FlatLayout, ends: Sequence[End], options: GrowthOptions) -> None:
         self._layout = layout
         signed = [(SIGNS[end.which], end.k) for end in ends]
-        self._tol, self._refinement = 0.0, None
+        self._refinement = None
         if options.tolerance is not None:
-            self._tol = options.tolerance.tol
             self._refinement = Refinement(layout, signed, options.tolerance, options.exact)
         self._of = [
             Benettin(layout, k, sign, options, self._refinement and self._refinement.copies(number))
@@ -202,9 +201,9 @@ class Separations:
         """The Gram matrices to conclude with, after as many further gradients as it takes, and the
         losses there.
         """
-        zipped = zip(self._of, sums, losses, strict=True)
+        tol, zipped = self._refinement.tolerance.tol, zip(self._of, sums, losses, strict=True)
         found = torch.stack(
-            [s.unsettled(total, part, self._tol, self.noise) for s, total, part in zipped]
+            [s.unsettled(total, part, tol, self.noise) for s, total, part in zipped]
         ).tolist()
         accepted, asked = (all(x for x, _ in found), any(x for _, x in found))
         # Differences that kinks are in say nothing of a vector that residuals don't ask for.

@@ -68,9 +68,6 @@ class Probe(Protocol):
     def gradient(self) -> list[Tensor | None]:
         """Returns the gradients at θ, which later evaluations don't overwrite."""
 
-    def origin(self) -> list[Tensor | None]:
-        """Returns what is to be subtracted from those of a call."""
-
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss at ``copy``, which comes back holding the gradient there."""
 
@@ -279,8 +276,6 @@ class _Probe:
         if self._after is None:
             self._after = self._evaluator.snapshot(values=True)
         return locals_of(self._after.gradients)
-
-    origin = gradient
 
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss at ``copy``, which comes back holding the gradient there."""

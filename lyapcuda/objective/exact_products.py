@@ -128,7 +128,7 @@ class ExactEvaluator(Evaluator):
 
 
 class _ExactProbe:
-    """Takes further products out of a graph; there is no gradient at θ to subtract.
+    """Takes further products out of a graph, from which there is nothing to subtract.
 
     Args:
         graph: which it keeps.
@@ -141,9 +141,6 @@ class _ExactProbe:
 
     def gradient(self) -> list[Tensor | None]:
         return self._g0
-
-    def origin(self) -> list[Tensor | None]:
-        return [None] * len(self._g0)
 
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
         """Returns the loss; ``copy`` comes back holding H times it."""
