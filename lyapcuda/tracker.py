@@ -33,7 +33,7 @@ from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
-from lyapcuda.objective.grad_scaler import Unscaled, scaler_in
+from lyapcuda.objective.grad_scaler import Unscaled
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
 from lyapcuda.objective.isolation import (
     LooseParameters,
@@ -217,8 +217,6 @@ class CurvatureTracker:
         self._gradients = 0
         self._debug, self._process_group = debug, process_group
         self._checked = False
-        #: One that the first closure was seen to refer to.
-        self._scaler: torch.amp.GradScaler | None = None
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
         self._lock = StepLock("tracker.step")
@@ -349,7 +347,7 @@ class CurvatureTracker:
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        scaling = self._scaling(scaler, closure)
+        scaling = self._scaling(scaler)
         with deferred(), self._lock:
             add = add if any(p.grad is not None for p in self._tensors) else False
             self._evaluator.scaling = scaling
@@ -358,22 +356,19 @@ class CurvatureTracker:
             finally:
                 self._evaluator.scaling = None
 
-    def _scaling(self, scaler: Any, closure: Closure) -> Unscaled | None:
+    def _scaling(self, scaler: Any) -> Unscaled | None:
         if isinstance(scaler, Unscaled):
             return scaler
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
-        if scaler is None and not self._checked and not self._options.exact:
-            self._scaler = scaler_in(closure)
-        found = self._scaler if scaler is None else scaler
-        if found is None or not found.is_enabled():
+        if scaler is None or not scaler.is_enabled():
             return None
         if self._options.exact:
             raise ValueError(
                 "scaler: mode='exact' takes products of the loss itself, unscaled; use "
                 "mode='difference' beside a GradScaler"
             )
-        return Unscaled(found, self._tensors, self._layout.ranks, found=scaler is None)
+        return Unscaled(scaler, self._tensors, self._layout.ranks)
 
     def _measured_step(self, request: _Request) -> Tensor | None:
         """A step inside the lock."""
@@ -544,7 +539,7 @@ class CurvatureTracker:
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't what the hooks watch, and its closures are others.
         anew = {"_hooks": OrderedDict(), "_found_evaluator": None, "_touched": Touched()}
-        return {**self.__dict__, **anew, "_scaler": None}
+        return {**self.__dict__, **anew}
 
     # --- what it works on ------------------------------------------------------------------------
 
