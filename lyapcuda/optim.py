@@ -538,7 +538,7 @@ class LyapunovSGD(Optimizer):
 def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
     # Each by itself, not as a view of a buffer that several share.
     state = {
-        i: {name: _copied(v) for name, v in entry.items()} if isinstance(entry, dict) else entry
+        i: {name: _copied(v) for name, v in entry.items()} if isinstance(entry, dict) else _copied(entry)
         for i, entry in saved["state"].items()
     }
     tracker = None if optimizer._tracker is None else optimizer._tracker.state_dict()

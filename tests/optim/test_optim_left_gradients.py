@@ -44,6 +44,7 @@ def state_of(theta, optimizer):
     return bits([*values, torch.get_rng_state()])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("how", ["step", "measure", "own backward", "batches", "create_graph"])
 def test_accumulated_gradients_are_an_error_before_anything_changes(run, how, warm):
