@@ -228,7 +228,8 @@ class LyapunovSGD(Optimizer):
     @property
     def rates(self) -> Tensor:
         """The learning rates used last, of the first group that moved (float64 on the device):
-        0-dim for k = 1, else (k + 1,): along each eigenvector and, last, off all of them. NaN at first.
+        0-dim for k = 1, else (k + 1,): along each eigenvector and, last, off all of them. NaN at
+        first.
         """
         if self._rates is None:
             k, some = self._tracker_options["k"], self._tracker
@@ -537,10 +538,7 @@ class LyapunovSGD(Optimizer):
 
 def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
     # Each by itself, not as a view of a buffer that several share.
-    state = {
-        i: {name: _copied(v) for name, v in entry.items()} if isinstance(entry, dict) else _copied(entry)
-        for i, entry in saved["state"].items()
-    }
+    state = {i: _copied(entry) for i, entry in saved["state"].items()}
     tracker = None if optimizer._tracker is None else optimizer._tracker.state_dict()
     own = (tracker, optimizer._warm, optimizer.rates.clone())
     return {**saved, "state": state, **dict(zip(_OWN_STATE, own, strict=True))}
@@ -551,6 +549,8 @@ def _nothing() -> float:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(held) for name, held in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
 
 

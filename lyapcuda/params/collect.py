@@ -79,8 +79,10 @@ def collect(
         if "params" not in group:
             raise ValueError(f"params: a group without 'params', only {sorted(group)}")
         members = group["params"]
+        names = iter(group.get("param_names") or ())  # torch.optim keeps them apart
         for member in [members] if isinstance(members, Tensor) else members:
-            name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
+            name = next(names, f"parameter {seen}")
+            name, tensor = member if isinstance(member, tuple) else (name, member)
             seen += 1
             decay = group.get("weight_decay", weight_decay)
             non_negative("weight_decay", decay)

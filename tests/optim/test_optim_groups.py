@@ -112,7 +112,7 @@ def test_a_thawed_parameter_that_cannot_be_tracked_is_named_and_nothing_changes(
     z.requires_grad_(False)
     optimizer.step(closure)
     with pytest.raises(TypeError, match="complex64"):
-        optimizer.add_param_group({"params": [torch.ones(1, dtype=torch.complex64).requires_grad_()]})
+        optimizer.add_param_group({"params": [z.clone().requires_grad_()]})
     assert len(optimizer.param_groups) == 1
     optimizer.step(closure)
 

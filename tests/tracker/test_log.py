@@ -342,9 +342,8 @@ def test_tensorboard_that_is_missing(monkeypatch, tmp_path):
 def test_a_log_follows_a_tracker_that_loads_an_earlier_state(problem, suffix, tmp_path):
     """In one and the same run: the file is that of a run that never went astray."""
     path = tmp_path / f"run.{suffix}"
-    rows = lambda: [int(r["step"]) for r in read_csv(path)] if suffix == "csv" else [  # noqa: E731
-        r["step"] for r in read_jsonl(path)
-    ]
+    read = read_csv if suffix == "csv" else read_jsonl
+    rows = lambda: [int(row["step"]) for row in read(path)]  # noqa: E731
     tracker, memory = problem.tracker(), Memory()
     with lyapcuda.CurvatureLog(
         tracker, path, memory, every=3, values={"calls": lambda: tracker.calls}
