@@ -133,8 +133,10 @@ class LyapunovSGD(Optimizer):
             estimate = "growth" if k == 1 else "rayleigh"
         if gain is not None and lr is not None:
             raise ValueError("gain and lr: expected one of them, they are the same; got both")
+        self._called = "gain" if lr is None else "lr"  # in messages
+        gain = lr if gain is None else gain
         defaults = {
-            "lr": next((value for value in (gain, lr) if value is not None), 1.0),
+            "lr": 1.0 if gain is None else gain,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -200,13 +202,16 @@ class LyapunovSGD(Optimizer):
         """As in torch.optim; a group that requires a gradient starts the measurement again, warm-up
         included.
         """
+        given = param_group if isinstance(param_group, dict) else {}
+        own = [name for name in ("gain", "lr") if name in given]
         super().add_param_group(_gain_as_lr(param_group))
         group = self.param_groups[-1]
         try:
             _keep_bound(group, self.defaults["max_lr"])
-            _check_group(group, gain="gain")
+            name = own[0] if own else self._called
+            _check_group(group, gain=name)
             if not isinstance(group["lr"], Tensor):
-                positive("gain", group["lr"])
+                positive(name, group["lr"])
             collect([group], all_frozen=True)
             _gain_to_device(group)
             if self._made:
@@ -508,8 +513,8 @@ class LyapunovSGD(Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
         if saved["tracker"] is not None:
             self._load_tracker(saved["tracker"])
-        else:  # all parameters were frozen
-            self._take_up_thawed()
+        elif any(p.requires_grad for p in self._all_parameters()):  # at that time none did
+            self._measure_anew()
         for group in self.param_groups:
             _gain_to_device(group)
         self._descent = _Descent()
@@ -527,8 +532,8 @@ class LyapunovSGD(Optimizer):
             if saved["sizes"] != sizes:
                 raise ValueError(
                     f"state_dict: {len(saved['sizes'])} parameters were measured, here they are "
-                    f"{len(sizes)}, or of other shapes: it is of another model, or others were "
-                    "frozen\nmake the optimizer, and load, with the same parameters trainable"
+                    f"{len(sizes)}, or of other shapes\nit is of another model, or others were "
+                    "frozen: make the optimizer, and load, with the\nsame parameters trainable"
                 )
         if mine is not self._tracker:
             mine.load_state_dict(saved)  # raises what is wrong with it

@@ -101,10 +101,11 @@ class _FirstCall:
                 each.end()
         if not all([each.cleared for each in watched]):
             raise RuntimeError(
-                "closure: gradients are in .grad already; the step would drop them, as the "
-                "curvature is that of the closure's share alone\n"
-                "pass micro-batches as step(closure, batches=...), or call zero_grad() before, or "
-                "inside of the closure"
+                "closure: gradients are in .grad already, which the step would drop: the curvature "
+                "would be\n"
+                "of the closure's share alone. Pass micro-batches as step(closure, batches=...), "
+                "or call\n"
+                "zero_grad() before it, or inside of the closure"
             )
         self._done = True
         return loss
