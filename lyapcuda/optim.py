@@ -572,8 +572,8 @@ def _gain_as_lr(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_bound(group: dict[str, Any], default: float) -> None:
-    """Keeps the group's "max_lr" as its `BOUND`, unless it is OneCycleLR's: beside its "min_lr"."""
-    if "min_lr" not in group:
+    """Keeps the group's "max_lr" as its `BOUND`, unless it is OneCycleLR's."""
+    if not {"min_lr", "initial_lr"} <= set(group):  # which writes these too
         group[BOUND] = group["max_lr"]
     group.setdefault(BOUND, default)
 
@@ -611,7 +611,7 @@ def _device_of(group: dict[str, Any]) -> torch.device:
 def _gain_to_device(group: dict[str, Any]) -> None:
     """Where a group is capturable, a float64 tensor of its own on its device holds its gain."""
     if group["capturable"]:
-        # (From a number without a dtype it would be float32.)
+        # (Of a number alone torch would make a float32.)
         gain = torch.as_tensor(group["lr"], dtype=torch.float64).detach()
         group["lr"] = gain.to(_device_of(group), copy=True)
 

@@ -148,7 +148,8 @@ def test_the_bound_may_be_changed_in_a_group():
         optimizer.step(closure)
         optimizer.step(closure)
         assert float(optimizer.lr) == 0.125
-        optimizer.param_groups[0] |= {"max_lr": 3.0, "min_lr": 0.1}  # now it is OneCycleLR's
+        # From here on it is OneCycleLR's.
+        optimizer.param_groups[0] |= {"max_lr": 3.0, "min_lr": 0.1, "initial_lr": 1.0}
 
 
 def test_a_rate_of_zero_moves_nothing_and_scales_the_bound_as_well():

@@ -133,7 +133,7 @@ def test_groups_saved_before_the_bound_had_a_name_of_its_own():
     other.load_state_dict(saved)
     other.step(closure)
     assert float(other.lr) == 0.5
-    saved["param_groups"][0] |= {"max_lr": 7.0, "min_lr": 0.1}  # OneCycleLR had written its own
+    saved["param_groups"][0] |= {"max_lr": 7.0, "min_lr": 0.1, "initial_lr": 1.0}  # by OneCycleLR
     other = exact([theta], max_lr=0.1)
     other.load_state_dict(saved)
     other.step(closure)
