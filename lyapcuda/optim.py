@@ -153,12 +153,11 @@ class LyapunovSGD(Optimizer):
         self._fresh, self._other = True, False
         self._rates: Tensor | None = None
         self._tracker: CurvatureTracker | None = None  # None while all parameters are frozen
-        self._frozen: list[Tensor] = []  # those that the tracker hasn't
         self._descent = _Descent()
         self._made = False
         super().__init__(params, defaults)
         self._made = True
-        self._take_up_thawed()
+        self._follow_groups()
 
     # --- groups ----------------------------------------------------------------------------------
 
@@ -183,16 +182,27 @@ class LyapunovSGD(Optimizer):
             self._tracker = tracker
         else:
             self._tracker.become(tracker)
-        measured = {id(p) for p in self._tracker.parameters}
-        self._frozen = [p for p in self._all_parameters() if id(p) not in measured]
         self._warm = self._warmup_iterations == 0
         self._measured = False
         self._descent = _Descent()
 
-    def _take_up_thawed(self) -> None:
-        """Measures anew where a parameter requires a gradient that the tracker hasn't."""
-        unmeasured = self._all_parameters() if self._tracker is None else self._frozen
-        if any(p.requires_grad for p in unmeasured):
+    def _is_behind(self) -> bool:
+        """Whether the groups hold other parameters that require a gradient than the tracker, or in
+        other places. Those that it has may be frozen meanwhile.
+        """
+        held: dict[int, int] = {}
+        if self._tracker is not None:
+            held = {id(p.tensor): p.group for p in self._tracker.layout.parameters}
+        return held != {
+            id(p): number
+            for number, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.requires_grad or id(p) in held
+        }
+
+    def _follow_groups(self) -> None:
+        """Measures anew where the tracker is behind: parameters were thawed, or groups changed."""
+        if self._is_behind():
             self._measure_anew()
 
     def _all_parameters(self) -> list[Tensor]:
@@ -215,12 +225,9 @@ class LyapunovSGD(Optimizer):
             collect([group], all_frozen=True)
             _gain_to_device(group)
             if self._made:
-                self._frozen += group["params"]
-                self._take_up_thawed()
+                self._follow_groups()
         except BaseException:
             self.param_groups.pop()
-            taken = {id(p) for p in group["params"]}
-            self._frozen = [p for p in self._frozen if id(p) not in taken]
             raise
 
     def _check_groups(self) -> None:
@@ -268,7 +275,7 @@ class LyapunovSGD(Optimizer):
             How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
             at a loss that isn't finite, and the next `step` warms up again.
         """
-        self._take_up_thawed()
+        self._follow_groups()
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
         stable, previous, iterations = 0, math.nan, 0
@@ -334,7 +341,7 @@ class LyapunovSGD(Optimizer):
         if closure is None:
             raise TypeError("closure=None: LyapunovSGD needs a closure that returns the loss")
         self._check_groups()
-        self._take_up_thawed()
+        self._follow_groups()
         parameters, given = self.tracker.parameters, closure
         closure = guarded(closure, parameters, self.tracker.layout.ranks)
         try:
@@ -524,19 +531,20 @@ class LyapunovSGD(Optimizer):
 
     def _load_tracker(self, saved: dict[str, Any]) -> None:
         """Into the same tracker, which logs may follow; nothing has changed after an error."""
-        mine = self._tracker
-        if mine is None or any(p.requires_grad for p in self._frozen):
-            mine = self._new_tracker()
-        sizes = [list(p.tensor.shape) for p in mine.layout.parameters]
-        if isinstance(saved, dict) and isinstance(saved.get("sizes"), list):
-            if saved["sizes"] != sizes:
-                raise ValueError(
-                    f"state_dict: {len(saved['sizes'])} parameters were measured, here they are "
-                    f"{len(sizes)}, or of other shapes\nit is of another model, or others were "
-                    "frozen: make the optimizer, and load, with the\nsame parameters trainable"
-                )
-        if mine is not self._tracker:
-            mine.load_state_dict(saved)  # raises what is wrong with it
+        if not isinstance(saved, dict) or not isinstance(saved.get("sizes"), list):
+            raise ValueError("state_dict: tracker isn't the state of a CurvatureTracker")
+        mine = [] if self._tracker is None else [self._tracker]
+        if not mine or self._is_behind():
+            mine = [self._new_tracker(), *mine]
+        fitting = [t for t in mine if [list(p.shape) for p in t.parameters] == saved["sizes"]]
+        if not fitting:
+            raise ValueError(
+                f"state_dict: {len(saved['sizes'])} parameters were measured, here they are "
+                f"{len(mine[0].parameters)}, or of other shapes\nit is of another model, or others "
+                "were frozen: make the optimizer, and load, with the\nsame parameters trainable"
+            )
+        if fitting[0] is not self._tracker:
+            fitting[0].load_state_dict(saved)  # raises what is wrong with it
             self._measure_anew()
         self._tracker.load_state_dict(saved)
 

@@ -85,6 +85,40 @@ def test_with_all_parameters_frozen_there_is_an_error_at_the_first_step_only(pai
     assert float(other.lr) == pytest.approx(1 / 9, rel=1e-5)
 
 
+def test_a_state_may_be_loaded_between_thawing_and_the_next_step(pair):
+    """As Accelerate's prepare() does, of a state of before."""
+    a, b, closure = pair
+    optimizer = exact([a, b], warmup_tol=1e-6)
+    optimizer.step(closure)
+    b.requires_grad_(True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(closure)
+    assert float(optimizer.lr) == pytest.approx(1 / 9, rel=1e-5)
+
+
+def test_groups_that_are_changed_from_outside_are_followed(pair):
+    """As torch.optim follows them: Lightning's BaseFinetuning replaces optimizer.param_groups."""
+    a, b, closure = pair
+    b.requires_grad_(True)
+    optimizer = exact([a], gain=0.5, warmup_tol=1e-6)
+    optimizer.step(closure)
+    optimizer.param_groups[0]["params"].append(b)
+    optimizer.zero_grad()  # b has been given a gradient already
+    optimizer.step(closure)
+    assert float(optimizer.lr) == pytest.approx(0.5 / 9, rel=1e-5)
+    settings = {n: v for n, v in optimizer.param_groups[0].items() if n != "params"}
+    optimizer.param_groups = [{"params": [b], **settings, "lr": 0.0}, {"params": [a], **settings}]
+    before = b.detach().clone(), a.detach().clone()
+    optimizer.step(closure)
+    assert torch.equal(b, before[0]) and not torch.equal(a, before[1])
+    del optimizer.param_groups[0]
+    b.requires_grad_(False)
+    before = b.detach().clone(), a.detach().clone()
+    optimizer.step(closure)
+    assert torch.equal(b, before[0]) and not torch.equal(a, before[1])
+    assert float(optimizer.tracker.h) == pytest.approx(4.0, rel=1e-3)
+
+
 def test_freezing_all_of_what_is_measured_is_named(pair):
     a, _, closure = pair
     optimizer = exact([a], warmup_tol=1e-6)
