@@ -227,6 +227,7 @@ class CurvatureTracker:
         self._sizing = self._new_sizing()
         self._history = Ring(history, self._layout.device, self._ends) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
+        self._load_hooks: dict[int, Callable[[], Callable[[], None]]] = OrderedDict()
 
     # --- measuring -------------------------------------------------------------------------------
 
@@ -536,10 +537,30 @@ class CurvatureTracker:
         self._hooks[handle.id] = hook
         return handle
 
+    def register_load_hook(self, hook: Callable[[], Callable[[], None]]) -> RemovableHandle:
+        """Calls ``hook()`` before `load_state_dict` changes anything, and what that returns after.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+        """
+        handle = RemovableHandle(self._load_hooks)
+        self._load_hooks[handle.id] = hook
+        return handle
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't what the hooks watch, and its closures are others.
-        anew = {"_hooks": OrderedDict(), "_found_evaluator": None, "_touched": Touched()}
-        return {**self.__dict__, **anew}
+        anew = {"_hooks": OrderedDict(), "_load_hooks": OrderedDict()}
+        return {**self.__dict__, **anew, "_found_evaluator": None, "_touched": Touched()}
+
+    def become(self, other: CurvatureTracker) -> None:
+        """Measures anew, the parameters of a new tracker of the same options; `calls`, `gradients`,
+        `history` and hooks go on.
+        """
+        kept = {"_calls", "_gradients", "_hooks", "_load_hooks", "_beside", "_lock"}
+        if other.layout.device == self._layout.device:
+            kept.add("_history")
+        with self._lock:
+            self.__dict__.update({n: v for n, v in other.__dict__.items() if n not in kept})
 
     # --- what it works on ------------------------------------------------------------------------
 
@@ -776,8 +797,8 @@ class CurvatureTracker:
 
     @property
     def due(self) -> bool:
-        """Whether the next step measures (``every``)."""
-        return self._calls % self.every == 0
+        """Whether the next step measures: every n-th, and the first."""
+        return self._calls % self.every == 0 or self._separations is None
 
     @property
     def calls(self) -> int:
@@ -849,6 +870,7 @@ class CurvatureTracker:
             self._history.check(history)
         sizing = self._new_sizing()
         sizing.load_state_dict(state_dict["sizing"])
+        loaded = [hook() for hook in tuple(self._load_hooks.values())]
         present = self._separations
         if saved:
             before = self.separations.refinement()
@@ -867,3 +889,5 @@ class CurvatureTracker:
             self._history.restart(self._calls)
             if history is not None:
                 self._history.load_state_dict(history)
+        for done in loaded:
+            done()
