@@ -93,7 +93,13 @@ class Probe(Protocol):
 
 
 class Scaling(Protocol):
-    """A factor in the gradients of a measurement (a GradScaler's)."""
+    """A factor in the gradients of a measurement (a GradScaler's).
+
+    Attributes:
+        in_results: whether results are divided by it; the check of the gradient always is.
+    """
+
+    in_results: bool
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss times it."""
@@ -441,7 +447,7 @@ class Evaluator:
                 loss0, g0 = self.evaluate(closure, before)
             if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
-            if self.scaling is not None:
+            if self.scaling is not None and self.scaling.in_results:
                 for copy in found:
                     self.scaling.divide_(copy)
                 g0 = self.scaling.divided(g0)
@@ -687,7 +693,9 @@ class _Probe:
         g0: Sequence[Tensor | None] = (),
     ) -> None:
         self._evaluator, self._closure, self._before = evaluator, closure, before
-        self._scaling, self._g0 = evaluator.scaling, g0
+        scaling = evaluator.scaling
+        self._scaling = None if scaling is None or not scaling.in_results else scaling
+        self._g0 = g0
         self._after: Snapshot | None = None
         self.gradients: list[Tensor | None] = []
 
