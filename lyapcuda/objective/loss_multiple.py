@@ -63,8 +63,9 @@ class Multiple:
         return loss
 
     def take(self, root: Any, loss: Any) -> None:
-        """After a backward pass: what it was called on, and the loss."""
-        if isinstance(root, Tensor) and root.numel() == 1:
+        """After a backward pass: what it was called on, None for the loss itself, and the loss."""
+        self._factor = None
+        if root is not None:
             there = root.detach().double().reshape(())
             here = loss.detach().to(there) if isinstance(loss, Tensor) else loss
             self._factor = there / here
