@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
+from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
@@ -245,6 +246,7 @@ class LyapunovSGD(Optimizer):
         *,
         part: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         scaler: Any = None,
     ) -> Tensor:
         """The first half of a step: measures the curvature and leaves the gradient in ``.grad``.
@@ -255,8 +257,9 @@ class LyapunovSGD(Optimizer):
             closure: as for `CurvatureTracker.step`, with ``batches`` for each of them.
             part: a closure of a part of the minibatch, to measure the curvature of
                 (`CurvatureTracker.step` calls it ``measure``).
-            batches: micro-batches, over which ``closure(batch)`` is averaged; the curvature is that
-                of the last.
+            batches: micro-batches: the gradient is that of ``closure(batch)`` over all of them, the
+                curvature that of the last.
+            sizes: how much each of them counts, as for `CurvatureTracker.step`.
             scaler: a torch.amp.GradScaler. The closure may have called
                 ``scaler.scale(loss).backward()`` itself. All gradients are divided by the scale,
                 so ``.grad`` is unscaled afterwards, as by ``scaler.unscale_(optimizer)``; go on
@@ -274,7 +277,7 @@ class LyapunovSGD(Optimizer):
         self._check_groups()
         micro = None if batches is None else list(batches)
         if not self._warm:
-            first = (lambda: closure(micro[-1])) if micro else part or closure
+            first = self.tracker.last_of(closure, micro, sizes) if micro else part or closure
             self.warmup(first, scaler=scaler)
         self._sync_weight_decay()
         around = self._around(scaler)
@@ -283,7 +286,7 @@ class LyapunovSGD(Optimizer):
             closure = around.around(closure)
             part = None if part is None else around.around(part)
         fresh = self.tracker.calls % self.tracker.every == 0
-        loss = self.tracker.step(closure, measure=part, batches=micro, leave_grad=True)
+        loss = self.tracker.step(closure, measure=part, batches=micro, sizes=sizes, leave_grad=True)
         if around is not None:
             around.report()
         # Whether the measurement was finite doesn't tell about other gradients than its own.
@@ -297,11 +300,12 @@ class LyapunovSGD(Optimizer):
         *,
         part: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor | None:
         """Measures h0 and steps with gain/h0; without a closure, the step of the last `measure`.
 
         Args:
-            closure, part, batches: as for `measure`.
+            closure, part, batches, sizes: as for `measure`.
 
         Returns:
             The loss before the step, detached (None without a closure); ``.grad`` holds its
@@ -330,7 +334,7 @@ class LyapunovSGD(Optimizer):
             )
         loss = None
         if closure is not None:
-            loss = self.measure(closure, part=part, batches=batches)
+            loss = self.measure(closure, part=part, batches=batches, sizes=sizes)
         else:
             self._check_groups()
         self._descend(overflow)

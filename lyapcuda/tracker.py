@@ -29,6 +29,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
@@ -40,7 +41,7 @@ from lyapcuda.objective.isolation import (
     modules_of,
 )
 from lyapcuda.objective.loss_graph import watching
-from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
+from lyapcuda.objective.micro_batches import Measured, MicroBatches, accumulated, beside
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
@@ -195,6 +196,7 @@ class CurvatureTracker:
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
         self._lock = StepLock("tracker.step")
+        self._weights = BatchWeights(name="batches")
         self._found_evaluator: Evaluator | None = None
         self._separations: Separations | None = None  # made at the first measurement
         self._calls = 0
@@ -210,6 +212,7 @@ class CurvatureTracker:
         *,
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Measures once and adds the gradient at θ to ``.grad``, as loss.backward() would.
 
@@ -224,9 +227,10 @@ class CurvatureTracker:
             measure: another closure, of a part of the minibatch, to measure the curvature of. Costs
                 k + 1 gradients of the part more than training alone.
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each; the
-                gradient and the loss are the average, weighted by their numbers of samples. The
-                curvature is that of the last. Costs k gradients of the last more. BatchNorm sees
-                one micro-batch at a time, as in gradient accumulation.
+                gradient and the loss are those of all of them together. The curvature is that of
+                the last. Costs k gradients of the last more. BatchNorm sees one micro-batch at a
+                time, as in gradient accumulation.
+            sizes: as for `step`.
 
         Returns:
             The loss at θ, detached.
@@ -246,7 +250,7 @@ class CurvatureTracker:
             >>> round(float(tracker.h), 3)  # ‖(1, 1, 1, 1)‖² · 2
             8.0
         """
-        return self._take_step(closure, measure, batches, leave=True, accumulate=True)
+        return self._take_step(closure, measure, batches, sizes, leave=True, accumulate=True)
 
     def step(
         self,
@@ -254,6 +258,7 @@ class CurvatureTracker:
         *,
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         leave_grad: bool = False,
     ) -> Tensor | None:
         """Measures once on the minibatch that the closure holds.
@@ -266,9 +271,14 @@ class CurvatureTracker:
                 gradient that ``leave_grad`` leaves is that of ``closure``. Costs k + 1 gradients of
                 the part more than training alone.
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each, and
-                the gradient left (and the loss returned) is the average, weighted by their numbers
-                of samples. The curvature is that of the last. Costs k gradients of the last more.
-                BatchNorm sees one micro-batch at a time, as in gradient accumulation.
+                the gradient left (and the loss returned) is that of all of them together: the mean,
+                weighted by how much each counts, or the sum. The curvature is that of the last; of
+                sums, so many times it as there are samples for one of its. Costs k gradients of the
+                last more. BatchNorm sees one micro-batch at a time, as in gradient accumulation.
+            sizes: how much each of ``batches`` counts: a number a batch, a function of a batch that
+                returns one, or "sum" for losses that are sums. None reads it off the loss (so many
+                samples or unpadded tokens as it averages over; sums are added up), or takes the
+                lengths of the batches' first tensors where it doesn't show it.
             leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
                 states are bitwise what they were. True leaves what one plain evaluation at θ with
                 cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
@@ -289,13 +299,24 @@ class CurvatureTracker:
             TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
                 ``leave_grad`` (pass the part's own closure), or both of them.
         """
-        return self._take_step(closure, measure, batches, leave=leave_grad, accumulate=False)
+        return self._take_step(closure, measure, batches, sizes, leave=leave_grad, accumulate=False)
+
+    def last_of(
+        self, closure: Callable[..., Tensor | float], batches: Iterable[Any], sizes: Sizes | None
+    ) -> Closure:
+        """Returns the closure of the last of ``batches`` alone, whose curvature `step` measures.
+
+        It may be evaluated once, without a trace, to see whether it is a sum.
+        """
+        micro = MicroBatches.of(batches, sizes, self._weights)
+        return micro.last(self._evaluator, closure)
 
     def _take_step(
         self,
         closure: Closure,
         measure: Closure | None,
         batches: Iterable[Any] | None,
+        sizes: Sizes | None,
         *,
         leave: bool,
         accumulate: bool,
@@ -310,7 +331,9 @@ class CurvatureTracker:
             )
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
-        micro = None if batches is None else shares(batches)
+        if sizes is not None and batches is None:
+            raise ValueError("sizes: there are no batches to weight; pass them as batches=")
+        micro = None if batches is None else MicroBatches.of(batches, sizes, self._weights)
         with deferred(), self._lock:
             kept = None
             if accumulate and any(p.grad is not None for p in self._tensors):
@@ -321,7 +344,7 @@ class CurvatureTracker:
         self,
         closure: Closure,
         measure: Closure | None,
-        micro: list[tuple[Any, float]] | None,
+        micro: MicroBatches | None,
         leave: bool,
         kept: TrackedGradients | None,
     ) -> Tensor | None:
@@ -375,7 +398,7 @@ class CurvatureTracker:
         self,
         closure: Closure,
         measure: Closure | None,
-        micro: list[tuple[Any, float]] | None,
+        micro: MicroBatches | None,
         leave: bool,
         copies: list[list[Tensor]],
         further: Further | None = None,
