@@ -24,20 +24,27 @@ from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import untracked
 from lyapcuda.objective.loss_graph import COARSE, loss_epsilon
 from lyapcuda.objective.loss_terms import COUNTED, SEVERAL, Term, reading
-from lyapcuda.objective.splitting import batch_size, split_batch
+from lyapcuda.objective.splitting import batch_size, split_batch, tensors_of
 
 __all__ = ["BatchWeights", "Sizes", "Undecided", "Weighed", "Weighing"]
 
 #: A number a batch, a function of a batch, or "sum".
 Sizes = Sequence[float] | Callable[[Any], float | Tensor] | Tensor | str
 
-#: How batches are weighted, and of which term of the loss the count is taken.
-Rule = tuple[str, int]
-_LENGTHS, _PROPORTIONAL, _COUNTS, _SUM = "lengths", "proportional", "counts", "sum"
+#: How batches are weighted: by lengths; by the count of a term of the loss, or of labels (its
+#: place; whether shifted); by lengths as long as all of the counts at some places are proportional
+#: to them; not, since losses are added up.
+Rule = tuple[str, Any]
+_LENGTHS, _COUNTS, _LABELS, _SUM = "lengths", "counts", "labels", "sum"
+_LIKE_COUNTS, _LIKE_LABELS = "like counts", "like labels"
+#: torch's default of ignore_index.
+_IGNORED = -100
 _SAYS = {
     _LENGTHS: "the length of its first tensor",
-    _PROPORTIONAL: "the length of its first tensor",
+    _LIKE_COUNTS: "the length of its first tensor",
+    _LIKE_LABELS: "the length of its first tensor",
     _COUNTS: "how many numbers its loss averages over",
+    _LABELS: f"how many of its labels aren't {_IGNORED}",
     _SUM: "one: the loss is a sum, and is added up",
 }
 # Losses are explained up to this share of them, where they were computed finely and coarsely; sums
@@ -79,6 +86,8 @@ class BatchWeights:
         self.taken: list[float] = []
         self.divisor = 1.0
         self._rules: dict[frozenset, Rule] = {}
+        #: Those that hold for one pass, in which a loss wasn't finite.
+        self._passing: set[frozenset] = set()
         if isinstance(sizes, str):
             if sizes != "sum":
                 raise ValueError(
@@ -137,8 +146,8 @@ class BatchWeights:
         """Raises a ValueError where there isn't one size a batch."""
         if isinstance(self.sizes, list) and len(self.sizes) != count:
             raise ValueError(
-                f"sizes: {len(self.sizes)} numbers, but {self.name} has {count} batches; pass one a "
-                "batch, or a function of a batch"
+                f"sizes: {len(self.sizes)} numbers, but {self.name} has {count} batches; pass one "
+                "a batch, or a function of a batch"
             )
 
     # --- deciding --------------------------------------------------------------------------------
@@ -181,19 +190,33 @@ class BatchWeights:
                     seen = _evaluated(evaluator, closure, parts, generators)
             except Exception:  # of a closure of full batches alone, or of training alone
                 continue
-            found, exact = _explained(terms, lengths, seen)
+            found, exact = _explained(terms, lengths, seen, parts)
             rule = found or rule
             if exact or not any(module.training for module in evaluator.modules):
                 break
-        if rule is None:
+        signature = _signature(terms)
+        if seen is not None and not all(map(math.isfinite, seen.losses)):
+            self._rules[signature] = _LENGTHS, 0
+            self._passing.add(signature)
+            return
+        watched = signature in self._rules
+        if rule is None or watched and rule[0] in (_LIKE_COUNTS, _LIKE_LABELS):
             rule = _plausible(terms, seen)
-            alike = seen is not None and _proportional(terms, lengths[1:], seen)
-            if rule[0] == _LENGTHS and not alike:
-                taken = "the length of its first tensor is taken"
-                self._warn(terms, "doesn't show in its loss", taken)
-        elif rule[0] == _SUM and not exact and len(terms) > 1:
-            self._warn(terms, "is unclear", "losses are added up, though one isn't its parts' sum")
-        self._rules[_signature(terms)] = rule
+        alike = seen is not None and _proportional(terms, lengths[1:], seen)
+        if rule[0] == _LENGTHS and not exact and not alike:
+            taken = "the length of its first tensor is taken"
+            self._warn(terms, "doesn't show in its loss", taken)
+        elif not exact and len(terms) > 1 and _plausible(terms, seen)[0] == _LENGTHS and not alike:
+            what = "added up" if rule[0] == _SUM else "averaged by the counts of one term"
+            self._warn(terms, "differs by its loss's terms", f"losses are {what}")
+        self._rules[signature] = rule
+
+    def end_pass(self, taken: list[float], divisor: float) -> None:
+        """Takes note of the weights of a pass."""
+        self.taken, self.divisor = taken, divisor
+        for signature in self._passing:
+            self._rules.pop(signature, None)
+        self._passing.clear()
 
     def _warn(self, terms: Sequence[Term], what: str, taken: str) -> None:
         names = ", ".join(dict.fromkeys(term.name for term in terms if term.kind != "unknown"))
@@ -227,14 +250,19 @@ class Weighing:
         """The next batch; ``length`` is how many samples it has."""
         return Weighed(self, batch, length, len(self.taken))
 
-    def rule(self, terms: Sequence[Term], length: int) -> Rule | None:
+    def rule(self, batch: Any, terms: Sequence[Term], length: int) -> Rule | None:
         """How a batch with such a loss is weighted; None where that isn't decided."""
         rule = self.weights.rule(terms)
-        if rule is None or rule[0] != _PROPORTIONAL:
+        if rule is None or rule[0] not in (_LIKE_COUNTS, _LIKE_LABELS):
             return rule
-        counts = [float(term.count) for term in terms]
-        if not any(counts):
-            return _COUNTS, 0
+        kind, places = rule
+        if kind == _LIKE_LABELS:
+            counts = [float(_labelled(batch, shifted)) for shifted in (False, True)]
+        else:
+            found = [terms[i].count for i in places if i < len(terms)]
+            counts = [float(count) for count in found if count is not None]
+        if counts and not any(counts):
+            return (_COUNTS, places[0]) if kind == _LIKE_COUNTS else (_LABELS, 0)
         base = self._ratios.setdefault(_signature(terms), [*counts, float(length)])
         if len(base) != len(counts) + 1:
             return None
@@ -254,9 +282,9 @@ class Weighing:
                 f"{'sizes' if self.weights.sizes is not None else self.weights.name}: no batch "
                 "counts, all weights are zero; at least one has to (are all labels ignored?)"
             )
-        self.weights.taken = self.taken
-        self.weights.divisor = 1.0 if self.sums else total
-        return self.weights.divisor
+        divisor = 1.0 if self.sums else total
+        self.weights.end_pass(self.taken, divisor)
+        return divisor
 
 
 class Weighed:
@@ -292,7 +320,7 @@ class Weighed:
         if isinstance(loss, Tensor) and not loss.requires_grad and not seen.roots:
             return loss  # an error, by and by
         terms = seen.terms(loss)
-        rule = weighing.rule(terms, self._length)
+        rule = weighing.rule(self.batch, terms, self._length)
         if rule is None:
             raise Undecided(self.batch, terms)
         kind, which = rule
@@ -302,6 +330,8 @@ class Weighed:
             self._number, self._weight = _Later(1.0), None
         elif kind == _COUNTS and which < len(terms) and terms[which].count is not None:
             self._number, self._weight, self._counted = _Later(terms[which].count), None, True
+        elif kind == _LABELS:
+            self._number, self._weight = _Later(_labelled(self.batch, bool(which))), None
         return loss
 
     def weight(self) -> float:
@@ -366,7 +396,7 @@ def _plain(terms: Sequence[Term]) -> Rule | None:
         if first.kind in ("mean", "sum"):
             return (_COUNTS if first.kind == "mean" else _SUM), 0
     if all(term.kind == "mean" and not term.scaled for term in terms):
-        return _PROPORTIONAL, 0
+        return _LIKE_COUNTS, tuple(range(len(terms)))
     return (_LENGTHS, 0) if len(terms) == 1 and first.name == SEVERAL else None
 
 
@@ -374,12 +404,22 @@ def _plausible(terms: Sequence[Term], seen: _Seen | None) -> Rule:
     """The rule where losses of parts don't tell: what the loss's own functions say, if they agree
     (torch's losses know their reduction, but a sum may be one over the entries of a mean).
     """
-    counts = [None if term.count is None else float(term.count) for term in terms]
-    if counts[0] is not None and counts.count(counts[0]) == len(counts):
-        if seen is None or seen.counts(terms, 0) is not None:
-            return _COUNTS, 0
+    if seen is not None:
+        counts = {i: seen.counts(terms, i) for i in range(len(terms))}
+        found = {i: [c / sum(row) for c in row] for i, row in counts.items() if row is not None}
+        first = next(iter(found), None)
+        if first is None or any(not _close(row, found[first]) for row in found.values()):
+            return _LENGTHS, 0
+        return _COUNTS, first
+    counts = [float(term.count) if term.kind == "mean" else math.nan for term in terms]
+    if all(count == counts[0] for count in counts):
+        return _COUNTS, 0
     known = all(term.kind == "sum" and term.name not in ("Sum", "Nansum") for term in terms)
-    return (_SUM if known and seen is None else _LENGTHS), 0
+    return (_SUM if known else _LENGTHS), 0
+
+
+def _close(row: Sequence[float], other: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(row, other, strict=True))
 
 
 @dataclass
@@ -446,8 +486,20 @@ def _proportional(terms: Sequence[Term], lengths: Sequence[float], seen: _Seen) 
     return bool(found) and all(c[0] * lengths[1] == c[1] * lengths[0] for c in found)
 
 
+def _labelled(batch: Any, shifted: bool) -> Tensor | float:
+    """How many labels of a batch aren't ignored, without the first of each sequence or with it; 0
+    where there are no labels of sequences.
+    """
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    whole = [value for name, value in named if "label" in str(name)] or [batch]
+    found = [t for t in tensors_of(whole) if t.dtype == torch.long and t.dim() > 1]
+    if not found:
+        return 0.0
+    return ((found[-1][:, 1:] if shifted else found[-1]) != _IGNORED).sum()
+
+
 def _explained(
-    terms: Sequence[Term], lengths: Sequence[float], seen: _Seen
+    terms: Sequence[Term], lengths: Sequence[float], seen: _Seen, parts: Sequence[Any]
 ) -> tuple[Rule | None, bool]:
     """The rule by which a batch's loss follows from those of its parts, None where none does; and
     whether it does exactly.
@@ -466,6 +518,11 @@ def _explained(
         counts = seen.counts(terms, i)
         if counts is not None:
             means[_COUNTS, i] = error(counts)
+    hidden = all(term.kind == "unknown" for term in terms)
+    for shifted in (0, 1) if hidden else ():  # compiled, or a function of the user's own
+        counts = [float(_labelled(part, bool(shifted))) for part in parts[1:]]
+        if sum(counts) > 0:
+            means[_LABELS, shifted] = error(counts)
     as_sum, best = abs(sum(seen.losses[1:]) - whole), min(means.values())
     may_sum = any(term.kind in ("sum", "ratio") or term.scaled for term in terms)
     near = scale * _NEAR if may_sum else 10.0 * exact
@@ -476,9 +533,12 @@ def _explained(
         return None, False
     fits = [rule for rule, e in means.items() if e <= exact]
     if len(fits) > 1 and (_LENGTHS, 0) in fits:  # alike here, and maybe not in other batches
-        rule = _plausible(terms, seen)
-        return (rule if rule[0] == _COUNTS else None), True
+        if hidden:
+            return (_LIKE_LABELS, 0), True
+        return (_LIKE_COUNTS, tuple(i for kind, i in fits if kind == _COUNTS)), True
     if fits:
         return fits[-1], True
+    if hidden:
+        return None, False
     rule = min(means, key=means.get)
     return (rule if means[rule] * _BETTER < means[_LENGTHS, 0] else None), False

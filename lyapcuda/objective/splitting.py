@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lyapcuda.arguments import proper_fraction
 
-__all__ = ["batch_size", "split_batch"]
+__all__ = ["batch_size", "split_batch", "tensors_of"]
 
 
 def batch_size(batch: Any, name: str) -> int:
@@ -81,16 +81,17 @@ def _members(batch: Any) -> Iterable[Any]:
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in a batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
         return
     for member in _members(batch):
-        yield from _tensors(member)
+        yield from tensors_of(member)
 
 
 def _first_tensor(batch: Any) -> Tensor | None:
-    return next(_tensors(batch), None)
+    return next(tensors_of(batch), None)
 
 
 def _is_list(value: Any) -> bool:
@@ -112,7 +113,7 @@ def _listed(batch: Any) -> int | None:
     if any(len(m) != count for m in beside) or not beside:
         return None
     mappings = any(_is_list(m) and all(isinstance(s, Mapping) for s in m) for m in [first, *beside])
-    lengths = {len(t) for t in _tensors(batch) if t.dim()}
+    lengths = {len(t) for t in tensors_of(batch) if t.dim()}
     return count if mappings or len(lengths) > 1 else None
 
 
@@ -151,7 +152,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _slice_sequence(batch: Sequence[Any], span: slice, size: int) -> Any:
-    lengths = {len(t) for t in _tensors(batch) if t.dim()}
+    lengths = {len(t) for t in tensors_of(batch) if t.dim()}
     if len(batch) == size and lengths != {size} and not hasattr(batch, "_fields"):
         return type(batch)(batch[span])  # a list of samples
     if not lengths and batch and not hasattr(batch, "_fields") and all(map(_is_scalar, batch)):
