@@ -345,6 +345,39 @@ def test_a_mapping_keeps_its_type(make):
     assert whole["x"] is x and getattr(part, "default_factory", list) is list
 
 
+class Tensors(UserDict):
+    """As a TensorDict, which cuts itself and takes tensors of its length alone."""
+
+    def __init__(self, given, length):
+        super().__init__(given)
+        self.batch_size = torch.Size([length])
+
+    def __getitem__(self, key):
+        if not isinstance(key, slice):
+            return super().__getitem__(key)
+        values = {name: t[key] for name, t in self.data.items()}
+        return Tensors(values, len(next(iter(values.values()))))
+
+
+def test_what_cuts_itself_does():
+    _, part = lyapcuda.split_batch(Tensors({"x": torch.arange(10)}, 10), 0.2)
+    assert part.batch_size == (2,) and part["x"].tolist() == [8, 9]
+
+
+def test_a_mapping_that_cant_be_made_is_named():
+    class Fixed(UserDict):
+        def __init__(self):
+            super().__init__({"x": torch.arange(10)})
+
+        def __setitem__(self, name, value):
+            if name in self.data:
+                raise TypeError("fixed")
+            super().__setitem__(name, value)
+
+    with pytest.raises(ValueError, match="batch: can't make a Fixed of a part of one"):
+        lyapcuda.split_batch(Fixed())
+
+
 def test_a_dataclass_keeps_its_type():
     whole = Record(torch.arange(10), list("abcdefghij"))
     rest, part = lyapcuda.split_batch(whole, 0.2)
@@ -429,6 +462,17 @@ def test_a_micro_batch_of_padding_counts_nothing(padded, sizes):
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(left(model), gradient(model, expected))
     assert int(tracker.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "masked", "tokens, summed"])
+def test_exact_measurements_over_batches(padded, name):
+    model, loss = weighted_losses.net(), ALL[name]
+    tracker, twin = (lyapcuda.CurvatureTracker(model.parameters(), mode="exact") for _ in range(2))
+    last = {name: t[:2] for name, t in padded.items()}
+    for _ in range(3):
+        tracker.step(lambda b: loss(model, b), batches=[last, last], leave_grad=True)
+        twin.step(lambda: loss(model, last) * (2 if name in SUMS else 1))
+    torch.testing.assert_close(tracker.h, twin.h)
 
 
 @pytest.mark.parametrize("own_backward", [False, True])

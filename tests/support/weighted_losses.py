@@ -75,6 +75,7 @@ LENGTHS = {
         m(b["ids"]).log_softmax(-1), b["target"].softmax(-1), reduction="batchmean"
     ),
     "hidden": lambda m, b: _Hidden.apply(_tokens(m, b, "full")),
+    "hidden means": lambda m, b: _Hidden.apply(_each(m, b).sum(1).mean()),
 }
 COUNTS = {
     "tokens": _tokens,
@@ -90,6 +91,9 @@ COUNTS = {
     "selected": lambda m, b: _each(m, b)[_known(b)].mean(),
     "relative": lambda m, b: _off(m, b).pow(2).sum() / b["target"].pow(2).sum(),
     "hidden tokens": lambda m, b: _Hidden.apply(_tokens(m, b)),
+    "hidden next tokens": lambda m, b: _Hidden.apply(
+        F.cross_entropy(m(b["ids"])[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
+    ),
 }
 SUMS = {
     "tokens, summed": lambda m, b: _tokens(m, b, reduction="sum"),
