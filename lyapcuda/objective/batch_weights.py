@@ -201,7 +201,7 @@ class BatchWeights:
             return
         watched = signature in self._rules
         if rule is None or watched and rule[0] in (_LIKE_COUNTS, _LIKE_LABELS):
-            rule = _plausible(terms, seen)
+            rule, exact = _plausible(terms, seen), False
         alike = seen is not None and _proportional(terms, lengths[1:], seen)
         if rule[0] == _LENGTHS and not exact and not alike:
             taken = "the length of its first tensor is taken"
@@ -253,7 +253,11 @@ class Weighing:
     def rule(self, batch: Any, terms: Sequence[Term], length: int) -> Rule | None:
         """How a batch with such a loss is weighted; None where that isn't decided."""
         rule = self.weights.rule(terms)
-        if rule is None or rule[0] not in (_LIKE_COUNTS, _LIKE_LABELS):
+        if rule is None:
+            counts = [term.count for term in terms]
+            void = all(count is not None and float(count) == 0.0 for count in counts)
+            return (_COUNTS, 0) if void else None
+        if rule[0] not in (_LIKE_COUNTS, _LIKE_LABELS):
             return rule
         kind, places = rule
         if kind == _LIKE_LABELS:
@@ -317,7 +321,8 @@ class Weighed:
             return closure(self.batch)
         with reading() as seen:
             loss = closure(self.batch)
-        if isinstance(loss, Tensor) and not loss.requires_grad and not seen.roots:
+        graph = seen.roots or isinstance(loss, Tensor) and loss.requires_grad
+        if not graph and not isinstance(loss, float):
             return loss  # an error, by and by
         terms = seen.terms(loss)
         rule = weighing.rule(self.batch, terms, self._length)

@@ -83,7 +83,7 @@ def _divided(name: str, node: Any, divisor: Any, seen: dict) -> float | Tensor:
     if name == "Div" and not first:  # a constant divided by the loss
         return math.nan
     by = _kept(node, "_saved_other" if first else "_saved_self", seen)
-    if by is None or isinstance(by, float) and by == 0.0:
+    if by is None or isinstance(by, float) and (by == 0.0 or math.isinf(by)) and name == "Mul":
         return math.nan
     by = by if name == "Div" else 1.0 / by
     return by if divisor is None else by * divisor

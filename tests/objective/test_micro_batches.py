@@ -449,13 +449,19 @@ def test_the_gradient_is_that_of_all_batches_at_once(padded, name, own_backward)
     assert int(tracker.steps) == 1 and int(tracker.skipped) == 0
 
 
+@pytest.mark.parametrize("name", ["tokens", "masked", "selected"])
 @pytest.mark.parametrize("sizes", [None, [3, 0, 1], lambda b: (b["labels"] != -100).sum()])
-def test_a_micro_batch_of_padding_counts_nothing(padded, sizes):
-    model, loss = weighted_losses.net(), COUNTS["tokens"]
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_micro_batch_of_padding_counts_nothing(padded, sizes, name, at):
+    model, loss = weighted_losses.net(), COUNTS[name]
     first, _, last = cut(padded)
     padding = {**first, "labels": torch.full_like(first["labels"], -100)}
+    batches = [first, last]
+    batches.insert(at, padding)
+    if isinstance(sizes, list) and at == 0:
+        sizes = [0, 3, 1]
     tracker = lyapcuda.CurvatureTracker(model.parameters())
-    value = tracker.backward(lambda b: loss(model, b), batches=[first, padding, last], sizes=sizes)
+    value = tracker.backward(lambda b: loss(model, b), batches=batches, sizes=sizes)
     weights = torch.tensor([18.0, 4]) if not isinstance(sizes, list) else torch.tensor([3.0, 1])
     both = torch.stack([loss(model, b) for b in (first, last)])
     expected = (both * weights).sum() / weights.sum()
