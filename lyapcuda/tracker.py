@@ -273,8 +273,8 @@ class CurvatureTracker:
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each, and
                 the gradient left (and the loss returned) is that of all of them together: the mean,
                 weighted by how much each counts, or the sum. The curvature is that of the last; of
-                sums, so many times it as there are samples for one of its. Costs k gradients of the
-                last more. BatchNorm sees one micro-batch at a time, as in gradient accumulation.
+                sums, scaled up to all samples. Costs k gradients of the last more. BatchNorm sees
+                one micro-batch at a time, as in gradient accumulation.
             sizes: how much each of ``batches`` counts: a number a batch, a function of a batch that
                 returns one, or "sum" for losses that are sums. None reads it off the loss (so many
                 samples or unpadded tokens as it averages over; sums are added up), or takes the

@@ -169,12 +169,12 @@ class BatchWeights:
         closure: Closure,
         generators: Iterable[torch.Generator] = (),
     ) -> None:
-        """Settles how such batches are weighted, by forward passes over this one and its halves.
+        """Settles how such batches are weighted, by forward passes over this one and its parts.
 
         They start from the same random states and buffers, and leave no trace.
 
         Warns:
-            UserWarning: it stays unknown; lengths are taken.
+            UserWarning: no weights explain the loss; says which are taken.
         """
         batch, terms = undecided.batch, undecided.terms
         rule, exact, seen = None, False, None
@@ -429,7 +429,7 @@ def _close(row: Sequence[float], other: Sequence[float]) -> bool:
 
 @dataclass
 class _Seen:
-    """Losses of a batch and of its halves, and their terms."""
+    """Losses of a batch and of its two parts, and their terms."""
 
     losses: list[float] = field(default_factory=list)
     terms: list[tuple[Term, ...]] = field(default_factory=list)

@@ -203,10 +203,10 @@ def accumulated(
         check, further: as for `Evaluator.gradients`.
 
     Returns:
-        The last batch's gradients (where losses are added up: as many times them as it is a part of
-        the whole), the average of the losses, or their sum, and what is to be left: in ``.grad``
-        the gradient of that; random states and buffers are those after evaluating the batches in
-        order. After an exception everything is as it was. Memory: one gradient more.
+        The last batch's gradients (where losses are added up: scaled up to all samples), the mean
+        of the losses, or their sum, and what is to be left: in ``.grad`` the gradient of that;
+        random states and buffers are those after evaluating the batches in order. After an
+        exception everything is as it was. Memory: one gradient more.
     """
     while True:
         try:
