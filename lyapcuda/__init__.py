@@ -5,8 +5,8 @@ from lyapcuda import ops
 from lyapcuda.dynamics import lyapunov
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
-from lyapcuda.objective.micro_batches import split_batch
 from lyapcuda.objective.pointing import at_a_copy
+from lyapcuda.objective.splitting import split_batch
 from lyapcuda.optim import LyapunovSGD
 from lyapcuda.params.ranks import RankError
 from lyapcuda.solvers.density import SpectralDensity, spectral_density

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping
+from functools import partial
 from itertools import islice, repeat
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lyapcuda import ops
 from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
+from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
@@ -286,11 +288,16 @@ class LyapunovSGD(Optimizer):
         self._follow_groups()
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
+        scaler = scaler if _scales(scaler) else _as_it_is()
+        return self._warm_up(partial(self.tracker.step, c, scaler=scaler) for c in source)
+
+    def _warm_up(self, measurements: Iterable[Callable[[], Any]]) -> int:
+        """Takes measurements that leave no trace, until h0 is stable."""
         stable, previous, iterations = 0, math.nan, 0
         every, self.tracker.every = self.tracker.every, 1
         try:
-            for closure in islice(source, self._warmup_iterations):
-                self.tracker.step(closure, scaler=scaler if _scales(scaler) else _as_it_is())
+            for measure in islice(measurements, self._warmup_iterations):
+                measure()
                 if not float(self._accepted()):
                     return iterations
                 iterations += 1
@@ -317,6 +324,7 @@ class LyapunovSGD(Optimizer):
         *,
         part: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         scaler: Any = None,
     ) -> Tensor:
         """The first half of a step: measures the curvature and leaves the gradient in ``.grad``.
@@ -329,8 +337,9 @@ class LyapunovSGD(Optimizer):
             closure: as for `CurvatureTracker.step`, with ``batches`` for each of them.
             part: a closure of a part of the minibatch, to measure the curvature of
                 (`CurvatureTracker.step` calls it ``measure``).
-            batches: micro-batches, over which ``closure(batch)`` is averaged; the curvature is that
-                of the last.
+            batches: micro-batches: the gradient is that of ``closure(batch)`` over all of them, the
+                curvature that of the last.
+            sizes: how much each of them counts, as for `CurvatureTracker.step`.
             scaler: a torch.amp.GradScaler. The closure may have called
                 ``scaler.scale(loss).backward()`` itself. All gradients are divided by the scale,
                 so ``.grad`` is unscaled afterwards, as by ``scaler.unscale_(optimizer)``; go on
@@ -352,7 +361,7 @@ class LyapunovSGD(Optimizer):
         parameters, given = self.tracker.parameters, closure
         closure = guarded(closure, parameters, self.tracker.layout.ranks)
         try:
-            loss = self._measure(closure, part, batches, scaler)
+            loss = self._measure(closure, part, batches, sizes, scaler)
         except BaseException:
             if closure is given:  # put back; in the buckets of DDP they have been written meanwhile
                 note(parameters)
@@ -365,18 +374,22 @@ class LyapunovSGD(Optimizer):
         closure: Closure,
         part: Closure | None,
         batches: Iterable[Any] | None,
+        sizes: Sizes | None,
         scaler: Any,
     ) -> Tensor:
         micro = None if batches is None else list(batches)
-        if not self._warm:
-            first = (lambda: closure(micro[-1])) if micro else part or closure
-            self.warmup(first, scaler=scaler)
         self._sync_weight_decay()
+        if not self._warm and micro is None:
+            self.warmup(part or closure, scaler=scaler)
+        elif not self._warm:
+            told = scaler if _scales(scaler) else _as_it_is()
+            of_last = partial(self.tracker.step_of_last, closure, micro, sizes, told)
+            self._warm_up(repeat(of_last))
         scaling = self._scaling(scaler)
         self._measured = False
         fresh = self.tracker.due
         loss = self.tracker.step(
-            closure, measure=part, batches=micro, leave_grad=True, scaler=scaling
+            closure, measure=part, batches=micro, sizes=sizes, leave_grad=True, scaler=scaling
         )
         if isinstance(scaling, Unscaled):
             scaling.finish_()
@@ -391,11 +404,12 @@ class LyapunovSGD(Optimizer):
         *,
         part: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor | None:
         """Measures h0 and steps with gain/h0; without a closure, the step of the last `measure`.
 
         Args:
-            closure, part, batches: as for `measure`.
+            closure, part, batches, sizes: as for `measure`.
 
         Returns:
             The loss before the step, detached (None without a closure); ``.grad`` holds its
@@ -424,7 +438,7 @@ class LyapunovSGD(Optimizer):
             )
         loss = None
         if closure is not None:
-            loss = self.measure(closure, part=part, batches=batches)
+            loss = self.measure(closure, part=part, batches=batches, sizes=sizes)
         else:
             self._check_groups()
         self._descend(overflow)

@@ -30,6 +30,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
@@ -44,7 +45,7 @@ from lyapcuda.objective.isolation import (
 )
 from lyapcuda.objective.loss_graph import watching
 from lyapcuda.objective.loss_multiple import Multiple
-from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
+from lyapcuda.objective.micro_batches import Measured, MicroBatches, accumulated, beside
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
@@ -66,14 +67,14 @@ class _Request:
 
     Attributes:
         closure, measure: as of `CurvatureTracker.step`.
-        micro: batches and their shares.
+        micro: batches, and how much each counts.
         leave: the gradient at θ in ``.grad``.
         add: to what is there, as of `Evaluator.gradients`.
     """
 
     closure: Closure
     measure: Closure | None
-    micro: list[tuple[Any, float]] | None
+    micro: MicroBatches | None
     leave: bool
     add: Add
 
@@ -221,6 +222,7 @@ class CurvatureTracker:
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
         self._lock = StepLock("tracker.step")
+        self._weights = BatchWeights(name="batches")
         self._found_evaluator: Evaluator | None = None
         self._touched = Touched()
         self._separations: Separations | None = None  # made at the first measurement
@@ -238,6 +240,7 @@ class CurvatureTracker:
         *,
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
         """Measures once and adds the gradient at θ to ``.grad``, bit for bit as loss.backward()
@@ -254,10 +257,10 @@ class CurvatureTracker:
             measure: another closure, of a part of the minibatch, to measure the curvature of. Costs
                 k + 1 gradients of the part more than training alone.
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each; the
-                gradient and the loss are the average, weighted by their numbers of samples. The
-                curvature is that of the last. Costs k gradients of the last more. BatchNorm sees
-                one micro-batch at a time, as in gradient accumulation.
-            scaler: as for `step`.
+                gradient and the loss are those of all of them together. The curvature is that of
+                the last. Costs k gradients of the last more. BatchNorm sees one micro-batch at a
+                time, as in gradient accumulation.
+            sizes, scaler: as for `step`.
 
         Returns:
             The loss at θ, detached.
@@ -277,7 +280,8 @@ class CurvatureTracker:
             >>> round(float(tracker.h), 3)  # ‖(1, 1, 1, 1)‖² · 2
             8.0
         """
-        return self._take_step(closure, measure, batches, scaler, leave=True, add=True)
+        micro = self._micro_batches(batches, sizes, measure)
+        return self._take_step(closure, measure, micro, scaler, leave=True, add=True)
 
     def step(
         self,
@@ -285,6 +289,7 @@ class CurvatureTracker:
         *,
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         leave_grad: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor | None:
@@ -298,9 +303,14 @@ class CurvatureTracker:
                 gradient that ``leave_grad`` leaves is that of ``closure``. Costs k + 1 gradients of
                 the part more than training alone.
             batches: micro-batches, as of `split_batch`: ``closure(batch)`` is called for each, and
-                the gradient left (and the loss returned) is the average, weighted by their numbers
-                of samples. The curvature is that of the last. Costs k gradients of the last more.
-                BatchNorm sees one micro-batch at a time, as in gradient accumulation.
+                the gradient left (and the loss returned) is that of all of them together: the mean,
+                weighted by how much each counts, or the sum. The curvature is that of the last; of
+                sums, scaled up to all samples. Costs k gradients of the last more. BatchNorm sees
+                one micro-batch at a time, as in gradient accumulation.
+            sizes: how much each of ``batches`` counts: a number a batch, a function of a batch that
+                returns one, or "sum" for losses that are sums. None reads it off the loss (so many
+                samples or unpadded tokens as it averages over; sums are added up), or takes the
+                lengths of the batches' first tensors where it doesn't show it.
             leave_grad: False leaves no trace: parameters, their ``.grad``, buffers and random
                 states are bitwise what they were. True leaves what one plain evaluation at θ with
                 cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
@@ -326,21 +336,31 @@ class CurvatureTracker:
             TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
                 ``leave_grad`` (pass the part's own closure), or both of them.
         """
-        return self._take_step(closure, measure, batches, scaler, leave=leave_grad, add=False)
+        micro = self._micro_batches(batches, sizes, measure, leave_grad)
+        return self._take_step(closure, measure, micro, scaler, leave=leave_grad, add=False)
 
-    def _take_step(
+    def step_of_last(
         self,
-        closure: Closure,
-        measure: Closure | None,
-        batches: Iterable[Any] | None,
-        scaler: Any,
-        *,
-        leave: bool,
-        add: Add,
+        closure: Callable[..., Tensor | float],
+        batches: Iterable[Any],
+        sizes: Sizes | None = None,
+        scaler: Any = None,
     ) -> Tensor | None:
-        for name, value in (("closure", closure), ("measure", measure)):
-            if not callable(value) and not (name == "measure" and value is None):
-                raise TypeError(f"{name}={value!r}: expected a callable that returns the loss")
+        """Measures the last of ``batches`` as `step` does with them, and leaves no trace.
+
+        Arguments as of `step`. The closure may be evaluated once more, to see whether it is a sum.
+        """
+        micro = self._micro_batches(batches, sizes)
+        last, times = micro.last(self._evaluator, closure)
+        return self._take_step(last, None, None, scaler, leave=False, add=False, times=times)
+
+    def _micro_batches(
+        self,
+        batches: Iterable[Any] | None,
+        sizes: Sizes | None,
+        measure: Closure | None = None,
+        leave: bool = True,
+    ) -> MicroBatches | None:
         if (measure is not None or batches is not None) and not leave:
             raise ValueError(
                 "leave_grad=False: measure and batches need leave_grad=True; to measure a part and "
@@ -348,15 +368,34 @@ class CurvatureTracker:
             )
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
-        micro = None if batches is None else shares(batches)
+        if batches is not None:
+            return MicroBatches.of(batches, sizes, self._weights)
+        if sizes is not None:
+            raise ValueError("sizes: there are no batches to weight; pass them as batches=")
+        return None
+
+    def _take_step(
+        self,
+        closure: Closure,
+        measure: Closure | None,
+        micro: MicroBatches | None,
+        scaler: Any,
+        *,
+        leave: bool,
+        add: Add,
+        times: float = 1.0,
+    ) -> Tensor | None:
+        for name, value in (("closure", closure), ("measure", measure)):
+            if not callable(value) and not (name == "measure" and value is None):
+                raise TypeError(f"{name}={value!r}: expected a callable that returns the loss")
         scaling = self._scaling(scaler)
         with deferred(), self._lock:
             add = add if any(p.grad is not None for p in self._tensors) else False
-            self._evaluator.scaling = scaling
+            self._evaluator.scaling, self._evaluator.times = scaling, times
             try:
                 return self._measured_step(_Request(closure, measure, micro, leave, add))
             finally:
-                self._evaluator.scaling = None
+                self._evaluator.scaling, self._evaluator.times = None, 1.0
 
     def _scaling(self, scaler: Any) -> Unscaled | Multiple | None:
         if isinstance(scaler, Unscaled | Multiple):

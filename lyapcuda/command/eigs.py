@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar=factory, help="a function that returns the module")
     add("--data", required=True, metavar=factory, help="returns batches of (inputs, targets)")
     add("--loss", default="ce", metavar="ce|mse|module:function", help="default ce")
+    add("--sizes", metavar="sum|module:function", help="what a batch counts (default: see docs)")
     add_measurement(parser)
     parser.set_defaults(run=_run)
 
@@ -63,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
             weights=arguments.weights,
             weight_decay=arguments.weight_decay,
             device=device,
+            sizes=arguments.sizes,
         )
 
     return measure(problem, arguments)

@@ -39,13 +39,14 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, 
 
 @dataclass(frozen=True)
 class Problem:
-    """loss(model(inputs), targets), averaged over ``batches`` of (inputs, targets).
+    """loss(model(inputs), targets) of all ``batches`` of (inputs, targets) together.
 
     Attributes:
         model, loss, batches: the parts.
         weight_decay: counts as part of the loss.
         names: what each part was called, for reports.
         device: where a batch is taken before the model sees it.
+        sizes: how much each batch counts, as of `HessianOperator`.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Problem:
     weight_decay: float
     names: dict[str, str]
     device: str = "cpu"
+    sizes: Any = None
 
     def closure(self, batch: Any) -> Tensor:
         """The loss of one batch."""
@@ -114,6 +116,7 @@ def from_names(
     weights: Path | None = None,
     weight_decay: float = 0.0,
     device: str = "cpu",
+    sizes: str | None = None,
 ) -> Problem:
     """Puts a problem together.
 
@@ -126,6 +129,7 @@ def from_names(
         weights: a state_dict for the model, loaded with weights_only=True.
         weight_decay: counts as part of the loss.
         device: a torch device for the model and every batch.
+        sizes: how much each batch counts: ``sum``, or ``package.module:function`` of a batch.
 
     Raises:
         ValueError, OSError: naming the argument and its value.
@@ -140,7 +144,8 @@ def from_names(
     loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
     names = {"model": model, "data": data, "loss": loss}
     batches = _called("data", data)
-    return Problem(module.to(device), loss_of, batches, weight_decay, names, device)
+    size_of = sizes if sizes in (None, "sum") else resolve("sizes", sizes)
+    return Problem(module.to(device), loss_of, batches, weight_decay, names, device, size_of)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -151,6 +151,7 @@ def measure(
         problem.closure,
         params,
         data=problem.batches,
+        sizes=problem.sizes,
         mode=mode,
         select=select,
         model=problem.model,

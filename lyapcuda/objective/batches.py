@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["Batches", "batch_size"]
+from lyapcuda.objective.splitting import batch_size
+
+__all__ = ["Batches"]
 
 
 class Batches:
@@ -16,13 +17,14 @@ class Batches:
 
     Args:
         data: an iterable that starts anew each time: a DataLoader, a list of batches.
+        lengths: whether batches are measured; otherwise each counts as one sample.
 
     Raises:
         TypeError: it can't be iterated.
         ValueError: it can be iterated only once.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(self, data: Iterable[Any], lengths: bool = True) -> None:
         if not isinstance(data, Iterable):
             raise TypeError(f"data={data!r}: expected an iterable of batches")
         if isinstance(data, Iterator):
@@ -30,7 +32,7 @@ class Batches:
                 f"data: a {type(data).__name__} can be consumed only once, but every gradient "
                 "needs a pass over all batches; pass a DataLoader or a list"
             )
-        self.data = data
+        self.data, self._lengths = data, lengths
         sources = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
         found = [getattr(source, "generator", None) for source in sources]
         #: Generators of the loader's own: rewound, so that every pass has the same batches.
@@ -49,34 +51,14 @@ class Batches:
         """Every batch and its size. Raises ValueError where the passes aren't of equal length."""
         samples = 0
         for batch in self.data:
-            size = batch_size(batch, "data")
+            size = batch_size(batch, "data") if self._lengths else 1
             samples += size
             yield batch, size
         if samples == 0:
             raise ValueError("data: it gave no batch" + (" any more" if self._samples else ""))
         if samples != (self._samples or samples):
             raise ValueError(
-                f"data: {samples} samples in this pass, {self._samples} in the first; every pass "
-                "has to see the same"
+                f"data: {samples} {'samples' if self._lengths else 'batches'} in this pass, "
+                f"{self._samples} in the first; every pass has to see the same"
             )
         self._samples = samples
-
-
-def batch_size(batch: Any, name: str) -> int:
-    """How many samples a batch holds; ``name`` is the argument that an error names."""
-    first = _first_tensor(batch)
-    if first is None or first.dim() == 0:
-        raise ValueError(
-            f"{name}: found no tensor with a batch dimension in a {type(batch).__name__}, so its "
-            "size, which weights it, is unknown"
-        )
-    return len(first)
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    members = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(members, str | bytes) or not isinstance(members, Iterable):
-        return None
-    return next((t for t in map(_first_tensor, members) if t is not None), None)

@@ -183,6 +183,8 @@ class Evaluator:
         self._called_backward = self._returned_share = False
         #: Of the gradients that closures' backward passes give, for the present measurement.
         self.scaling: Scaling | None = None
+        #: How many times the curvature measured that of the closure is to be.
+        self.times = 1.0
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -455,10 +457,11 @@ class Evaluator:
                 loss0, g0 = self.evaluate(closure, before)
             if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
-            if self.scaling is not None and self.scaling.in_results:
+            if self.is_scaled:
                 for copy in found:
-                    self.scaling.divide_(copy)
-                g0 = self.scaling.divided(g0)
+                    self.scale_(copy)
+                g0 = [None if g is None else g.detach().clone() for g in g0]
+                self.scale_(g0)
             elif apart:
                 g0 = [None if g is None else g.clone() for g in g0]
             result = Gradients(g0, found, loss0, losses)
@@ -494,6 +497,18 @@ class Evaluator:
                 p._post_accumulate_grad_hooks for p in self.parameters
             )
         return True
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether results aren't the gradients as the closure's backward pass gives them."""
+        return self.times != 1.0 or self.scaling is not None and self.scaling.in_results
+
+    def scale_(self, gradients: Sequence[Tensor | None]) -> None:
+        """Makes results of gradients, in place."""
+        if self.scaling is not None and self.scaling.in_results:
+            self.scaling.divide_(gradients)
+        if self.times != 1.0:
+            torch._foreach_mul_([g for g in gradients if g is not None], self.times)
 
     @property
     def averages(self) -> bool:
@@ -701,8 +716,6 @@ class _Probe:
         g0: Sequence[Tensor | None] = (),
     ) -> None:
         self._evaluator, self._closure, self._before = evaluator, closure, before
-        scaling = evaluator.scaling
-        self._scaling = None if scaling is None or not scaling.in_results else scaling
         self._g0 = g0
         self._after: Snapshot | None = None
         self.gradients: list[Tensor | None] = []
@@ -711,7 +724,7 @@ class _Probe:
         """The gradients at θ, which later evaluations don't overwrite."""
         if self._after is None:
             self._after = self._evaluator.snapshot(values=True)
-        if self._scaling is not None or self._evaluator.manner(self._closure).changes_gradients:
+        if self._evaluator.is_scaled or self._evaluator.manner(self._closure).changes_gradients:
             return list(self._g0)  # in memory of its own
         return locals_of(self._after.gradients)
 
@@ -723,8 +736,8 @@ class _Probe:
             hold(copy)
             loss, there = self._evaluator.evaluate(self._closure, self._before)
             self.gradients = moved(there, copy)
-        if self._scaling is not None:
-            self._scaling.divide_(self.gradients)
+        if self._evaluator.is_scaled:
+            self._evaluator.scale_(self.gradients)
         return loss
 
     def end(self) -> None:

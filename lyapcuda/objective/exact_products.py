@@ -124,9 +124,13 @@ class ExactEvaluator(Evaluator):
                     parts = graph.parts(copy, keep=not last)
                 found.append(moved(parts, copy))
                 del parts
+            if self.is_scaled:
+                g0 = [None if g is None else g.detach().clone() for g in g0]
+                for parts in (*found, g0):
+                    self.scale_(parts)
             result = Gradients(g0, found, graph.loss, [graph.loss] * len(copies))
             if further is not None:
-                further(result, _ExactProbe(graph, g0))
+                further(result, _ExactProbe(self, graph, g0))
             training.after.restore()
         except BaseException:
             before.restore()
@@ -144,12 +148,13 @@ class _ExactProbe:
     """Takes further products out of a graph, from which there is nothing to subtract.
 
     Args:
+        evaluator: that scales.
         graph: which it keeps.
         g0: the gradients at θ.
     """
 
-    def __init__(self, graph: GradientGraph, g0: list[Tensor | None]) -> None:
-        self._graph, self._g0 = graph, g0
+    def __init__(self, evaluator: Evaluator, graph: GradientGraph, g0: list[Tensor | None]) -> None:
+        self._evaluator, self._graph, self._g0 = evaluator, graph, g0
         self.gradients: list[Tensor | None] = []
 
     def gradient(self) -> list[Tensor | None]:
@@ -160,6 +165,8 @@ class _ExactProbe:
         with allowed():
             parts = self._graph.parts(copy, keep=True)
         self.gradients = moved(parts, copy)
+        if self._evaluator.is_scaled:
+            self._evaluator.scale_(self.gradients)
         return self._graph.loss
 
 

@@ -6,7 +6,8 @@ that differences of gradients belong to one symmetric Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.objective.batch_weights import BatchWeights, Undecided, Weighed, Weighing
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
 from lyapcuda.objective.evaluator import Closure, Evaluator
@@ -33,6 +35,23 @@ Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 _MANY, _SHARE, _MOST = 64, 0.125, 2**31
 
 
+def _decided(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a method begin again where it met batches whose weights weren't known yet."""
+
+    @functools.wraps(method)
+    def again(self: FixedObjective, *arguments: Any, **options: Any) -> Any:
+        while True:
+            try:
+                return method(self, *arguments, **options)
+            except Undecided as error:
+                undecided = error.with_traceback(None)  # whose frames hold graphs
+            self.drop_graph()
+            with self._as_it_was():
+                self.weights.decide(undecided, self.evaluator, self.closure, self._generators)
+
+    return again
+
+
 class FixedObjective:
     """A closure as one function of the parameters: every evaluation starts from the same states.
 
@@ -42,7 +61,8 @@ class FixedObjective:
     Args:
         evaluator: of the parameters.
         closure: returns the loss; with ``batches`` it takes a batch.
-        batches: losses and gradients are averaged over them, weighted by their sizes.
+        batches: losses and gradients are averaged over them, or added up.
+        weights: how much each batch counts. Default: what the losses say.
 
     Example:
         >>> p = torch.tensor([3.0], requires_grad=True)
@@ -55,18 +75,24 @@ class FixedObjective:
     """
 
     def __init__(
-        self, evaluator: Evaluator, closure: Closure, batches: Batches | None = None
+        self,
+        evaluator: Evaluator,
+        closure: Closure,
+        batches: Batches | None = None,
+        weights: BatchWeights | None = None,
     ) -> None:
         self.evaluator, self.closure, self.batches = evaluator, closure, batches
+        self.weights = BatchWeights() if weights is None else weights
         self._generators = batches.generators if batches else ()
         devices = (p.device for p in evaluator.parameters)
         self._states = RandomStates(devices, self._generators)
         #: Of one batch, from one product to the next, inside `keeping_graph`.
         self._graph: GradientGraph | None = None
         self._keeps = False
-        #: The same of several batches, each with its size, where there is memory for all of them.
-        self._graphs: list[tuple[GradientGraph, int]] = []
+        #: The same of several batches, each with its weight, where there is memory for all of them.
+        self._graphs: list[tuple[GradientGraph, float]] = []
 
+    @_decided
     def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:
         """Evaluates the gradient at each of the points.
 
@@ -96,6 +122,7 @@ class FixedObjective:
             before.restore_gradients()
         return losses
 
+    @_decided
     def loss_at(self, where: Sequence[Tensor]) -> Tensor:
         """Returns the loss at other values of the parameters, by a forward pass alone."""
         evaluator = self.evaluator
@@ -104,11 +131,11 @@ class FixedObjective:
                 with evaluator.looking(self.closure, before):
                     return evaluator.loss(self.closure)
 
-            def one(batch: Any, size: int) -> Tensor:
+            def one(found: Weighed) -> Tensor:
                 with evaluator.looking(self.closure, before):
-                    return evaluator.loss(partial(self.closure, batch))
+                    return evaluator.loss(partial(found.loss, self.closure))
 
-            return self._mean(one, (), self.batches)
+            return self._mean(one, ())
 
     def _snapshot(self) -> Snapshot:
         written = not self.evaluator.knows(self.closure)
@@ -117,7 +144,7 @@ class FixedObjective:
     def _average(
         self, closure: Closure, total: Sequence[Tensor] | Take, before: Snapshot
     ) -> Tensor:
-        """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
+        """One evaluation into ``total``; over batches, their weighted mean, or sum."""
         if self.batches is not None and callable(total):
             sums = [torch.zeros_like(p) for p in self.evaluator.parameters]
             loss = self._average(closure, sums, before)
@@ -133,36 +160,43 @@ class FixedObjective:
         for out in total:
             out.zero_()
 
-        def one(batch: Any, size: int) -> Tensor:
+        def add(one: Weighed) -> Tensor:
             with self.evaluator.looking(self.closure, before):
                 loss, rows = self.evaluator.evaluate(
-                    partial(closure, batch), before, of=self.closure
+                    partial(one.loss, closure), before, of=self.closure
                 )
+            weight = one.weight()
             for out, row in zip(total, rows, strict=True):
-                if row is not None:
-                    out.add_(row.detach(), alpha=size)
+                if row is not None and weight:
+                    out.add_(row.detach(), alpha=weight)
             return loss
 
-        return self._mean(one, total, self.batches)
+        return self._mean(add, total)
 
     def _mean(
         self,
-        one: Callable[[Any, int], Tensor],
+        add: Callable[[Weighed], Tensor],
         sums: Sequence[Tensor],
-        items: Iterable[tuple[Any, int]],
     ) -> Tensor:
-        """Takes ``one`` (batch, size) for every batch, and divides the ``sums`` that it adds to.
+        """Takes ``add`` for every batch, and divides the ``sums`` that it adds to.
 
         Returns:
-            The mean of the losses that it returns, weighted by the batches' sizes.
+            The mean of the losses that it returns, weighted as the batches are; their sum, where
+            losses are sums.
+
+        Raises:
+            Undecided: what a batch counts isn't known yet.
         """
-        samples, loss_sum = 0, torch.zeros((), dtype=torch.float64)
-        for batch, size in items:
-            loss = one(batch, size)
-            samples, loss_sum = samples + size, loss_sum.to(loss.device) + size * loss.double()
-        for out in sums:
-            out.div_(samples)
-        return loss_sum / samples
+        weighing = Weighing(self.weights, single=self.is_one_batch)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for batch, length in self.batches:
+            one = weighing(batch, length)
+            if one.is_void:
+                continue
+            loss = add(one)
+            if one.weight():  # what counts nothing may be NaN
+                loss_sum = loss_sum.to(loss.device) + one.weight() * loss.double()
+        return _divided(sums, loss_sum, weighing.finish())
 
     # --- exact products --------------------------------------------------------------------------
 
@@ -199,6 +233,7 @@ class FixedObjective:
         """
         return self.hessian_products([vector], [total], closure)
 
+    @_decided
     def hessian_products(
         self,
         vectors: Sequence[Sequence[Tensor]],
@@ -217,24 +252,30 @@ class FixedObjective:
             for total in totals:
                 for out in total:
                     out.zero_()
-            kept = self._kept_graphs()
-            graphs: list[tuple[GradientGraph, int]] = []
-
-            def one(item: Any, size: int) -> Tensor:
-                graph = item
-                if kept is None:
-                    graph = self._new_graph(partial(closure, item), before)
-                    if self._keeps and (graphs or self._affords(graph)):
-                        graphs.append((graph, size))
-                keep = bool(kept or graphs)
+            sums = [out for total in totals for out in total]
+            kept, loss_sum = self._kept_graphs(), 0.0
+            for graph, weight in kept:
                 for vector, total in zip(vectors, totals, strict=True):
-                    last = vector is vectors[-1]
-                    graph.product(vector, total, keep=keep or not last, weight=size)
+                    graph.product(vector, total, keep=True, weight=weight)
+                loss_sum = loss_sum + weight * graph.loss.double()
+            if kept:
+                return _divided(sums, loss_sum, self.weights.divisor)
+            graphs: list[tuple[GradientGraph, float]] = []
+
+            def add(one: Weighed) -> Tensor:
+                graph = self._new_graph(partial(one.loss, closure), before)
+                weight = one.weight()
+                if not weight:
+                    return graph.loss
+                if self._keeps and (graphs or self._affords(graph)):
+                    graphs.append((graph, weight))
+                for vector, total in zip(vectors, totals, strict=True):
+                    keep = bool(graphs) or vector is not vectors[-1]
+                    graph.product(vector, total, keep=keep, weight=weight)
                 return graph.loss
 
-            sums = [out for total in totals for out in total]
-            loss = self._mean(one, sums, self.batches if kept is None else kept)
-            self._graphs = kept or graphs
+            loss = self._mean(add, sums)
+            self._graphs = graphs
             return loss
 
     def graph_gradient(
@@ -255,12 +296,12 @@ class FixedObjective:
         """Lets go of what is kept within `keeping_graph`."""
         self._graph, self._graphs = None, []
 
-    def _kept_graphs(self) -> list[tuple[GradientGraph, int]] | None:
+    def _kept_graphs(self) -> list[tuple[GradientGraph, float]]:
         """Those of all batches, where they are kept and the parameters are what they were."""
         versions = [p._version for p in self.evaluator.parameters]
         if any(graph.versions != versions for graph, _ in self._graphs):
             self._graphs = []
-        return self._graphs or None
+        return self._graphs
 
     def _affords(self, graph: GradientGraph) -> bool:
         """Whether there is memory for graphs like this one of all batches."""
@@ -312,6 +353,12 @@ class FixedObjective:
         finally:
             before.restore()
             before.restore_gradients()
+
+
+def _divided(sums: Sequence[Tensor], loss_sum: Tensor, divisor: float) -> Tensor:
+    for out in sums if divisor != 1.0 else ():
+        out.div_(divisor)
+    return loss_sum / divisor
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:

@@ -13,50 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lyapcuda.arguments import proper_fraction
-from lyapcuda.objective.batches import batch_size
+from lyapcuda.objective.batch_weights import BatchWeights, Sizes, Undecided, Weighed, Weighing
 from lyapcuda.objective.evaluator import Add, Closure, Evaluator, Further, Gradients
 from lyapcuda.objective.isolation import TrackedGradients, untracked
+from lyapcuda.objective.splitting import batch_size
 
-__all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
+__all__ = ["Measured", "MicroBatches", "accumulated", "beside"]
 
 Copies = Sequence[Sequence[Tensor]]
-
-
-def split_batch(batch: Any, fraction: float = 0.1) -> tuple[Any, Any]:
-    """Cuts a minibatch in two along its first dimension: (the rest, the part to measure).
-
-    Args:
-        batch: a tensor, or tuples, lists and mappings of them, all of one length.
-        fraction: the second part's share, in (0, 1); at least one sample, and one is left.
-
-    Raises:
-        ValueError: no tensors, tensors of different lengths, fewer than two samples.
-
-    Example:
-        >>> rest, part = split_batch((torch.arange(10), torch.arange(10)), fraction=0.2)
-        >>> part
-        (tensor([8, 9]), tensor([8, 9]))
-    """
-    proper_fraction("fraction", fraction)
-    size = batch_size(batch, "batch")
-    if size < 2:
-        raise ValueError(f"batch: {size} sample can't be cut in two")
-    cut = size - min(max(round(size * fraction), 1), size - 1)
-    return _slice(batch, slice(0, cut), size), _slice(batch, slice(cut, size), size)
-
-
-def _slice(batch: Any, span: slice, size: int) -> Any:
-    if isinstance(batch, Tensor):
-        if batch.dim() == 0 or len(batch) != size:
-            raise ValueError(f"batch: a tensor of shape {tuple(batch.shape)} beside {size} samples")
-        return batch[span]
-    if isinstance(batch, Mapping):
-        return {name: _slice(value, span, size) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        parts = [_slice(value, span, size) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    raise ValueError(f"batch: can't cut a {type(batch).__name__}")
 
 
 @dataclass(frozen=True)
@@ -102,17 +66,60 @@ def beside(
     return Measured(found, evaluator.gradients(whole, leave=True, add=add).loss0)
 
 
-def shares(batches: Iterable[Any]) -> list[tuple[Any, float]]:
-    """The batches with their shares of all samples."""
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches={type(batches).__name__}: expected a sequence of batches, as of `split_batch`"
-        )
-    found = [(batch, batch_size(batch, "batches")) for batch in batches]
-    total = sum(size for _, size in found)
-    if not total:
-        raise ValueError("batches: empty, there is nothing to evaluate")
-    return [(batch, size / total) for batch, size in found]
+@dataclass(frozen=True)
+class MicroBatches:
+    """Batches that one gradient is of, and how much each counts.
+
+    Attributes:
+        batches, lengths: the batches; their numbers of samples, or the sizes that were given.
+        weights: what is known of how much they count.
+    """
+
+    batches: list[Any]
+    lengths: list[float]
+    weights: BatchWeights
+
+    @classmethod
+    def of(cls, batches: Iterable[Any], sizes: Sizes | None, weights: BatchWeights) -> MicroBatches:
+        """Checks and measures them.
+
+        Args:
+            batches: as of `split_batch`.
+            sizes: as of `BatchWeights`.
+            weights: without ``sizes``: what is known of earlier ones.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches={type(batches).__name__}: expected a sequence of batches, as of "
+                "`split_batch`"
+            )
+        found = list(batches)
+        if not found:
+            raise ValueError("batches: empty, there is nothing to evaluate")
+        if sizes is not None:
+            weights = BatchWeights(sizes, "batches")
+        lengths = weights.of(found)
+        if lengths is not None:
+            weights = BatchWeights(lengths, "batches")
+        else:
+            lengths = [batch_size(batch, "batches") for batch in found]
+        return cls(found, lengths, weights)
+
+    @property
+    def factor(self) -> float:
+        """How many times the last one all of them are."""
+        return sum(self.lengths) / self.lengths[-1] if self.lengths[-1] else 1.0
+
+    def last(self, evaluator: Evaluator, closure: Closure) -> tuple[Closure, float]:
+        """The closure of the last batch alone, and how many times its curvature is that of all; may
+        evaluate it.
+        """
+        many = len(self.batches) > 1
+        sums = many and self.weights.adds_up(evaluator, closure, self.batches[0])
+        return partial(closure, self.batches[-1]), self.factor if sums else 1.0
 
 
 class _Average:
@@ -122,75 +129,141 @@ class _Average:
         self._tensors, self._onto = tensors, onto
         self._total: list[Tensor | None] = [None] * len(tensors)
 
-    def add(self, weight: float) -> None:
-        """Takes what is in ``.grad`` now, and clears that."""
+    def add(self, weight: float, last: bool = False) -> None:
+        """Takes what is in ``.grad`` now, and clears that. Nothing of it for a weight of 0."""
         for i, tensor in enumerate(self._tensors):
             gradient, total = tensor.grad, self._total[i]
             tensor.grad = None
-            if gradient is None:
+            if gradient is None or not weight:
                 continue
             gradient = gradient.detach()
             if total is not None:
                 total.add_(gradient, alpha=weight)
             else:
-                self._total[i] = gradient if weight == 1.0 else gradient * weight
+                self._total[i] = gradient if last and weight == 1.0 else gradient * weight
 
-    def leave(self) -> None:
-        """Puts the sum into ``.grad``, added to what was to be kept there."""
+    def leave(self, factor: float) -> None:
+        """Puts the sum, so many times, into ``.grad``, added to what was to be kept there."""
         for tensor, total, start in zip(self._tensors, self._total, self._onto, strict=True):
+            if total is not None and factor != 1.0:
+                total.mul_(factor)
             if start is not None and total is not None:
                 start.detach().add_(total)
             tensor.grad = total if start is None else start
 
 
+class _Shares:
+    """The batches' shares of the whole, as they become known.
+
+    They are the lengths' while the weights are proportional to these, up to a common factor that
+    the end shows.
+    """
+
+    def __init__(self, micro: MicroBatches, weighing: Weighing) -> None:
+        self._lengths, self._all = micro.lengths, sum(micro.lengths)
+        self._weighing = weighing
+        self._base: tuple[float, float] | None = None
+
+    def of(self, one: Weighed, index: int) -> float:
+        """The share of one that was evaluated."""
+        weight, length = one.weight(), self._lengths[index]
+        if self._weighing.sums or not weight:
+            return weight
+        base, first = self._base = self._base or (weight, length)
+        if weight * first == base * length:
+            return length / self._all
+        return weight * first / (base * self._all)
+
+    def factor(self) -> float:
+        """What the sum of shares is to be multiplied by."""
+        total = self._weighing.finish()
+        if self._weighing.sums:
+            return 1.0
+        base, first = self._base
+        return 1.0 if total * first == base * self._all else base * self._all / (first * total)
+
+
 def accumulated(
     evaluator: Evaluator,
     closure: Closure,
-    batches: Sequence[tuple[Any, float]],
+    micro: MicroBatches,
     copies: Copies,
     *,
     check: bool = False,
     further: Further | None = None,
 ) -> Measured:
-    """The gradient averaged over micro-batches; the copies see the last of them.
+    """The gradient over micro-batches; the copies see the last of them.
 
     Args:
         evaluator: of the tracked parameters.
         closure: called with each batch, with the last once more for every copy.
-        batches: from `shares`.
-        copies: none to evaluate the average only.
+        micro: the batches.
+        copies: none to evaluate the gradient only.
         check, further: as for `Evaluator.gradients`.
 
     Returns:
-        The last batch's gradients, the average of the losses, and what is to be left: in ``.grad``
-        the average gradient, weighted by the batches' sizes; random states and buffers are those
-        after evaluating the batches in order. After an exception everything is as it was. Memory:
-        one gradient more.
+        The last batch's gradients (where losses are added up: scaled up to all samples), the mean
+        of the losses, or their sum, and what is to be left: in ``.grad`` the gradient of that;
+        random states and buffers are those after evaluating the batches in order. After an
+        exception everything is as it was. Memory: one gradient more.
     """
+    while True:
+        try:
+            return _accumulated(evaluator, closure, micro, copies, check, further)
+        except Undecided as error:
+            undecided = error.with_traceback(None)  # whose frames hold graphs
+        micro.weights.decide(undecided, evaluator, closure)
+
+
+def _accumulated(
+    evaluator: Evaluator,
+    closure: Closure,
+    micro: MicroBatches,
+    copies: Copies,
+    check: bool,
+    further: Further | None,
+) -> Measured:
     before = evaluator.snapshot()
     tracked, others = evaluator.parameters, untracked(evaluator.parameters, evaluator.modules)
     # Theirs are added to, as in a plain backward(); the tracked ones' are replaced.
     average = _Average([*tracked, *others], [None] * len(tracked) + [p.grad for p in others])
+    weighing = Weighing(micro.weights, single=len(micro.batches) == 1)
+    shares = _Shares(micro, weighing)
     loss: Tensor | float = 0.0
+    last = len(micro.batches) - 1
     try:
         for parameter in others:
             parameter.grad = None
-        for batch, weight in batches[:-1]:
+        for i, batch in enumerate(micro.batches[:-1]):
+            one = weighing(batch, micro.lengths[i])
             with evaluator.looking(closure, before):
-                value = evaluator.evaluate(partial(closure, batch), before, of=closure)[0]
-            average.add(weight)
-            loss = loss + value * weight
-        batch, weight = batches[-1]
-        found = evaluator.gradients(
-            partial(closure, batch), copies, leave=True, check=check, further=further
-        )
+                value = evaluator.evaluate(partial(one.loss, closure), before, of=closure)[0]
+            share = shares.of(one, i)
+            average.add(share)
+            if share:  # what counts nothing may be NaN
+                loss = loss + value * share
+        one = weighing(micro.batches[-1], micro.lengths[-1])
+        if weighing.sums and last:
+            evaluator.times = micro.factor
+
+        def measured() -> Tensor | float:
+            return one.loss(closure)
+
+        measured.__wrapped__ = closure  # whose code this is
+        found = evaluator.gradients(measured, copies, leave=True, check=check, further=further)
+        share = shares.of(one, last)
+        factor = shares.factor()
+        if share:
+            loss = loss + found.loss0 * share
     except BaseException:
         before.restore()
         before.restore_gradients()
         raise
+    finally:
+        evaluator.times = 1.0
 
     def leave() -> None:
-        average.add(weight)
-        average.leave()
+        average.add(share, last=True)
+        average.leave(factor)
 
-    return Measured(found, loss + found.loss0 * weight, leave)
+    return Measured(found, loss if factor == 1.0 else loss * factor, leave)

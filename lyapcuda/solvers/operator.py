@@ -20,6 +20,7 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, positive
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
+from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.evaluator import Closure, Evaluator
@@ -76,8 +77,14 @@ class HessianOperator:
             ``data`` it takes a batch.
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
             "weight_decay" counts as part of the loss (½·wd·‖θ‖²).
-        data: an iterable of batches, a DataLoader for instance. The loss is the mean over all of
-            them, weighted by their sizes (the length of the first tensor in a batch).
+        data: an iterable of batches, a DataLoader for instance. The loss is that of all of them
+            together: the mean of the batches' losses, weighted by how much each counts, or their
+            sum.
+        sizes: how much each batch counts: a number a batch, a function of a batch that returns one
+            (a device's is waited for once the batch was evaluated), or "sum" for losses that are
+            sums: these are added up. None reads it off the loss: a batch counts as many samples, or
+            unpadded tokens, as its loss averages over, and sums are added up. Where a loss doesn't
+            show it, the length of a batch's first tensor is taken. `weighted_by` says what was.
         mode: "exact": by double backward. "difference": differences of gradients, which need first
             derivatives alone, and see kinks (ReLU) at their scale Δq. "auto": exact, unless that
             fails (fused attention, compiled parts), is wrong (weight_norm, functions that are
@@ -116,6 +123,7 @@ class HessianOperator:
         params: Parameters,
         *,
         data: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
         mode: str = "auto",
         difference: str | None = None,
         perturbation: float | None = None,
@@ -152,8 +160,13 @@ class HessianOperator:
         tensors = [p.tensor for p in self.layout.parameters]
         names = [p.name for p in self.layout.parameters]
         evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
-        batches = None if data is None else Batches(data)
-        self.objective = FixedObjective(evaluator, closure, batches)
+        if data is None and sizes is not None:
+            raise ValueError("sizes: there are no batches to weight; pass them as data=")
+        weights = BatchWeights(sizes)
+        batches = None if data is None else Batches(data, lengths=sizes is None)
+        if batches is not None and batches.count is not None:
+            weights.check_count(batches.count)
+        self.objective = FixedObjective(evaluator, closure, batches, weights)
         self.products = Products(self.layout, self.objective, debug)
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
         if mode == "auto" and (difference is not None or perturbation is not None):
@@ -173,6 +186,17 @@ class HessianOperator:
     def reason(self) -> str:
         """Why, in one sentence; empty before the first product."""
         return self._choice.reason
+
+    @property
+    def weighted_by(self) -> str:
+        """What a batch of ``data`` counts, in words; empty before the first product."""
+        weights = self.objective.weights
+        return weights.by if self.objective.batches is not None and weights.taken else ""
+
+    @property
+    def weights(self) -> list[float]:
+        """How much each batch of ``data`` counted in the last pass; empty before the first one."""
+        return list(self.objective.weights.taken)
 
     def settle(self, mode: str, reason: str) -> None:
         """Has mode="auto" take these products from now on."""

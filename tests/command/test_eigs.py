@@ -31,6 +31,12 @@ FACTORIES = """
     def loss(outputs, targets):
         return nn.functional.cross_entropy(outputs, targets)
 
+    def summed(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+    def size(batch):
+        return len(batch[1]) if len(batch[1]) > 20 else 0
+
     def one_tensor():
         return [torch.randn(3, 4).double()]
 
@@ -50,6 +56,21 @@ def factories(tmp_path, monkeypatch):
 
 def run(*arguments: str, status: int = 0) -> None:
     assert main(["eigs", "--no-progress", *arguments]) == status
+
+
+def test_what_a_batch_counts(factories, capsys):
+    names = ("--model", "my_net.py:net", "--data", "my_net.py:batches", "--json", "-k", "1")
+    found = []
+    for more in (
+        ("--loss", "ce"),
+        ("--loss", "my_net.py:summed"),
+        ("--loss", "my_net.py:summed", "--sizes", "sum"),
+        ("--loss", "my_net.py:summed", "--sizes", "my_net.py:size"),
+    ):
+        run(*names, *more)
+        found.append(json.loads(capsys.readouterr().out)["eigenvalues"][0])
+    assert found[1] == pytest.approx(40 * found[0], rel=1e-3)
+    assert found[2] == pytest.approx(found[1]) and 0 < found[3] < found[2]
 
 
 def test_a_models_factory_and_its_files(factories, capsys):

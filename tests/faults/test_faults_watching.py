@@ -518,7 +518,8 @@ def accumulated_run(watched: str, inside: str, hook: bool = False):
     """Three micro-batches, the last in a closure, then a step of Adam; twice."""
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
-    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    # (A hook that changes gradients has them be another function's.)
+    tracker = lyapcuda.CurvatureTracker(model.parameters(), debug=False if hook else None)
     norms = []
     if hook:
         model[0].weight.register_post_accumulate_grad_hook(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections import namedtuple
+import types
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ import torch
 from torch import nn
 
 import lyapcuda
+import weighted_losses
 from fault_cases import bits
+from lyapcuda.objective.splitting import batch_size
 from noisy import Noisy, snapshot
+from weighted_losses import ALL, COUNTS, SUMS, cut
 
 cross_entropy = nn.functional.cross_entropy
 MODES = ["measure", "batches"]
@@ -287,8 +292,241 @@ def test_split_batch_cuts_every_tensor_alike():
         ((x, y), 0, "fraction=0"),
         ((x, y[:4]), 0.5, r"a tensor of shape \(4,\) beside 10 samples"),
         (x[:1], 0.5, "1 sample can't be cut"),
-        ((x, "label"), 0.5, "can't cut a str"),
+        ((x, {1, 2}), 0.5, "can't cut a set"),
+        ((x, ["a", "b"]), 0.5, "a list of 2 beside 10 samples"),
         (3, 0.5, "batch: found no tensor"),
     ]:
         with pytest.raises(ValueError, match=message):
             lyapcuda.split_batch(batch, fraction)
+
+
+class Attributes(dict):
+    """Whose keys are attributes, as many libraries' batches."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.__dict__ = self
+
+
+class Encoding(UserDict):
+    """As Hugging Face's BatchEncoding."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: torch.Tensor
+    names: list
+    rate: float = 0.5
+
+
+def defaults(given):
+    return defaultdict(list, given)
+
+
+@pytest.mark.parametrize(
+    "make", [dict, OrderedDict, defaults, Attributes, Encoding, UserDict, types.MappingProxyType]
+)
+def test_a_mapping_keeps_its_type(make):
+    x, names = torch.arange(20).reshape(10, 2), [f"{i}.png" for i in range(10)]
+    whole = make({"x": x, "names": names, "kind": "train", "scale": torch.tensor(2.0), "no": None})
+    for part, kept in zip(
+        lyapcuda.split_batch(whole, 0.2), (slice(0, 8), slice(8, 10)), strict=True
+    ):
+        assert type(part) is type(whole) and torch.equal(part["x"], x[kept])
+        assert part["names"] == names[kept] and part["kind"] == "train" and part["no"] is None
+        if isinstance(whole, Attributes | Encoding):
+            assert part.x is part["x"] and whole.x is x
+    assert whole["x"] is x and getattr(part, "default_factory", list) is list
+
+
+class Tensors(UserDict):
+    """As a TensorDict, which cuts itself and takes tensors of its length alone."""
+
+    def __init__(self, given, length):
+        super().__init__(given)
+        self.batch_size = torch.Size([length])
+
+    def __getitem__(self, key):
+        if not isinstance(key, slice):
+            return super().__getitem__(key)
+        values = {name: t[key] for name, t in self.data.items()}
+        return Tensors(values, len(next(iter(values.values()))))
+
+
+def test_what_cuts_itself_does():
+    _, part = lyapcuda.split_batch(Tensors({"x": torch.arange(10)}, 10), 0.2)
+    assert part.batch_size == (2,) and part["x"].tolist() == [8, 9]
+
+
+def test_a_mapping_that_cant_be_made_is_named():
+    class Fixed(UserDict):
+        def __init__(self):
+            super().__init__({"x": torch.arange(10)})
+
+        def __setitem__(self, name, value):
+            if name in self.data:
+                raise TypeError("fixed")
+            super().__setitem__(name, value)
+
+    with pytest.raises(ValueError, match="batch: can't make a Fixed of a part of one"):
+        lyapcuda.split_batch(Fixed())
+
+
+def test_a_dataclass_keeps_its_type():
+    whole = Record(torch.arange(10), list("abcdefghij"))
+    rest, part = lyapcuda.split_batch(whole, 0.2)
+    assert type(part) is Record and part.x.tolist() == [8, 9] and part.names == ["i", "j"]
+    assert len(rest.x) == 8 and rest.rate == 0.5
+
+
+def images(count, height=5):
+    return [torch.zeros(3, height + i, 4) for i in range(count)]
+
+
+def boxes(count):
+    return [{"boxes": torch.zeros(2, 4), "labels": torch.zeros(2)} for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        ((images(5), boxes(5)), 5),
+        ([images(5), boxes(5)], 5),
+        ({"images": images(5), "targets": boxes(5)}, 5),
+        (([torch.zeros(3, 4, 4)] * 2, boxes(2)), 2),  # images of one shape
+        ((images(5), torch.zeros(5)), 5),
+        ([torch.zeros(7, 2), torch.zeros(7)], 7),  # as of a DataLoader
+        ({"in": [torch.zeros(7, 2), torch.zeros(7, 3)], "out": torch.zeros(7)}, 7),
+        ((torch.zeros(9, 7, 2), torch.zeros(7)), 9),  # sequences first: can't be told
+    ],
+)
+def test_the_size_of_a_batch(batch, size):
+    assert batch_size(batch, "batch") == size
+
+
+def test_lists_of_images_are_cut():
+    rest, part = lyapcuda.split_batch((images(5), boxes(5)), 0.4)
+    assert [len(members) for members in (*rest, *part)] == [3, 3, 2, 2]
+    assert part[0][1].shape == (3, 9, 4)
+
+
+@pytest.fixture
+def padded():
+    return weighted_losses.whole()
+
+
+def gradient(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def left(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_the_gradient_is_that_of_all_batches_at_once(padded, name, own_backward):
+    model, loss = weighted_losses.net(), ALL[name]
+
+    def closure(b):
+        value = loss(model, b)
+        if own_backward:
+            value.backward()
+        return float(value.detach()) if own_backward else value
+
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    value = tracker.step(closure, batches=cut(padded), leave_grad=True)
+    expected = loss(model, padded)
+    torch.testing.assert_close(float(value), float(expected.detach()), rtol=1e-6, atol=0)
+    expected = gradient(model, expected)
+    assert float((left(model) - expected).norm() / expected.norm()) < 1e-7
+    assert int(tracker.steps) == 1 and int(tracker.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "masked", "selected"])
+@pytest.mark.parametrize("sizes", [None, [3, 0, 1], lambda b: (b["labels"] != -100).sum()])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_micro_batch_of_padding_counts_nothing(padded, sizes, name, at):
+    model, loss = weighted_losses.net(), COUNTS[name]
+    first, _, last = cut(padded)
+    padding = {**first, "labels": torch.full_like(first["labels"], -100)}
+    batches = [first, last]
+    batches.insert(at, padding)
+    if isinstance(sizes, list) and at == 0:
+        sizes = [0, 3, 1]
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    value = tracker.backward(lambda b: loss(model, b), batches=batches, sizes=sizes)
+    weights = torch.tensor([18.0, 4]) if not isinstance(sizes, list) else torch.tensor([3.0, 1])
+    both = torch.stack([loss(model, b) for b in (first, last)])
+    expected = (both * weights).sum() / weights.sum()
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(left(model), gradient(model, expected))
+    assert int(tracker.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "masked", "tokens, summed"])
+def test_exact_measurements_over_batches(padded, name):
+    model, loss = weighted_losses.net(), ALL[name]
+    tracker, twin = (lyapcuda.CurvatureTracker(model.parameters(), mode="exact") for _ in range(2))
+    last = {name: t[:2] for name, t in padded.items()}
+    for _ in range(3):
+        tracker.step(lambda b: loss(model, b), batches=[last, last], leave_grad=True)
+        twin.step(lambda: loss(model, last) * (2 if name in SUMS else 1))
+    torch.testing.assert_close(tracker.h, twin.h)
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+@pytest.mark.parametrize("sizes", [None, "sum"])
+def test_the_curvature_of_a_sum_is_that_of_all_of_it(padded, sizes, own_backward):
+    """So that the rate and the edge belong to the gradient that is left."""
+    model, whole = weighted_losses.net(), lyapcuda.CurvatureTracker
+    last = {name: t[:2] for name, t in padded.items()}
+    loss = SUMS["tokens, summed"]
+
+    def closure(b):
+        value = loss(model, b)
+        if own_backward:
+            value.backward()
+        return value
+
+    tracker, twin = (whole(model.parameters()) for _ in range(2))
+    for _ in range(3):
+        tracker.step(closure, batches=[last] * 4, sizes=sizes, leave_grad=True)
+        twin.step(lambda: 4 * loss(model, last))
+    torch.testing.assert_close(tracker.h, twin.h)
+    torch.testing.assert_close(left(model), 4 * gradient(model, loss(model, last)))
+
+
+@pytest.mark.filterwarnings("ignore:h0 was not stable")
+def test_lyapunov_sgd_takes_the_same_steps_on_a_sum_as_on_a_mean(padded):
+    parts = cut(padded, ((0, 2), (2, 4), (4, 6)))
+    ends = []
+    for name, sizes in (("samples", None), ("samples", "sum")):
+        model = weighted_losses.net()
+        optimizer = lyapcuda.LyapunovSGD(model.parameters(), warmup_iterations=10)
+        for _ in range(3):
+            optimizer.step(lambda b: ALL[name](model, b), batches=parts, sizes=sizes)  # noqa: B023
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
+
+
+def test_a_loss_that_is_not_finite_decides_nothing(padded):
+    model, scale = weighted_losses.net(), [float("inf")]
+
+    def closure(b):
+        return SUMS["half of squares"](model, b) * scale[0]
+
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    parts = cut(padded)
+    tracker.step(closure, batches=parts, leave_grad=True)
+    assert int(tracker.skipped) == 1
+    scale[0] = 1.0
+    tracker.step(closure, batches=parts, leave_grad=True)
+    expected = gradient(model, closure(padded))
+    torch.testing.assert_close(left(model), expected)

@@ -6,6 +6,7 @@ import torch
 import lyapcuda
 import nets
 import simt_library
+import weighted_losses
 from lyapcuda import ops
 from op_inputs import BF16, F32, F64, assert_same_bits, at, tensors_of
 from op_table import ROWS, TABLE
@@ -190,6 +191,26 @@ def test_a_model_on_the_gpu_measures_what_it_does_on_the_cpu(name, options):
         assert float(tracker.steps) == 16
         values.append([float(tracker.h), float(tracker.beta), *tracker.interval.tolist()])
     torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["samples", "tokens", "masked", "tokens, summed", "hidden tokens"])
+def test_batches_on_the_gpu_count_what_they_do_on_the_cpu(name):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = weighted_losses.net().to(device)
+        parts = [on(device, part) for part in weighted_losses.cut(weighted_losses.whole())]
+        given = {
+            "data": parts,
+            "sizes": (lambda b: (b["labels"] != -100).sum()) if name == "tokens" else None,
+        }
+        loss = weighted_losses.ALL[name]
+        operator = lyapcuda.HessianOperator(lambda b: loss(model, b), model.parameters(), **given)  # noqa: B023
+        product = operator @ torch.ones(operator.shape[0], dtype=F64, device=device)
+        tracker = lyapcuda.CurvatureTracker(model.parameters())
+        tracker.step(lambda b: loss(model, b), batches=parts, leave_grad=True)  # noqa: B023
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((product.cpu(), gradient.cpu(), torch.tensor(operator.weights)))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
