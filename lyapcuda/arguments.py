@@ -1,11 +1,35 @@
-"""Checks of arguments; every error names the argument and its value."""
+"""Checks of arguments; every error names the argument and, in a few words, its value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from numbers import Integral, Real
 from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Characters of a value in a message.
+_ROOM = 60
+_PLAIN = (str, bytes, Real, complex, type(None), torch.dtype, torch.device)
+
+
+def described(value: Any) -> str:
+    """A value as an error's message names it: in one short line, and never a tensor's numbers."""
+    if isinstance(value, _PLAIN) and not isinstance(value, Tensor):
+        text = repr(value)
+    elif isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
+        text = repr(value[:_ROOM])
+    elif isinstance(value, type):
+        return f"<class {value.__name__}>"
+    elif isinstance(value, Tensor) or type(value).__name__ == "ndarray":
+        return f"<{type(value).__name__} of shape {tuple(value.shape)}>"
+    elif isinstance(value, Sized) and isinstance(value, Iterable):
+        return f"<{type(value).__name__} of {len(value)}>"
+    else:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"
 
 
 def _is_real(value: Any) -> bool:
@@ -17,40 +41,46 @@ def positive(name: str, value: Any) -> None:
     if value is None:
         return
     if not _is_real(value) or not (0 < value < math.inf):
-        raise ValueError(f"{name}={value!r}: expected a positive finite number")
+        raise ValueError(f"{name}={described(value)}: expected a positive finite number")
 
 
 def non_negative(name: str, value: Any) -> None:
     """Raises a ValueError unless ``value`` is a finite number of at least 0."""
     if not _is_real(value) or not (0 <= value < math.inf):
-        raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+        raise ValueError(f"{name}={described(value)}: expected a number of at least 0")
 
 
 def fraction(name: str, value: Any) -> None:
     """Raises a ValueError unless ``value`` is a number in [0, 1)."""
     if not _is_real(value) or not (0 <= value < 1):
-        raise ValueError(f"{name}={value!r}: expected a number in [0, 1)")
+        raise ValueError(f"{name}={described(value)}: expected a number in [0, 1)")
 
 
 def proper_fraction(name: str, value: Any) -> None:
     """Raises a ValueError unless ``value`` is a number in (0, 1)."""
     if not _is_real(value) or not (0 < value < 1):
-        raise ValueError(f"{name}={value!r}: expected a number in (0, 1)")
+        raise ValueError(f"{name}={described(value)}: expected a number in (0, 1)")
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:
     """Raises a ValueError unless ``value`` is a whole number of at least ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+        raise ValueError(f"{name}={described(value)}: expected a whole number of at least {least}")
+
+
+def finite(name: str, value: Any) -> None:
+    """Raises a ValueError unless ``value`` is a finite number."""
+    if not _is_real(value) or not math.isfinite(value):
+        raise ValueError(f"{name}={described(value)}: expected a finite number")
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises a ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
+        raise ValueError(f"{name}={described(value)}: expected one of {', '.join(choices)}")
 
 
 def seed(name: str, value: Any) -> None:
     """Raises a ValueError unless ``value`` is a seed that torch's generators take."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"{name}={value!r}: expected a whole number in 0..2**63-1")
+        raise ValueError(f"{name}={described(value)}: expected a whole number in 0..2**63-1")

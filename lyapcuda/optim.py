@@ -9,11 +9,12 @@ from itertools import islice, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
+from lyapcuda.arguments import choice, described, fraction, non_negative, positive, whole
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
@@ -89,6 +90,8 @@ class LyapunovSGD(Optimizer):
 
     # torch.amp.GradScaler.step then leaves `found_inf` here, instead of waiting for the device.
     _step_supports_amp_scaling = True
+    # ``CurvatureTracker(optimizer)`` then counts weight_decay as part of the loss, as here.
+    _decays_the_loss = True
 
     def __init__(
         self,
@@ -109,13 +112,16 @@ class LyapunovSGD(Optimizer):
         warmup_iterations: int = 100,
         seed: int = 0,
     ) -> None:
+        if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+            raise TypeError(
+                f"params={described(params)}: expected tensors or groups, as for torch.optim; "
+                "pass model.parameters()"
+            )
+        require_iterable(params)
         if warmup_tol is None:
             raise ValueError("warmup_tol=None: expected a positive finite number")
         positive("warmup_tol", warmup_tol)
-        if not isinstance(warmup_iterations, int) or warmup_iterations < 0:
-            raise ValueError(
-                f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
-            )
+        whole("warmup_iterations", warmup_iterations, 0)
         whole("k", k)
         if k > ops.MAX_K:
             raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
@@ -196,6 +202,7 @@ class LyapunovSGD(Optimizer):
 
     # --- a step ----------------------------------------------------------------------------------
 
+    @entry_point
     def warmup(self, closures: Closure | Iterable[Closure], *, scaler: Any = None) -> int:
         """Measures at the present θ, without training, until h0 is stable.
 
@@ -211,6 +218,11 @@ class LyapunovSGD(Optimizer):
             How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
             at a loss that isn't finite, and the next `step` warms up again.
         """
+        if not callable(closures) and not isinstance(closures, Iterable):
+            raise TypeError(
+                f"closure={described(closures)}: expected a callable that returns the loss (for "
+                "warmup also several)"
+            )
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
         stable, previous, iterations = 0, math.nan, 0
@@ -239,6 +251,7 @@ class LyapunovSGD(Optimizer):
         self._warm = True
         return iterations
 
+    @entry_point
     def measure(
         self,
         closure: Callable[..., Tensor | float],
@@ -291,6 +304,7 @@ class LyapunovSGD(Optimizer):
         self._measured, self._scaled = True, around is not None
         return loss
 
+    @entry_point
     def step(
         self,
         closure: Callable[..., Tensor | float] | None = None,

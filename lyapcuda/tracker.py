@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, fraction, positive, proper_fraction, whole
+from lyapcuda.arguments import choice, described, fraction, positive, proper_fraction, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.dynamics.options import AUTO, GrowthOptions, Tolerance
 from lyapcuda.dynamics.refinement import check_room
@@ -29,6 +30,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
@@ -47,6 +49,8 @@ from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
+from lyapcuda.params.step_start import WITHOUT_CLOSURE, StepStart, moves_first
+from lyapcuda.params.wrapped_optimizers import attachable
 
 __all__ = ["MODES", "CurvatureTracker"]
 
@@ -70,7 +74,9 @@ class CurvatureTracker:
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
-            "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD.
+            "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD. A module
+            stands for its named parameters, an optimizer for its groups (a weight decay apart from
+            the gradient, as AdamW's, isn't part of the loss).
         k: how many eigenvalues, up to 32 from either end. Values are in the order from the outer
             end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
@@ -107,7 +113,8 @@ class CurvatureTracker:
         seed: of the random first q; the global random states are not touched.
         model: the module or modules whose buffers, and whose other parameters' gradients, are put
             back between evaluations. Without it: every module that holds a tracked parameter, with
-            its children. Give it where the closure runs modules beside those.
+            its children, and a module given as ``params``. Give it where the closure runs modules
+            beside those.
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
@@ -167,15 +174,17 @@ class CurvatureTracker:
                     "choose another estimate"
                 )
         self._chosen_modules = chosen_modules(model)
+        self._own_modules = list(params.modules()) if isinstance(params, nn.Module) else []
         self._layout = FlatLayout(params, weight_decay)
         if process_group is not None and self._layout.sharded:
             raise ValueError(
-                f"process_group={process_group!r}: DTensor parameters have a mesh of their own"
+                f"process_group={described(process_group)}: DTensor parameters have a mesh of "
+                "their own"
             )
         for name, value in (("perturbation", perturbation), ("beta", beta)):
             if value is not None and value > self._layout.largest:
                 raise ValueError(
-                    f"{name}={value!r}: above {self._layout.largest:.4g}, which q holds"
+                    f"{name}={described(value)}: above {self._layout.largest:.4g}, which q holds"
                 )
         self._ends = ends_of(which, k, self._layout.numel)
         self._tensors = [p.tensor for p in self._layout.parameters]
@@ -204,6 +213,7 @@ class CurvatureTracker:
 
     # --- measuring -------------------------------------------------------------------------------
 
+    @entry_point
     def backward(
         self,
         closure: Callable[..., Tensor | float],
@@ -248,6 +258,7 @@ class CurvatureTracker:
         """
         return self._take_step(closure, measure, batches, leave=True, accumulate=True)
 
+    @entry_point
     def step(
         self,
         closure: Callable[..., Tensor | float],
@@ -302,7 +313,9 @@ class CurvatureTracker:
     ) -> Tensor | None:
         for name, value in (("closure", closure), ("measure", measure)):
             if not callable(value) and not (name == "measure" and value is None):
-                raise TypeError(f"{name}={value!r}: expected a callable that returns the loss")
+                raise TypeError(
+                    f"{name}={described(value)}: expected a callable that returns the loss"
+                )
         if (measure is not None or batches is not None) and not leave:
             raise ValueError(
                 "leave_grad=False: measure and batches need leave_grad=True; to measure a part and "
@@ -433,7 +446,8 @@ class CurvatureTracker:
         """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
         Args:
-            optimizer: any of torch.optim.
+            optimizer: any torch.optim.Optimizer, or one in a wrapper of Accelerate's or
+                Lightning's. Attached to it again, this takes the place of what was before.
             measure: as in `step`, called at each of them: a closure of a part of the minibatch that
                 the optimizer's closure holds then. ``.grad`` is that of the optimizer's closure
                 alone, as ``leave_grad`` leaves it.
@@ -441,30 +455,53 @@ class CurvatureTracker:
         Returns:
             A handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises a
             ValueError: there is nothing to evaluate the second copy with.
+
+        What is measured is the first evaluation of the closure within the step. Where the optimizer
+        moves θ before that (SAM), a UserWarning says so at the first step, which isn't measured;
+        from the next one on the measurement is taken at θ, at k + 1 gradients more.
+
+        Raises:
+            TypeError: it is no optimizer, or a wrapper without step hooks: attach to the one
+                inside.
         """
+        optimizer = attachable(optimizer)
+        if measure is not None and not callable(measure):
+            raise TypeError(f"measure={described(measure)}: expected a callable, or None")
+        hooks = optimizer._optimizer_step_pre_hooks
+        for number in [n for n, hook in hooks.items() if getattr(hook, "tracker", None) is self]:
+            del hooks[number]
+        first, moves = True, False
 
         def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             self._notice(p for group in optimizer.param_groups for p in group["params"])
+            nonlocal first
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
-                raise ValueError(
-                    "optimizer.step() was called without a closure: an attached CurvatureTracker "
-                    "needs optimizer.step(closure); or call tracker.step(closure) yourself"
-                )
+                raise ValueError(WITHOUT_CLOSURE)
+            if moves:
+                self.step(closure if measure is None else measure)
+                return args, kwargs
+            start = StepStart(self._tensors, closely=first) if self.due else None
+            first = first and start is None
             done = False
 
             def measured_closure() -> Tensor | float | None:
-                nonlocal done
+                nonlocal done, moves
                 # A line search evaluates again, another tracker's copy elsewhere: not for us.
                 if done or at_a_copy():
                     return closure()
                 done = True
+                if start is not None and start.moved():
+                    moves = True
+                    warnings.warn(moves_first(optimizer), stacklevel=2)
+                    return closure()
                 return self.step(closure, measure=measure, leave_grad=True)
 
             # Hooks see the optimizer as args[0].
             others = {name: value for name, value in kwargs.items() if name != "closure"}
             return (optimizer, measured_closure, *args[2:]), others
 
+        measure_first.tracker = self
         return optimizer.register_step_pre_hook(measure_first)
 
     def _notice(self, parameters: Iterable[Tensor]) -> None:
@@ -482,6 +519,8 @@ class CurvatureTracker:
         Returns:
             A handle; ``handle.remove()`` ends it.
         """
+        if not callable(hook):
+            raise TypeError(f"hook={described(hook)}: expected a function of the tracker")
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
         return handle
@@ -524,7 +563,7 @@ class CurvatureTracker:
         if self._layout.ranks is None and not self._layout.sharded:
             self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
         if not self._chosen_modules:
-            return holders
+            return list({id(m): m for m in (*holders, *self._own_modules)}.values())
         # DDP and FSDP2 have a say in every evaluation.
         found = self._chosen_modules
         wrappers = [m for m in holders if is_wrapper(m) and all(m is not f for f in found)]
@@ -704,6 +743,7 @@ class CurvatureTracker:
         Raises:
             RuntimeError: the tracker was made with ``history=0``.
         """
+        whole("after", after, 0)
         return self._kept("history()").read(after)
 
     @property
@@ -771,16 +811,20 @@ class CurvatureTracker:
                 ``estimate`` or ``mode``; nothing has changed then.
         """
         require_entries(state_dict, "format", of="a CurvatureTracker")
-        if state_dict["format"] != _FORMAT:
+        saved = state_dict["format"]
+        if not isinstance(saved, int) or saved != _FORMAT:
             raise ValueError(
-                f"state_dict: of format {state_dict['format']!r}, this version of lyapcuda reads "
-                f"{_FORMAT} (0.1.0 wrote 4): start a new tracker, which finds its separations "
-                "again within some steps"
+                f"state_dict: of format {described(saved)}, this version of "
+                f"lyapcuda reads {_FORMAT} (0.1.0 wrote 4): start a new tracker, which finds its "
+                "separations again within some steps"
             )
         for name, mine in self._kind().items():
             saved = state_dict.get(name)
-            if saved != mine:
-                raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
+            if type(saved) is not type(mine) or saved != mine:
+                raise ValueError(
+                    f"state_dict: {name} is {described(saved)}, but this tracker's is "
+                    f"{described(mine)}"
+                )
         require_entries(
             state_dict, "calls", "gradients", "refinement", "sizing", "separations", "history"
         )
@@ -789,7 +833,8 @@ class CurvatureTracker:
         whole("state_dict: gradients", state_dict["gradients"], 0)
         if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
             raise ValueError(
-                f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
+                f"state_dict: separations={described(saved)}: which={self.which!r} has "
+                f"{len(self._ends)}"
             )
         history = state_dict["history"]
         if self._history is not None and history is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import described
 from lyapcuda.dynamics.perturbation import (
     Extent,
     active_sums,
@@ -271,7 +272,7 @@ class Sizing:
         require_entries(saved, *_SAVED, "noise", "doubt")
         for name, value in saved.items():
             if not isinstance(value, float) or math.isnan(value):
-                raise ValueError(f"state_dict: sizing's {name} is {value!r}")
+                raise ValueError(f"state_dict: sizing's {name} is {described(value)}")
         for name in _SAVED:
             setattr(self, f"_{name}", saved[name])
         self._count, self._measures = int(saved["count"]), bool(saved["measures"])

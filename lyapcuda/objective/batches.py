@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import described
+
 __all__ = ["Batches", "batch_size"]
 
 
@@ -24,7 +26,7 @@ class Batches:
 
     def __init__(self, data: Iterable[Any]) -> None:
         if not isinstance(data, Iterable):
-            raise TypeError(f"data={data!r}: expected an iterable of batches")
+            raise TypeError(f"data={described(data)}: expected an iterable of batches")
         if isinstance(data, Iterator):
             raise ValueError(
                 f"data: a {type(data).__name__} can be consumed only once, but every gradient "

@@ -8,7 +8,7 @@ and accumulation inside the closure work.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lyapcuda.arguments import described
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.pointing import pointing
@@ -84,14 +85,30 @@ _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
 
 def check_loss(loss: Any) -> None:
+    if loss is None:
+        raise TypeError("closure: it returned None: end it with `return loss`")
     if not isinstance(loss, Tensor | float | int):
         raise TypeError(
-            f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
+            f"closure: expected it to return the loss, got {described(loss)}{_loss_within(loss)}"
         )
     if isinstance(loss, Tensor) and loss.is_complex():
         raise ValueError(f"closure: expected a real loss, got {loss.dtype}")
     if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
+        raise ValueError(
+            f"closure: expected a loss of one element, got shape {tuple(loss.shape)}: return its "
+            "mean() or sum()"
+        )
+
+
+def _loss_within(result: Any) -> str:
+    """What to return of a model's output instead."""
+    if isinstance(result, Mapping) and "loss" in result:
+        return ": return its " + (".loss" if hasattr(result, "loss") else '["loss"]')
+    if isinstance(getattr(result, "loss", None), Tensor):
+        return ": return its .loss"
+    if isinstance(result, Mapping | list | tuple):
+        return ": return the loss alone, a tensor of one element"
+    return ""
 
 
 def lacks_any(gradients: Sequence[Tensor | None]) -> bool:
@@ -164,8 +181,7 @@ class Evaluator:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise ValueError(
                         "closure: no parameter got a gradient, and the loss it returned can't be "
-                        "differentiated: does it depend on the tracked parameters (outside of "
-                        "torch.inference_mode)?"
+                        "differentiated: does it depend on the tracked parameters?"
                     )
                 loss.backward()
                 found = _appeared(parameters)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lyapcuda.arguments import described
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
@@ -56,6 +57,8 @@ def chosen_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Mod
     Raises:
         TypeError: something that is no module.
     """
+    if model is not None and not isinstance(model, nn.Module | Iterable):
+        raise TypeError(f"model={described(model)}: expected torch.nn.Module, or several")
     models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
     for module in models:
         if not isinstance(module, nn.Module):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, positive
+from lyapcuda.arguments import choice, described, positive
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.isolation import chosen_modules, modules_of
@@ -110,6 +111,7 @@ class HessianOperator:
                 [8., 2.]], dtype=torch.float64)
     """
 
+    @entry_point
     def __init__(
         self,
         closure: Closure,
@@ -125,7 +127,9 @@ class HessianOperator:
         debug: bool = False,
     ) -> None:
         if not callable(closure):
-            raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
+            raise TypeError(
+                f"closure={described(closure)}: expected a callable that returns the loss"
+            )
         choice("mode", mode, MODES)
         if difference is not None:
             choice("difference", difference, DIFFERENCES)
@@ -233,6 +237,7 @@ class HessianOperator:
     def device(self) -> torch.device:
         return self.layout.device
 
+    @entry_point
     def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor:
         """Returns Hv.
 
@@ -247,9 +252,8 @@ class HessianOperator:
             ValueError: another shape, or not real.
         """
         if not isinstance(v, Tensor) or v.shape != (self.layout.numel,) or v.is_complex():
-            described = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(
-                f"v: expected a real tensor of shape {self.shape[:1]}, got {described}"
+                f"v: expected a real tensor of shape {self.shape[:1]}, got {described(v)}"
             )
         vectors, out = self._scattered(v), self._new_buffers()
         square = sum(
@@ -261,10 +265,14 @@ class HessianOperator:
             warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=2)
         return self.layout.gather(out)
 
+    @entry_point
     def matmat(self, matrix: Tensor) -> Tensor:
         """H times the columns of an (n, m) matrix."""
-        if not isinstance(matrix, Tensor) or matrix.dim() != 2:
-            raise ValueError("matrix: expected a tensor of shape (n, m)")
+        n = self.layout.numel
+        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) != n:
+            raise ValueError(
+                f"matrix: expected a tensor of shape ({n}, m), got {described(matrix)}"
+            )
         with self.keeping_graph():
             columns = self._columns(list(matrix.T))
         return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
@@ -540,14 +548,15 @@ def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
     """
     known = inspect.signature(solver).parameters
 
+    @entry_point
     @functools.wraps(solver)
     def solve(operator: HessianOperator | Closure, *arguments: Any, **options: Any) -> Any:
         if isinstance(operator, HessianOperator):
             return solver(operator, *arguments, **options)
         if not callable(operator):
             raise TypeError(
-                f"closure={operator!r}: {solver.__name__} expects a HessianOperator, or a callable "
-                "that returns the loss"
+                f"closure={described(operator)}: {solver.__name__} expects a HessianOperator, or a "
+                "callable that returns the loss"
             )
         if arguments:
             params, *arguments = arguments
