@@ -18,7 +18,7 @@ from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
-from lyapcuda.params.collect import Parameters
+from lyapcuda.params.collect import Parameters, require_iterable
 from lyapcuda.params.flat import FlatGroup, FlatLayout
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import require_entries

@@ -820,7 +820,7 @@ class CurvatureTracker:
             )
         for name, mine in self._kind().items():
             saved = state_dict.get(name)
-            if type(saved) is not type(mine) or saved != mine:
+            if isinstance(saved, Tensor) or saved != mine:
                 raise ValueError(
                     f"state_dict: {name} is {described(saved)}, but this tracker's is "
                     f"{described(mine)}"

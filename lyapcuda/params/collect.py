@@ -129,12 +129,9 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
         TypeError: parameters without names.
         ValueError: a pattern that matches none.
     """
-    patterns = [select] if isinstance(select, str) else select
-    if (
-        not isinstance(patterns, list | tuple)
-        or not patterns
-        or not all(isinstance(pattern, str) for pattern in patterns)
-    ):
+    several = list(select) if isinstance(select, Iterable) else []
+    patterns = [select] if isinstance(select, str) else several
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"select={described(select)}: expected a pattern or a list of patterns")
     matched: set[str] = set()
 
