@@ -97,7 +97,7 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
     for number, entry in enumerate(params):
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
         if "params" not in group:
-            raise ValueError(f"params: a group without 'params', only {sorted(group)}")
+            raise ValueError(f"params: a group without 'params', only {described(list(group))}")
         members = group["params"]
         for member in [members] if isinstance(members, Tensor) else members:
             name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)

@@ -27,7 +27,7 @@ def test_missing_entries_are_named():
 def test_other_shapes_and_dtypes_are_refused():
     check_shapes("q", [torch.zeros(2), None], [torch.ones(2), None])
     for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), None):
-        with pytest.raises(ValueError, match="q is .* another model"):
+        with pytest.raises(ValueError, match="q holds .* another model"):
             check_shapes("q", [torch.zeros(2)], [other])
 
 
