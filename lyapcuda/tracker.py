@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.attached import StepHook
 from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
@@ -43,13 +43,11 @@ from lyapcuda.objective.isolation import (
 )
 from lyapcuda.objective.loss_graph import watching
 from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
-from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
-from lyapcuda.params.step_start import WITHOUT_CLOSURE, StepStart, moves_first
 from lyapcuda.params.wrapped_optimizers import attachable
 
 __all__ = ["MODES", "CurvatureTracker"]
@@ -468,41 +466,10 @@ class CurvatureTracker:
         if measure is not None and not callable(measure):
             raise TypeError(f"measure={described(measure)}: expected a callable, or None")
         hooks = optimizer._optimizer_step_pre_hooks
-        for number in [n for n, hook in hooks.items() if getattr(hook, "tracker", None) is self]:
-            del hooks[number]
-        first, moves = True, False
-
-        def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            self._notice(p for group in optimizer.param_groups for p in group["params"])
-            nonlocal first
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            if closure is None:
-                raise ValueError(WITHOUT_CLOSURE)
-            if moves:
-                self.step(closure if measure is None else measure)
-                return args, kwargs
-            start = StepStart(self._tensors, closely=first) if self.due else None
-            first = first and start is None
-            done = False
-
-            def measured_closure() -> Tensor | float | None:
-                nonlocal done, moves
-                # A line search evaluates again, another tracker's copy elsewhere: not for us.
-                if done or at_a_copy():
-                    return closure()
-                done = True
-                if start is not None and start.moved():
-                    moves = True
-                    warnings.warn(moves_first(optimizer), stacklevel=2)
-                    return closure()
-                return self.step(closure, measure=measure, leave_grad=True)
-
-            # Hooks see the optimizer as args[0].
-            others = {name: value for name, value in kwargs.items() if name != "closure"}
-            return (optimizer, measured_closure, *args[2:]), others
-
-        measure_first.tracker = self
-        return optimizer.register_step_pre_hook(measure_first)
+        for number, hook in tuple(hooks.items()):
+            if isinstance(hook, StepHook) and hook.tracker is self:
+                del hooks[number]
+        return optimizer.register_step_pre_hook(StepHook(self, self._notice, measure))
 
     def _notice(self, parameters: Iterable[Tensor]) -> None:
         """Takes down whose gradients to put back; groups may be added to an optimizer later."""
