@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterable, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OURS = re.compile(r"(lyapcuda|torch)\b").match
 #: Characters of a value in a message.
 _ROOM = 60
 _PLAIN = (str, bytes, Real, complex, type(None), torch.dtype, torch.device)
@@ -17,10 +20,8 @@ _PLAIN = (str, bytes, Real, complex, type(None), torch.dtype, torch.device)
 
 def described(value: Any) -> str:
     """A value as an error's message names it: in one short line, and never a tensor's numbers."""
-    if isinstance(value, _PLAIN) and not isinstance(value, Tensor):
-        text = repr(value)
-    elif isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
-        text = repr(value[:_ROOM])
+    if _is_plain(value):
+        text = repr(value[:_ROOM] if isinstance(value, list | tuple) else value)
     elif isinstance(value, type):
         return f"<class {value.__name__}>"
     elif isinstance(value, Tensor) or type(value).__name__ == "ndarray":
@@ -30,6 +31,24 @@ def described(value: Any) -> str:
     else:
         return f"<{type(value).__name__}>"
     return text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether its repr is but numbers and text."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def users_level() -> int:
+    """The ``stacklevel`` of a warning of the caller's that points to the user's own line.
+
+    How many frames are between them depends: tracing has some of its own.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _OURS(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_real(value: Any) -> bool:

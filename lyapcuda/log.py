@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import choice, described, whole
+from lyapcuda.arguments import choice, described, users_level, whole
 from lyapcuda.files import LineFile
 from lyapcuda.tracker import CurvatureTracker
 
@@ -322,7 +322,7 @@ class CurvatureLog:
             warnings.warn(
                 f"{history.overwritten} measurements were overwritten before they were written: "
                 "make the tracker's history larger than every",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         columns = history.columns()
         columns |= _aligned(self._values, self._waiting, len(history))

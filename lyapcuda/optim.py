@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, described, fraction, non_negative, positive, whole
+from lyapcuda.arguments import (
+    choice,
+    described,
+    fraction,
+    non_negative,
+    positive,
+    users_level,
+    whole,
+)
 from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
@@ -245,7 +253,7 @@ class LyapunovSGD(Optimizer):
             warnings.warn(
                 f"h0 was not stable to {self._warmup_tol:g} after {iterations} iterations of "
                 f"warm-up (last: {previous:g}); training starts from there",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         self.tracker.restart_average()
         self._warm = True

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import described
+from lyapcuda.arguments import described, users_level
 from lyapcuda.dynamics.perturbation import (
     Extent,
     active_sums,
@@ -248,7 +248,7 @@ class Sizing:
             f"difference of gradients, {self.noise:.2g}, is {parts[0]:.0%} of h; each side of θ is "
             f"{parts[1]:.0%} off. See tracker.interval and docs/precision.md"
             + self._advice(curvature),
-            stacklevel=8,
+            stacklevel=users_level(),
         )
 
     def _advice(self, curvature: float) -> str:

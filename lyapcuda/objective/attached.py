@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lyapcuda.arguments import users_level
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.shards import any_sharded
@@ -92,7 +93,7 @@ class StepHook:
             done = True
             if start is not None and start.moved():
                 self._moves_first = True
-                warnings.warn(_moves_first(optimizer), stacklevel=2)
+                warnings.warn(_moves_first(optimizer), stacklevel=users_level())
                 return closure()
             return tracker.step(closure, measure=self._measure, leave_grad=True)
 

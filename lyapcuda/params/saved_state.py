@@ -46,7 +46,7 @@ def check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tenso
     advice = "it belongs to another model"
     if len(have) != len(saved):
         raise ValueError(
-            f"state_dict: {name} is of {len(saved)} tensors, but these parameters need "
+            f"state_dict: {name} holds {len(saved)} tensors, but these parameters need "
             f"{len(have)}: {advice}"
         )
     for theirs, mine in zip(map(describe, saved), map(describe, have), strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, described, positive
+from lyapcuda.arguments import choice, described, positive, users_level
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
 from lyapcuda.objective.batches import Batches
@@ -220,7 +220,7 @@ class HessianOperator:
                 f"perturbation={perturbation:g} is small for the parameters' precision: the "
                 f"difference of gradients will be rounding for a good part; {advised:.1g} is "
                 "advised",
-                stacklevel=3,
+                stacklevel=users_level(),
             )
 
     # --- as a matrix -----------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class HessianOperator:
         self.product(vectors, out, norm=square.sqrt(), perturbation=perturbation)
         if self.changed is not None and not self._warned:
             self._warned = True
-            warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=users_level())
         return self.layout.gather(out)
 
     @entry_point

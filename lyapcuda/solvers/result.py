@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import described
+from lyapcuda.arguments import described, users_level
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 
@@ -146,7 +146,7 @@ def warn_unless_converged(result: EigenResult) -> None:
         f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
         f"after {result.iterations} iterations (see .interval); {advice}",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=users_level(),
     )
 
 
