@@ -56,6 +56,6 @@ def test_a_state_that_is_refused_leaves_a_tracker_that_had_not_started():
     saved = tracker.state_dict()
     saved["separations"][0]["q"] = [torch.zeros(3)]
     fresh = lyapcuda.CurvatureTracker(model.parameters())
-    with pytest.raises(ValueError, match="q is"):
+    with pytest.raises(ValueError, match="q holds"):
         fresh.load_state_dict(saved)
     assert fresh.perturbation is None and fresh.calls == 0  # Δq is chosen at the first step
