@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lyapcuda.arguments import users_level
+from lyapcuda.objective.entry import untraced
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.shards import any_sharded
@@ -59,6 +60,7 @@ class StepHook:
         self._looked = self._moves_first = False
         self._handed_on: Callable[[], Closure | None] = lambda: None
 
+    @untraced
     def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # (Hooks see the optimizer as args[0].)
         self._notice(p for group in optimizer.param_groups for p in group["params"])
@@ -123,6 +125,7 @@ class _StepStart:
         norms = [float(norm(p.detach(), dtype=torch.float64)) for p in self._parameters]
         return versions, [value.hex() for value in norms]  # (as text: NaN is itself)
 
+    @untraced
     def moved(self) -> bool:
         """Whether something has written to them since."""
         return self._look() != self._before
