@@ -20,24 +20,25 @@ _PLAIN = (str, bytes, Real, complex, type(None), torch.dtype, torch.device)
 
 def described(value: Any) -> str:
     """A value as an error's message names it: in one short line, and never a tensor's numbers."""
-    if _is_plain(value):
-        text = repr(value[:_ROOM] if isinstance(value, list | tuple) else value)
-    elif isinstance(value, type):
+    if isinstance(value, _PLAIN):
+        text = repr(value)
+        return text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"
+    if _is_plain(value) and len(value) <= _ROOM and len(repr(value)) <= _ROOM:
+        return repr(value)
+    if isinstance(value, type):
         return f"<class {value.__name__}>"
-    elif isinstance(value, Tensor) or type(value).__name__ == "ndarray":
-        return f"<{type(value).__name__} of shape {tuple(value.shape)}>"
-    elif isinstance(value, Sized) and isinstance(value, Iterable):
-        return f"<{type(value).__name__} of {len(value)}>"
-    else:
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"
+    name = type(value).__name__
+    if isinstance(value, Tensor) or name == "ndarray":
+        return f"<{name} of shape {tuple(value.shape)}>"
+    counts = isinstance(value, Sized) and isinstance(value, Iterable)
+    return f"<{name} of {len(value)}>" if counts else f"<{name}>"
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether its repr is but numbers and text."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+    """Whether it is a list of numbers and text, or of such lists."""
+    if not isinstance(value, list | tuple):
+        return False
+    return all(isinstance(item, _PLAIN) or _is_plain(item) for item in value)
 
 
 def users_level() -> int:

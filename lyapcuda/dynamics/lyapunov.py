@@ -26,7 +26,7 @@ def curvature_of_growth(
     finite("exponent", exponent)
     finite("rate", rate)
     if rate == 0:
-        raise ValueError("rate=0: expected a finite number other than 0")
+        raise ValueError(f"rate={rate}: expected a finite number other than 0")
     fraction("momentum", momentum)
     name = "paper" if linearised else "growth"
     return _C.curvature_of_growth(exponent, rate, momentum, ops.ESTIMATES[name])
