@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,8 +31,8 @@ def described(value: Any) -> str:
     name = type(value).__name__
     if isinstance(value, Tensor) or name == "ndarray":
         return f"<{name} of shape {tuple(value.shape)}>"
-    counts = isinstance(value, Sized) and isinstance(value, Iterable)
-    return f"<{name} of {len(value)}>" if counts else f"<{name}>"
+    count = operator.length_hint(value, -1) if isinstance(value, Iterable) else -1
+    return f"<{name}>" if count < 0 else f"<{name} of {count}>"
 
 
 def _is_plain(value: Any) -> bool:

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from lyapcuda.arguments import users_level
 from lyapcuda.objective.entry import untraced
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.pointing import at_a_copy
+from lyapcuda.params.flat import squared_norm
 from lyapcuda.params.shards import any_sharded
 
 __all__ = ["StepHook"]
@@ -121,8 +121,7 @@ class _StepStart:
         versions = list(map(_VERSION, self._parameters))
         if not self._closely:
             return versions, []
-        norm = torch.linalg.vector_norm
-        norms = [float(norm(p.detach(), dtype=torch.float64)) for p in self._parameters]
+        norms = [squared_norm(p.detach()) for p in self._parameters]
         return versions, [value.hex() for value in norms]  # (as text: NaN is itself)
 
     @untraced

@@ -76,7 +76,8 @@ class HessianOperator:
         closure: takes nothing and returns the loss (or has called ``backward()`` itself). With
             ``data`` it takes a batch.
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
-            "weight_decay" counts as part of the loss (½·wd·‖θ‖²).
+            "weight_decay" counts as part of the loss (½·wd·‖θ‖²). Or a module, or an optimizer, as
+            for `CurvatureTracker`.
         data: an iterable of batches, a DataLoader for instance. The loss is the mean over all of
             them, weighted by their sizes (the length of the first tensor in a batch).
         mode: "exact": by double backward. "difference": differences of gradients, which need first
