@@ -68,4 +68,6 @@ def gpus_here() -> str:
 try:
     from lyapcuda import _C  # noqa: F401
 except ImportError as _error:
-    raise ImportError(import_fault(_error, Path(__file__).parent)) from _error
+    # (Without Python's own guess, a circular import.)
+    _cause = None if "partially initialized" in str(_error) else _error
+    raise ImportError(import_fault(_error, Path(__file__).parent)) from _cause

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import whole
+from lyapcuda.arguments import described, whole
 from lyapcuda.dynamics.separations import (
     End,
     Separations,
@@ -174,7 +174,7 @@ class Ring:
         require_list("history's rows", saved["rows"], list)
         whole("state_dict: history's recorded", saved["recorded"], 0)
         if not isinstance(saved["clock"], float):
-            raise ValueError(f"state_dict: history's clock is {saved['clock']!r}")
+            raise ValueError(f"state_dict: history's clock is {described(saved['clock'])}")
         widths = {len(row) for row in saved["rows"]}
         if saved["ks"] != self._ks or not widths <= {self._width}:
             raise ValueError(

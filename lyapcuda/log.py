@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import choice, whole
+from lyapcuda.arguments import choice, described, users_level, whole
 from lyapcuda.files import LineFile
 from lyapcuda.tracker import CurvatureTracker
 
@@ -282,6 +282,13 @@ class CurvatureLog:
         whole("every", every)
         if not targets:
             raise ValueError("targets: none given, there is nowhere to write to")
+        if not isinstance(tracker, CurvatureTracker):
+            raise TypeError(
+                f"tracker={described(tracker)}: expected a CurvatureTracker (of LyapunovSGD: "
+                "optimizer.tracker)"
+            )
+        if values is not None and not isinstance(values, Mapping):
+            raise TypeError(f"values={described(values)}: expected a mapping of names to functions")
         if every > tracker.history_capacity:
             raise ValueError(
                 f"every={every}: the tracker keeps only {tracker.history_capacity} measurements; "
@@ -292,9 +299,9 @@ class CurvatureLog:
         columns = list(tracker.history(after=tracker.recorded).columns())
         for name, value in self._values.items():
             if name in columns:
-                raise ValueError(f"values: there is a column {name!r} already")
+                raise ValueError(f"values: there is a column {described(name)} already")
             if not callable(value):
-                raise TypeError(f"values: {name}={value!r}: expected a function")
+                raise TypeError(f"values: {name}={described(value)}: expected a function")
         self._writers = [_writer_of(target, mode) for target in targets]
         self._read = 0  # measurements that were read back
         self._waiting: list[dict[str, Tensor | float]] = []
@@ -346,7 +353,7 @@ class CurvatureLog:
             warnings.warn(
                 f"{history.overwritten} measurements were overwritten before they were written: "
                 "make the tracker's history larger than every",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         columns = history.columns()
         columns |= _aligned(self._values, self._waiting, len(history))
@@ -396,13 +403,13 @@ def _writer_of(target: Any, mode: str) -> Writer:
         suffix = Path(target).suffix
         if suffix not in _BY_SUFFIX:
             raise ValueError(
-                f"targets: {os.fspath(target)!r} ends in none of {', '.join(_BY_SUFFIX)}; for "
-                "TensorBoard pass TensorBoardWriter(folder)"
+                f"targets: {described(os.fspath(target))} ends in none of "
+                f"{', '.join(_BY_SUFFIX)}; for TensorBoard pass TensorBoardWriter(folder)"
             )
         return _BY_SUFFIX[suffix](target, mode)
     if hasattr(target, "add_scalar"):
         return TensorBoardWriter(target)
-    raise TypeError(f"targets: {target!r} is no path, SummaryWriter or Writer")
+    raise TypeError(f"targets: {described(target)} is no path, SummaryWriter or Writer")
 
 
 def _aligned(

@@ -10,18 +10,27 @@ from itertools import islice, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
+from lyapcuda.arguments import (
+    choice,
+    described,
+    fraction,
+    non_negative,
+    positive,
+    users_level,
+    whole,
+)
 from lyapcuda.objective.batch_weights import Sizes
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
 from lyapcuda.objective.left_gradients import guarded, note
 from lyapcuda.objective.loss_multiple import Multiple
-from lyapcuda.params.collect import Parameters, collect
+from lyapcuda.params.collect import Parameters, collect, require_iterable
 from lyapcuda.params.flat import FlatGroup
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import require_entries
@@ -99,6 +108,8 @@ class LyapunovSGD(Optimizer):
 
     # torch.amp.GradScaler.step then leaves `found_inf` here, instead of waiting for the device.
     _step_supports_amp_scaling = True
+    # ``CurvatureTracker(optimizer)`` then counts weight_decay as part of the loss, as here.
+    _decays_the_loss = True
 
     def __init__(
         self,
@@ -121,13 +132,16 @@ class LyapunovSGD(Optimizer):
         seed: int = 0,
         debug: bool | None = None,
     ) -> None:
+        if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+            raise TypeError(
+                f"params={described(params)}: expected tensors or groups, as for torch.optim; "
+                "pass model.parameters()"
+            )
+        require_iterable(params)
         if warmup_tol is None:
             raise ValueError("warmup_tol=None: expected a positive finite number")
         positive("warmup_tol", warmup_tol)
-        if not isinstance(warmup_iterations, int) or warmup_iterations < 0:
-            raise ValueError(
-                f"warmup_iterations={warmup_iterations!r}: expected a whole number of at least 0"
-            )
+        whole("warmup_iterations", warmup_iterations, 0)
         whole("k", k)
         if k > ops.MAX_K:
             raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
@@ -270,6 +284,7 @@ class LyapunovSGD(Optimizer):
 
     # --- a step ----------------------------------------------------------------------------------
 
+    @entry_point
     def warmup(self, closures: Closure | Iterable[Closure], *, scaler: Any = None) -> int:
         """Measures at the present θ, without training, until h0 is stable.
 
@@ -285,6 +300,11 @@ class LyapunovSGD(Optimizer):
             How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
             at a loss that isn't finite, and the next `step` warms up again.
         """
+        if not callable(closures) and not isinstance(closures, Iterable):
+            raise TypeError(
+                f"closure={described(closures)}: expected a callable that returns the loss (for "
+                "warmup also several)"
+            )
         self._follow_groups()
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
@@ -312,12 +332,13 @@ class LyapunovSGD(Optimizer):
             warnings.warn(
                 f"h0 was not stable to {self._warmup_tol:g} after {iterations} iterations of "
                 f"warm-up (last: {previous:g}); training starts from there",
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         self.tracker.restart_average()
         self._warm = True
         return iterations
 
+    @entry_point
     def measure(
         self,
         closure: Callable[..., Tensor | float],
@@ -398,6 +419,7 @@ class LyapunovSGD(Optimizer):
         self._measured, self._scaled = True, isinstance(scaling, Unscaled)
         return loss
 
+    @entry_point
     def step(
         self,
         closure: Callable[..., Tensor | float] | None = None,

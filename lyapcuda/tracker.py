@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, fraction, positive, proper_fraction, whole
+from lyapcuda.arguments import choice, described, fraction, positive, proper_fraction, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.dynamics.options import AUTO, GrowthOptions, Tolerance
 from lyapcuda.dynamics.refinement import check_room
@@ -30,7 +30,9 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
+from lyapcuda.objective.attached import StepHook
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
@@ -46,12 +48,12 @@ from lyapcuda.objective.isolation import (
 from lyapcuda.objective.loss_graph import watching
 from lyapcuda.objective.loss_multiple import Multiple
 from lyapcuda.objective.micro_batches import Measured, MicroBatches, accumulated, beside
-from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
+from lyapcuda.params.wrapped_optimizers import attachable
 
 __all__ = ["MODES", "CurvatureTracker"]
 
@@ -93,7 +95,9 @@ class CurvatureTracker:
 
     Args:
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
-            "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD.
+            "weight_decay" counts as part of the loss (½·wd·‖θ‖²), as in torch.optim.SGD. A module
+            stands for its named parameters, an optimizer for its groups (a weight decay apart from
+            the gradient, as AdamW's, isn't part of the loss).
         k: how many eigenvalues, up to 32 from either end. Values are in the order from the outer
             end inwards, for "BE" from the largest to the smallest.
         every: measure at every n-th `step` only.
@@ -193,15 +197,17 @@ class CurvatureTracker:
                     "choose another estimate"
                 )
         self._chosen_modules = chosen_modules(model)
+        self._own_modules = list(params.modules()) if isinstance(params, nn.Module) else []
         self._layout = FlatLayout(params, weight_decay)
         if process_group is not None and self._layout.sharded:
             raise ValueError(
-                f"process_group={process_group!r}: DTensor parameters have a mesh of their own"
+                f"process_group={described(process_group)}: DTensor parameters have a mesh of "
+                "their own"
             )
         for name, value in (("perturbation", perturbation), ("beta", beta)):
             if value is not None and value > self._layout.largest:
                 raise ValueError(
-                    f"{name}={value!r}: above {self._layout.largest:.4g}, which q holds"
+                    f"{name}={described(value)}: above {self._layout.largest:.4g}, which q holds"
                 )
         self._ends = ends_of(which, k, self._layout.numel)
         self._tensors = [p.tensor for p in self._layout.parameters]
@@ -234,6 +240,7 @@ class CurvatureTracker:
 
     # --- measuring -------------------------------------------------------------------------------
 
+    @entry_point
     def backward(
         self,
         closure: Callable[..., Tensor | float],
@@ -283,6 +290,7 @@ class CurvatureTracker:
         micro = self._micro_batches(batches, sizes, measure)
         return self._take_step(closure, measure, micro, scaler, leave=True, add=True)
 
+    @entry_point
     def step(
         self,
         closure: Callable[..., Tensor | float],
@@ -339,6 +347,7 @@ class CurvatureTracker:
         micro = self._micro_batches(batches, sizes, measure, leave_grad)
         return self._take_step(closure, measure, micro, scaler, leave=leave_grad, add=False)
 
+    @entry_point
     def step_of_last(
         self,
         closure: Callable[..., Tensor | float],
@@ -387,7 +396,9 @@ class CurvatureTracker:
     ) -> Tensor | None:
         for name, value in (("closure", closure), ("measure", measure)):
             if not callable(value) and not (name == "measure" and value is None):
-                raise TypeError(f"{name}={value!r}: expected a callable that returns the loss")
+                raise TypeError(
+                    f"{name}={described(value)}: expected a callable that returns the loss"
+                )
         scaling = self._scaling(scaler)
         with deferred(), self._lock:
             add = add if any(p.grad is not None for p in self._tensors) else False
@@ -522,7 +533,8 @@ class CurvatureTracker:
         """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
         Args:
-            optimizer: any of torch.optim.
+            optimizer: any torch.optim.Optimizer, or one in a wrapper of Accelerate's or
+                Lightning's. Attached to it again, this takes the place of what was before.
             measure: as in `step`, called at each of them: a closure of a part of the minibatch that
                 the optimizer's closure holds then. ``.grad`` is what the optimizer's closure makes
                 of it, bit for bit; where it adds to gradients that are there already, that takes
@@ -532,31 +544,31 @@ class CurvatureTracker:
         Returns:
             A handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises a
             ValueError: there is nothing to evaluate the second copy with.
+
+        What is measured is the first evaluation of the closure within the step. Where the optimizer
+        moves θ before that (SAM), a UserWarning says so at the first step, which isn't measured;
+        from the next one on the measurement is taken at θ, at k + 1 gradients more.
+
+        Raises:
+            TypeError: it is no optimizer, or a wrapper without step hooks: attach to the one
+                inside.
         """
+        optimizer = attachable(optimizer)
+        if measure is not None and not callable(measure):
+            raise TypeError(f"measure={described(measure)}: expected a callable, or None")
+        hooks = optimizer._optimizer_step_pre_hooks
+        for number, hook in tuple(hooks.items()):
+            if isinstance(hook, StepHook) and hook.tracker is self:
+                del hooks[number]
+        return optimizer.register_step_pre_hook(StepHook(self, self._notice, measure, scaler))
 
-        def measure_first(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            self._notice(p for group in optimizer.param_groups for p in group["params"])
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            if closure is None:
-                raise ValueError(
-                    "optimizer.step() was called without a closure: an attached CurvatureTracker "
-                    "needs optimizer.step(closure); or call tracker.step(closure) yourself"
-                )
-            done = False
-
-            def measured_closure() -> Tensor | float | None:
-                nonlocal done
-                # A line search evaluates again, another tracker's copy elsewhere: not for us.
-                if done or at_a_copy():
-                    return closure()
-                done = True
-                return self._take_step(closure, measure, None, scaler, leave=True, add=OWN)
-
-            # Hooks see the optimizer as args[0].
-            others = {name: value for name, value in kwargs.items() if name != "closure"}
-            return (optimizer, measured_closure, *args[2:]), others
-
-        return optimizer.register_step_pre_hook(measure_first)
+    def step_inside(
+        self, closure: Closure, measure: Closure | None, scaler: torch.amp.GradScaler | None
+    ) -> Tensor | None:
+        """A step inside of an optimizer's: ``.grad`` is what the closure makes of it, and where it
+        leaves ``backward()`` to us, its gradient.
+        """
+        return self._take_step(closure, measure, None, scaler, leave=True, add=OWN)
 
     def _notice(self, parameters: Iterable[Tensor]) -> None:
         """Takes down whose gradients to put back; groups may be added to an optimizer later."""
@@ -573,6 +585,8 @@ class CurvatureTracker:
         Returns:
             A handle; ``handle.remove()`` ends it.
         """
+        if not callable(hook):
+            raise TypeError(f"hook={described(hook)}: expected a function of the tracker")
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
         return handle
@@ -638,7 +652,7 @@ class CurvatureTracker:
         if self._layout.ranks is None and not self._layout.sharded:
             self._layout.ranks = Ranks.of_replicas(self._process_group, holders)
         if not self._chosen_modules:
-            return holders
+            return list({id(m): m for m in (*holders, *self._own_modules)}.values())
         # DDP and FSDP2 have a say in every evaluation.
         found = self._chosen_modules
         wrappers = [m for m in holders if is_wrapper(m) and all(m is not f for f in found)]
@@ -818,6 +832,7 @@ class CurvatureTracker:
         Raises:
             RuntimeError: the tracker was made with ``history=0``.
         """
+        whole("after", after, 0)
         return self._kept("history()").read(after)
 
     @property
@@ -885,16 +900,20 @@ class CurvatureTracker:
                 ``estimate`` or ``mode``; nothing has changed then.
         """
         require_entries(state_dict, "format", of="a CurvatureTracker")
-        if state_dict["format"] != _FORMAT:
+        saved = state_dict["format"]
+        if not isinstance(saved, int) or saved != _FORMAT:
             raise ValueError(
-                f"state_dict: of format {state_dict['format']!r}, this version of lyapcuda reads "
-                f"{_FORMAT} (0.1.0 wrote 4): start a new tracker, which finds its separations "
-                "again within some steps"
+                f"state_dict: of format {described(saved)}, this version of "
+                f"lyapcuda reads {_FORMAT} (0.1.0 wrote 4): start a new tracker, which finds its "
+                "separations again within some steps"
             )
         for name, mine in self._kind().items():
             saved = state_dict.get(name)
-            if saved != mine:
-                raise ValueError(f"state_dict: {name} is {saved!r}, but this tracker's is {mine!r}")
+            if isinstance(saved, Tensor) or saved != mine:
+                raise ValueError(
+                    f"state_dict: {name} is {described(saved)}, but this tracker's is "
+                    f"{described(mine)}"
+                )
         require_entries(
             state_dict, "calls", "gradients", "refinement", "sizing", "separations", "history"
         )
@@ -903,7 +922,8 @@ class CurvatureTracker:
         whole("state_dict: gradients", state_dict["gradients"], 0)
         if not isinstance(saved, list) or len(saved) not in (0, len(self._ends)):
             raise ValueError(
-                f"state_dict: separations={saved!r:.40}: which={self.which!r} has {len(self._ends)}"
+                f"state_dict: separations={described(saved)}: which={self.which!r} has "
+                f"{len(self._ends)}"
             )
         history = state_dict["history"]
         if self._history is not None and history is not None:

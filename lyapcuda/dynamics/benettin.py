@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.arguments import described
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.options import GrowthOptions
 from lyapcuda.dynamics.perturbation import chosen_perturbation
@@ -470,7 +471,7 @@ class Benettin:
         """Takes over a `state_dict`; a mismatch is a ValueError, before anything changes."""
         require_entries(saved, "state", "linear", "q", "p")
         if not isinstance(saved["linear"], bool):
-            raise ValueError(f"state_dict: linear is {saved['linear']!r}, expected a bool")
+            raise ValueError(f"state_dict: linear is {described(saved['linear'])}, expected a bool")
         check_shapes("state", [self.state], [saved["state"]])
         momenta = [part.p for part in self._groups if part.p is not None]
         check_shapes("q", self.layout.unpack([part.q for part in self._groups]), saved["q"])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from lyapcuda import _C, ops
+from lyapcuda.arguments import finite, fraction
 
 __all__ = ["curvature_of_growth"]
 
@@ -24,9 +23,10 @@ def curvature_of_growth(
     Raises:
         ValueError: rate 0 or not finite, momentum outside [0, 1).
     """
-    if not (math.isfinite(rate) and rate != 0):
-        raise ValueError(f"rate={rate!r}: expected a finite number other than 0")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1)")
+    finite("exponent", exponent)
+    finite("rate", rate)
+    if rate == 0:
+        raise ValueError(f"rate={rate}: expected a finite number other than 0")
+    fraction("momentum", momentum)
     name = "paper" if linearised else "growth"
     return _C.curvature_of_growth(exponent, rate, momentum, ops.ESTIMATES[name])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import users_level
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 
@@ -188,9 +189,7 @@ def separation_size(
     return max(factor * epsilon**power * size, _LEAST * epsilon * extent.norm, least)
 
 
-def chosen_perturbation(
-    layout: FlatLayout, perturbation: float | None, *, stacklevel: int = 6
-) -> float:
+def chosen_perturbation(layout: FlatLayout, perturbation: float | None) -> float:
     """Δq to start with: the user's, with a warning where the parameters' rounding would swallow it,
     or the default.
     """
@@ -203,6 +202,6 @@ def chosen_perturbation(
             f"perturbation={perturbation:g} is small for the parameters' precision: the difference "
             f"of gradients will be rounding for a good part; {least:.1g} is advised, and "
             f"{advised:.1g} where the loss has kinks (ReLU)",
-            stacklevel=stacklevel,
+            stacklevel=users_level(),
         )
     return perturbation

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.arguments import described
 from lyapcuda.dynamics.benettin import Benettin
 from lyapcuda.dynamics.options import SIGNS, GrowthOptions
 from lyapcuda.dynamics.refinement import Refinement
@@ -231,7 +232,7 @@ class Separations:
         if not isinstance(saved, list) or not all(
             isinstance(x, float) and math.isfinite(x) for x in saved
         ):
-            raise ValueError(f"state_dict: refinement is {saved!r:.40}, expected numbers")
+            raise ValueError(f"state_dict: refinement is {described(saved)}, expected numbers")
         if len(saved) != len(mine):
             raise ValueError(
                 "state_dict: it is of a tracker "

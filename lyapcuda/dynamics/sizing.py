@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import described, users_level
 from lyapcuda.dynamics.perturbation import (
     Extent,
     active_sums,
@@ -247,7 +248,7 @@ class Sizing:
             f"difference of gradients, {self.noise:.2g}, is {parts[0]:.0%} of h; each side of θ is "
             f"{parts[1]:.0%} off. See tracker.interval and docs/precision.md"
             + self._advice(curvature),
-            stacklevel=8,
+            stacklevel=users_level(),
         )
 
     def _advice(self, curvature: float) -> str:
@@ -271,7 +272,7 @@ class Sizing:
         require_entries(saved, *_SAVED, "noise", "doubt")
         for name, value in saved.items():
             if not isinstance(value, float) or math.isnan(value):
-                raise ValueError(f"state_dict: sizing's {name} is {value!r}")
+                raise ValueError(f"state_dict: sizing's {name} is {described(value)}")
         for name in _SAVED:
             setattr(self, f"_{name}", saved[name])
         self._count, self._measures = int(saved["count"]), bool(saved["measures"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lyapcuda.arguments import described
 from lyapcuda.objective.splitting import batch_size
 
 __all__ = ["Batches"]
@@ -26,7 +27,7 @@ class Batches:
 
     def __init__(self, data: Iterable[Any], lengths: bool = True) -> None:
         if not isinstance(data, Iterable):
-            raise TypeError(f"data={data!r}: expected an iterable of batches")
+            raise TypeError(f"data={described(data)}: expected an iterable of batches")
         if isinstance(data, Iterator):
             raise ValueError(
                 f"data: a {type(data).__name__} can be consumed only once, but every gradient "

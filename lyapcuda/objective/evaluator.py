@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from lyapcuda.arguments import described
 from lyapcuda.objective.backward_passes import Outermost, listening
 from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Manner, Touched
 from lyapcuda.objective.interrupts import allowed
@@ -134,14 +135,30 @@ _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
 
 def check_loss(loss: Any) -> None:
+    if loss is None:
+        raise TypeError("closure: it returned None: end it with `return loss`")
     if not isinstance(loss, Tensor | float | int):
         raise TypeError(
-            f"closure: expected it to return the loss, got {type(loss).__name__}: {loss!r}"
+            f"closure: expected it to return the loss, got {described(loss)}{_loss_within(loss)}"
         )
     if isinstance(loss, Tensor) and loss.is_complex():
         raise ValueError(f"closure: expected a real loss, got {loss.dtype}")
     if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"closure: expected a loss of one element, got shape {tuple(loss.shape)}")
+        raise ValueError(
+            f"closure: expected a loss of one element, got shape {tuple(loss.shape)}: return its "
+            "mean() or sum()"
+        )
+
+
+def _loss_within(result: Any) -> str:
+    """What to return of a model's output instead."""
+    if isinstance(result, Mapping) and "loss" in result:
+        return ": return its " + (".loss" if hasattr(result, "loss") else '["loss"]')
+    if isinstance(getattr(result, "loss", None), Tensor):
+        return ": return its .loss"
+    if isinstance(result, Mapping | list | tuple):
+        return ": return the loss alone, a tensor of one element"
+    return ""
 
 
 def lacks_any(gradients: Sequence[Tensor | None]) -> bool:
@@ -309,8 +326,7 @@ class Evaluator:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise ValueError(
                         "closure: no parameter got a gradient, and the loss it returned can't be "
-                        "differentiated: does it depend on the tracked parameters (outside of "
-                        "torch.inference_mode)?"
+                        "differentiated: does it depend on the tracked parameters?"
                     )
                 (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
                 found = _appeared(parameters)

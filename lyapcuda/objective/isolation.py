@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lyapcuda.arguments import described
 from lyapcuda.objective.attributes import AttributeValues, Place
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
@@ -60,6 +61,8 @@ def chosen_modules(
         TypeError: something that is neither.
     """
     one = isinstance(model, nn.Module | Tensor)
+    if model is not None and not one and not isinstance(model, Iterable):
+        raise TypeError(f"model={described(model)}: expected torch.nn.Module, or several")
     models = () if model is None else (model,) if one else tuple(model)
     for module in models:
         if not isinstance(module, nn.Module | Tensor):

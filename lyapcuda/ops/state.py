@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import _C
+from lyapcuda.arguments import described
 
 __all__ = [
     "ESTIMATES",
@@ -57,8 +58,8 @@ def state_fields(k: int) -> dict[str, tuple[int, tuple[int, ...]]]:
     Raises:
         ValueError: k outside 1 to 32.
     """
-    if k not in _FIELDS:
-        raise ValueError(f"k={k!r}: expected 1 to {MAX_K}")
+    if not isinstance(k, int) or k not in _FIELDS:
+        raise ValueError(f"k={described(k)}: expected 1 to {MAX_K}")
     return _FIELDS[k]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lyapcuda import _C
-from lyapcuda.arguments import non_negative
+from lyapcuda.arguments import described, non_negative
+from lyapcuda.params.wrapped_optimizers import loss_groups
 
 __all__ = [
     "BACKENDS",
@@ -20,14 +22,23 @@ __all__ = [
     "Parameters",
     "TrackedParameter",
     "collect",
+    "entries_of",
+    "require_iterable",
     "select_by_name",
 ]
 
 #: Device types that this build has ops for.
 BACKENDS = tuple(_C.build_info()["backend"].split(", "))
 
-#: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either.
-Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
+#: What `params` may be, as in torch.optim: tensors, (name, tensor) pairs, or groups of either; a
+#: module or an optimizer stands for its own.
+Parameters = (
+    Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Iterable[Mapping[str, Any]]
+    | nn.Module
+    | Optimizer
+)
 
 #: Of the flat buffers, by the parameters' dtype.
 BUFFER_DTYPES = {
@@ -49,6 +60,23 @@ class TrackedParameter:
     group: int = 0
 
 
+def entries_of(params: Any) -> Any:
+    """The parameters or groups that a module or an optimizer stands for; anything else as it is."""
+    if isinstance(params, nn.Module):
+        return params.named_parameters()
+    if isinstance(getattr(params, "param_groups", None), list):
+        return loss_groups(params)
+    return params
+
+
+def require_iterable(params: Any) -> None:
+    """Raises a TypeError where `params` can't be gone through."""
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params={described(params)}: expected an iterable of tensors")
+
+
 def collect(
     params: Parameters, weight_decay: float = 0.0, *, all_frozen: bool = False
 ) -> list[TrackedParameter]:
@@ -57,7 +85,7 @@ def collect(
 
     Args:
         params: tensors, (name, tensor) pairs, or mappings with a "params" entry (and perhaps a
-            "weight_decay" of their own), as for torch.optim.
+            "weight_decay" of their own), as for torch.optim; a module, an optimizer.
         weight_decay: for parameters whose group has none.
         all_frozen: allow that none requires a gradient.
 
@@ -67,17 +95,15 @@ def collect(
         ValueError: no parameter at all, none that requires a gradient, one without a shape yet, a
             non-leaf one, or one that is in several groups.
     """
-    if isinstance(params, Tensor):
-        raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params={params!r}: expected an iterable of tensors")
+    params = entries_of(params)
+    require_iterable(params)
     found: dict[int, TrackedParameter] = {}
     group_of: dict[int, int] = {}
     seen = 0
     for number, entry in enumerate(params):
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
         if "params" not in group:
-            raise ValueError(f"params: a group without 'params', only {sorted(group)}")
+            raise ValueError(f"params: a group without 'params', only {described(list(group))}")
         members = group["params"]
         names = iter(group.get("param_names") or ())  # torch.optim keeps them apart
         for member in [members] if isinstance(members, Tensor) else members:
@@ -93,7 +119,8 @@ def collect(
                 of = number if isinstance(entry, Mapping) else 0
                 found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
     if not seen:
-        raise ValueError("params: empty, there is nothing to measure")
+        used = " (a generator gives its tensors once)" if isinstance(params, Iterator) else ""
+        raise ValueError(f"params: empty, there is nothing to measure{used}")
     if not found and not all_frozen:
         raise ValueError(f"params: none of the {seen} parameters requires a gradient")
     return list(found.values())
@@ -110,22 +137,23 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
         TypeError: parameters without names.
         ValueError: a pattern that matches none.
     """
-    patterns = [select] if isinstance(select, str) else list(select)
+    several = list(select) if isinstance(select, Iterable) else []
+    patterns = [select] if isinstance(select, str) else several
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"select={select!r}: expected a pattern or a list of patterns")
+        raise ValueError(f"select={described(select)}: expected a pattern or a list of patterns")
     matched: set[str] = set()
 
     def chosen(member: Any) -> bool:
         if not isinstance(member, tuple):
             raise TypeError(
-                f"select={select!r}: needs names; pass model.named_parameters() as params"
+                f"select={described(select)}: needs names; pass model.named_parameters() as params"
             )
         hits = {pattern for pattern in patterns if fnmatchcase(member[0], pattern)}
         matched.update(hits)
         return bool(hits)
 
     kept: list[Any] = []
-    for entry in params:
+    for entry in entries_of(params):
         if not isinstance(entry, Mapping):
             kept += [entry] if chosen(entry) else []
             continue
@@ -134,7 +162,7 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
         kept += [{**entry, "params": members}] if members else []
     for pattern in patterns:
         if pattern not in matched:
-            raise ValueError(f"select: no parameter's name matches {pattern!r}")
+            raise ValueError(f"select: no parameter's name matches {described(pattern)}")
     return kept
 
 
@@ -150,6 +178,12 @@ def _check_parameter(name: str, tensor: Any) -> bool:
     if not tensor.requires_grad:
         return False  # of whatever kind: quantised, integer, sparse
     what = f"params: {name} of shape {tuple(tensor.shape)}"
+    if tensor.is_inference():
+        raise ValueError(
+            f"{what} was made inside of torch.inference_mode, where autograd doesn't see it:\nmake "
+            "the model outside, or take copy.deepcopy(model) outside (pass model.parameters() of "
+            "that)"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{what} has layout {tensor.layout}, expected a dense (strided) tensor")
     if tensor.dtype not in BUFFER_DTYPES:

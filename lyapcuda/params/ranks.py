@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lyapcuda.arguments import described
 from lyapcuda.params.shards import fsdp_modules, is_sharded
 
 __all__ = ["GRACE", "RankError", "Ranks", "is_wrapper"]
@@ -107,7 +108,9 @@ class Ranks:
             )
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
-                raise ValueError(f"process_group={group!r}: torch.distributed isn't initialised")
+                raise ValueError(
+                    f"process_group={described(group)}: torch.distributed isn't initialised"
+                )
             return None
         wrappers = [m for m in modules if isinstance(m, DistributedDataParallel)]
         if group is None:

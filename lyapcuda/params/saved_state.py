@@ -40,11 +40,17 @@ def check_shapes(name: str, have: Sequence[Tensor | None], saved: Sequence[Tenso
     """Raises a ValueError where saved tensors are of other shapes or dtypes than ours."""
     require_list(name, saved, (Tensor, type(None)))
 
-    def describe(tensors: Sequence[Tensor | None]) -> list[str]:
-        return ["-" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in tensors]
+    def describe(tensor: Tensor | None) -> str:
+        return "-" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
-    if describe(have) != describe(saved):
+    advice = "it belongs to another model"
+    if len(have) != len(saved):
         raise ValueError(
-            f"state_dict: {name} is {describe(saved)}, but these parameters need {describe(have)}: "
-            "it belongs to another model"
+            f"state_dict: {name} holds {len(saved)} tensors, but these parameters need "
+            f"{len(have)}: {advice}"
         )
+    for theirs, mine in zip(map(describe, saved), map(describe, have), strict=True):
+        if theirs != mine:
+            raise ValueError(
+                f"state_dict: {name} holds {theirs}, but these parameters need {mine}: {advice}"
+            )

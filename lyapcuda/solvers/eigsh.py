@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import choice, whole
+from lyapcuda.arguments import choice, proper_fraction, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.basis import MAX_ROWS
 from lyapcuda.params.flat import FlatLayout
@@ -124,8 +123,7 @@ def _check(k: Any, which: Any, tol: Any, maxiter: Any, method: Any, ncv: Any, se
     whole("k", k, 1)
     choice("which", which, WHICH)
     choice("method", method, METHODS)
-    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < tol < 1:
-        raise ValueError(f"tol={tol!r}: expected a number in (0, 1)")
+    proper_fraction("tol", tol)
     if maxiter is not None:
         whole("maxiter", maxiter, 1)
     if ncv is not None:

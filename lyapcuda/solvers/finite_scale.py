@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lyapcuda.arguments import positive
+from lyapcuda.arguments import described, positive
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
 from lyapcuda.solvers.result import EigenResult
 
@@ -62,16 +62,15 @@ def finite_scale(
     before, operator = operator.gradient_evaluations, operator.central()
     rows = vectors.eigenvectors if isinstance(vectors, EigenResult) else vectors
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != operator.shape[0]:
-        described = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(
-            f"vectors: expected an EigenResult or (k, {operator.shape[0]}), got {described}"
+            f"vectors: expected an EigenResult or (k, {operator.shape[0]}), got {described(rows)}"
         )
     if perturbations is None:
         middle = getattr(vectors, "perturbation", None) or operator.perturbation
         perturbations = (middle / 10.0, middle, middle * 10.0)
-    sizes = list(perturbations)
+    sizes = list(perturbations) if isinstance(perturbations, Iterable) else []
     if len(sizes) < 2:
-        raise ValueError(f"perturbations={perturbations!r}: expected two or more")
+        raise ValueError(f"perturbations={described(perturbations)}: expected two or more")
     for size in sizes:
         positive("perturbations", size)
     table = []

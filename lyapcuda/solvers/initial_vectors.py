@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import described
 from lyapcuda.basis import Basis
 from lyapcuda.solvers.operator import HessianOperator
 
@@ -28,10 +29,9 @@ def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
     if hasattr(type(v0), "separations") and hasattr(v0, "parameters"):
         rows = [_flat(vector, operator) for vector in _separations_of(v0)]
     elif not isinstance(v0, Tensor) or v0.is_complex() or v0.shape[-1:] != (n,) or v0.dim() > 2:
-        described = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
         raise ValueError(
             f"v0: expected a real tensor of shape ({n},) or (m, {n}), or a tracker of these "
-            f"parameters, got {described}"
+            f"parameters, got {described(v0)}"
         )
     else:
         rows = list(v0.detach().reshape(-1, n))

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, positive
+from lyapcuda.arguments import choice, described, positive, users_level
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
+from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.isolation import chosen_modules, modules_of
@@ -76,7 +77,8 @@ class HessianOperator:
         closure: takes nothing and returns the loss (or has called ``backward()`` itself). With
             ``data`` it takes a batch.
         params: tensors, (name, tensor) pairs, or groups, as for torch.optim. A group's
-            "weight_decay" counts as part of the loss (½·wd·‖θ‖²).
+            "weight_decay" counts as part of the loss (½·wd·‖θ‖²). Or a module, or an optimizer, as
+            for `CurvatureTracker`.
         data: an iterable of batches, a DataLoader for instance. The loss is that of all of them
             together: the mean of the batches' losses, weighted by how much each counts, or their
             sum.
@@ -117,6 +119,7 @@ class HessianOperator:
                 [8., 2.]], dtype=torch.float64)
     """
 
+    @entry_point
     def __init__(
         self,
         closure: Closure,
@@ -133,7 +136,9 @@ class HessianOperator:
         debug: bool = False,
     ) -> None:
         if not callable(closure):
-            raise TypeError(f"closure={closure!r}: expected a callable that returns the loss")
+            raise TypeError(
+                f"closure={described(closure)}: expected a callable that returns the loss"
+            )
         choice("mode", mode, MODES)
         if difference is not None:
             choice("difference", difference, DIFFERENCES)
@@ -240,7 +245,7 @@ class HessianOperator:
                 f"perturbation={perturbation:g} is small for the parameters' precision: the "
                 f"difference of gradients will be rounding for a good part; {advised:.1g} is "
                 "advised",
-                stacklevel=3,
+                stacklevel=users_level(),
             )
 
     # --- as a matrix -----------------------------------------------------------------------------
@@ -257,6 +262,7 @@ class HessianOperator:
     def device(self) -> torch.device:
         return self.layout.device
 
+    @entry_point
     def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor:
         """Returns Hv.
 
@@ -271,9 +277,8 @@ class HessianOperator:
             ValueError: another shape, or not real.
         """
         if not isinstance(v, Tensor) or v.shape != (self.layout.numel,) or v.is_complex():
-            described = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(
-                f"v: expected a real tensor of shape {self.shape[:1]}, got {described}"
+                f"v: expected a real tensor of shape {self.shape[:1]}, got {described(v)}"
             )
         vectors, out = self._scattered(v), self._new_buffers()
         square = sum(
@@ -282,13 +287,17 @@ class HessianOperator:
         self.product(vectors, out, norm=square.sqrt(), perturbation=perturbation)
         if self.changed is not None and not self._warned:
             self._warned = True
-            warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=users_level())
         return self.layout.gather(out)
 
+    @entry_point
     def matmat(self, matrix: Tensor) -> Tensor:
         """H times the columns of an (n, m) matrix."""
-        if not isinstance(matrix, Tensor) or matrix.dim() != 2:
-            raise ValueError("matrix: expected a tensor of shape (n, m)")
+        n = self.layout.numel
+        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) != n:
+            raise ValueError(
+                f"matrix: expected a tensor of shape ({n}, m), got {described(matrix)}"
+            )
         with self.keeping_graph():
             columns = self._columns(list(matrix.T))
         return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
@@ -564,14 +573,15 @@ def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
     """
     known = inspect.signature(solver).parameters
 
+    @entry_point
     @functools.wraps(solver)
     def solve(operator: HessianOperator | Closure, *arguments: Any, **options: Any) -> Any:
         if isinstance(operator, HessianOperator):
             return solver(operator, *arguments, **options)
         if not callable(operator):
             raise TypeError(
-                f"closure={operator!r}: {solver.__name__} expects a HessianOperator, or a callable "
-                "that returns the loss"
+                f"closure={described(operator)}: {solver.__name__} expects a HessianOperator, or a "
+                "callable that returns the loss"
             )
         if arguments:
             params, *arguments = arguments

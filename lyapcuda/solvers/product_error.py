@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lyapcuda.arguments import users_level
 from lyapcuda.solvers.agreement import ASYMMETRIC, asymmetry_allowed, is_rough
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import NOT_ITS_OWN, ConvergenceWarning, jumping
@@ -40,7 +41,7 @@ class ProductError:
             warnings.warn(
                 f"{name}: not known as well as its standard error says; " + "; ".join(self.doubts),
                 ConvergenceWarning,
-                stacklevel=5,
+                stacklevel=users_level(),
             )
 
 

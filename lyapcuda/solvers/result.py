@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapcuda.arguments import described, users_level
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
 
@@ -126,7 +127,7 @@ class EigenResult:
     def unflatten(self, i: int) -> list[Tensor]:
         """Eigenvector i as views shaped like the parameters, in their order."""
         if not isinstance(i, Integral) or not -len(self.eigenvectors) <= i < len(self.eigenvectors):
-            raise IndexError(f"i={i!r}: there are {len(self.eigenvectors)} eigenvectors")
+            raise IndexError(f"i={described(i)}: there are {len(self.eigenvectors)} eigenvectors")
         return self._layout.split(self.eigenvectors[i])
 
 
@@ -145,7 +146,7 @@ def warn_unless_converged(result: EigenResult) -> None:
         f"{missing} of {result.eigenvalues.numel()} eigenvalues aren't known to tol={result.tol:g} "
         f"after {result.iterations} iterations (see .interval); {advice}",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=users_level(),
     )
 
 

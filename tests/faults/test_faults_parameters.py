@@ -60,7 +60,7 @@ def test_a_rate_or_size_that_the_buffers_cannot_hold_is_named(name):
         with pytest.raises(ValueError, match=f"{name}=1e[+]39: above 3.403e[+]38"):
             lyapcuda.CurvatureTracker(params, **{name: 1e39})
     lyapcuda.CurvatureTracker([wide], **{name: 1e39})
-    with pytest.raises(ValueError, match=f"{name}=tensor.0.1000.: expected a positive"):
+    with pytest.raises(ValueError, match=f"{name}=<Tensor of shape ..>: expected a positive"):
         lyapcuda.CurvatureTracker([wide], **{name: torch.tensor(0.1)})
 
 

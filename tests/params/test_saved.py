@@ -27,7 +27,7 @@ def test_missing_entries_are_named():
 def test_other_shapes_and_dtypes_are_refused():
     check_shapes("q", [torch.zeros(2), None], [torch.ones(2), None])
     for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), None):
-        with pytest.raises(ValueError, match="q is .* another model"):
+        with pytest.raises(ValueError, match="q holds .* another model"):
             check_shapes("q", [torch.zeros(2)], [other])
 
 
@@ -56,6 +56,6 @@ def test_a_state_that_is_refused_leaves_a_tracker_that_had_not_started():
     saved = tracker.state_dict()
     saved["separations"][0]["q"] = [torch.zeros(3)]
     fresh = lyapcuda.CurvatureTracker(model.parameters())
-    with pytest.raises(ValueError, match="q is"):
+    with pytest.raises(ValueError, match="q holds"):
         fresh.load_state_dict(saved)
     assert fresh.perturbation is None and fresh.calls == 0  # Δq is chosen at the first step

@@ -300,7 +300,7 @@ def test_scaled_dot_product_attention():
         (dict(perturbation=0.0), ValueError, r"perturbation=0\.0"),
         (dict(perturbation=True), ValueError, "perturbation=True"),
         (dict(weight_decay=-1.0), ValueError, r"weight_decay=-1\.0"),
-        (dict(model=3), TypeError, "int"),
+        (dict(model=3), TypeError, "model=3"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):
