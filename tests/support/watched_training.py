@@ -197,12 +197,15 @@ class Meter:
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
+#: Entries that aren't a module's own: registers, hooks.
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+
+
 def _walk(name: str, thing: Any, found: dict[str, Any]) -> None:
     """Takes down the bits of everything in a thing, by name."""
     if isinstance(thing, nn.Module):
         for inner, module in thing.named_modules():
-            # Of a module's private entries: those that hold tensors.
-            own = {n: v for n, v in vars(module).items() if n[0] != "_"}
+            own = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE}
             for kind in ("_parameters", "_buffers"):
                 own |= vars(module)[kind]
             for key, value in own.items():
