@@ -6,6 +6,7 @@ from lyapcuda.dynamics import lyapunov
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
 from lyapcuda.objective.micro_batches import split_batch
+from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.optim import LyapunovSGD
 from lyapcuda.params.ranks import RankError
 from lyapcuda.solvers.density import SpectralDensity, spectral_density
@@ -33,6 +34,7 @@ __all__ = [
     "SpectralDensity",
     "TensorBoardWriter",
     "TraceResult",
+    "at_a_copy",
     "eigsh",
     "finite_scale",
     "lyapunov",

@@ -217,8 +217,7 @@ class LyapunovSGD(Optimizer):
         every, self.tracker.every = self.tracker.every, 1
         try:
             for closure in islice(source, self._warmup_iterations):
-                around = self._around(scaler)
-                self.tracker.step(closure if around is None else around.around(closure))
+                self.tracker.step(closure, scaler=scaler)
                 if not float(self._accepted()):
                     return iterations
                 iterations += 1
@@ -277,18 +276,17 @@ class LyapunovSGD(Optimizer):
             first = (lambda: closure(micro[-1])) if micro else part or closure
             self.warmup(first, scaler=scaler)
         self._sync_weight_decay()
-        around = self._around(scaler)
+        scaling = self._scaling(scaler)
         self._measured = False
-        if around is not None:
-            closure = around.around(closure)
-            part = None if part is None else around.around(part)
         fresh = self.tracker.calls % self.tracker.every == 0
-        loss = self.tracker.step(closure, measure=part, batches=micro, leave_grad=True)
-        if around is not None:
-            around.report()
+        loss = self.tracker.step(
+            closure, measure=part, batches=micro, leave_grad=True, scaler=scaling
+        )
+        if scaling is not None:
+            scaling.finish_()
         # Whether the measurement was finite doesn't tell about other gradients than its own.
         self._fresh, self._other = fresh, part is not None or micro is not None
-        self._measured, self._scaled = True, around is not None
+        self._measured, self._scaled = True, scaling is not None
         return loss
 
     def step(
@@ -337,10 +335,10 @@ class LyapunovSGD(Optimizer):
         self._measured = False
         return loss
 
-    def _around(self, scaler: Any) -> Unscaled | None:
+    def _scaling(self, scaler: Any) -> Unscaled | None:
         if scaler is None or not scaler.is_enabled():
             return None
-        return Unscaled(scaler, self, self.tracker.parameters, self.tracker.layout.ranks)
+        return Unscaled(scaler, self.tracker.parameters, self.tracker.layout.ranks, self)
 
     def _sync_weight_decay(self) -> None:
         for part in self.tracker.layout.groups:

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,8 @@ from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
+from lyapcuda.objective.first_evaluation import Touched
+from lyapcuda.objective.grad_scaler import Unscaled, scaler_in
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
 from lyapcuda.objective.isolation import (
     LooseParameters,
@@ -54,6 +57,24 @@ __all__ = ["MODES", "CurvatureTracker"]
 MODES = ("difference", "exact")
 
 _FORMAT = 8
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one step is asked for.
+
+    Attributes:
+        closure, measure: as of `CurvatureTracker.step`.
+        micro: batches and their shares.
+        leave: the gradient at θ in ``.grad``.
+        add: to what is there.
+    """
+
+    closure: Closure
+    measure: Closure | None
+    micro: list[tuple[Any, float]] | None
+    leave: bool
+    add: bool
 
 
 class CurvatureTracker:
@@ -105,9 +126,10 @@ class CurvatureTracker:
         ema: weight of the past in `h_ema`, in [0, 1).
         history: how many measurements `history` can look back on, kept on the device; 0 for none.
         seed: of the random first q; the global random states are not touched.
-        model: the module or modules whose buffers, and whose other parameters' gradients, are put
-            back between evaluations. Without it: every module that holds a tracked parameter, with
-            its children. Give it where the closure runs modules beside those.
+        model: modules and tensors whose buffers, and whose gradients, are put back between
+            evaluations, beside what the first evaluation was seen to touch: modules that ran,
+            tensors that got a gradient, plain attributes that changed. Needed only for what runs
+            later than that, or inside compiled functions.
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
@@ -118,8 +140,10 @@ class CurvatureTracker:
             Refused where double backward fails or is wrong (fused attention, compiled parts,
             weight_norm, DDP, FSDP2, hooks on parameters); see docs/tracking.md for that and for
             what it costs.
-        debug: evaluate the closure once more at every measurement, at θ, and raise a RuntimeError
-            where it isn't the same function twice (another minibatch). Waits for the device.
+        debug: whether closures are checked: that they are the same function twice (not another
+            minibatch), and that the loss changes along the gradient as that says (not where ranks
+            average gradients). Takes three evaluations more and waits for the device. None: at the
+            first measurement. True: at each. False: never.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -142,10 +166,10 @@ class CurvatureTracker:
         ema: float = 0.9,
         history: int = 1000,
         seed: int = 0,
-        model: nn.Module | Iterable[nn.Module] | None = None,
+        model: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None = None,
         process_group: dist.ProcessGroup | None = None,
         mode: str = "difference",
-        debug: bool = False,
+        debug: bool | None = None,
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
@@ -192,10 +216,14 @@ class CurvatureTracker:
         )
         self._gradients = 0
         self._debug, self._process_group = debug, process_group
+        self._checked = False
+        #: One that the first closure was seen to refer to.
+        self._scaler: torch.amp.GradScaler | None = None
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
         self._lock = StepLock("tracker.step")
         self._found_evaluator: Evaluator | None = None
+        self._touched = Touched()
         self._separations: Separations | None = None  # made at the first measurement
         self._calls = 0
         self._sizing = self._new_sizing()
@@ -210,12 +238,14 @@ class CurvatureTracker:
         *,
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
-        """Measures once and adds the gradient at θ to ``.grad``, as loss.backward() would.
+        """Measures once and adds the gradient at θ to ``.grad``, bit for bit as loss.backward()
+        would.
 
-        Random states, buffers and other parameters' gradients are what one plain evaluation leaves.
-        The gradient is added after the closure has returned: one that clears gradients itself, as
-        for torch.optim.LBFGS, belongs into ``step(closure, leave_grad=True)``, which replaces them.
+        Everything is what one plain evaluation of the closure leaves. Where gradients are there
+        already, and the closure calls ``backward()`` itself without clearing them first, that takes
+        one evaluation more.
 
         Args:
             closure: takes nothing (with ``batches``: a batch) and returns the loss; may have called
@@ -227,6 +257,7 @@ class CurvatureTracker:
                 gradient and the loss are the average, weighted by their numbers of samples. The
                 curvature is that of the last. Costs k gradients of the last more. BatchNorm sees
                 one micro-batch at a time, as in gradient accumulation.
+            scaler: as for `step`.
 
         Returns:
             The loss at θ, detached.
@@ -246,7 +277,7 @@ class CurvatureTracker:
             >>> round(float(tracker.h), 3)  # ‖(1, 1, 1, 1)‖² · 2
             8.0
         """
-        return self._take_step(closure, measure, batches, leave=True, accumulate=True)
+        return self._take_step(closure, measure, batches, scaler, leave=True, add=True)
 
     def step(
         self,
@@ -255,6 +286,7 @@ class CurvatureTracker:
         measure: Closure | None = None,
         batches: Iterable[Any] | None = None,
         leave_grad: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor | None:
         """Measures once on the minibatch that the closure holds.
 
@@ -273,7 +305,11 @@ class CurvatureTracker:
                 states are bitwise what they were. True leaves what one plain evaluation at θ with
                 cleared gradients leaves: an optimizer's ``step()`` can follow, and the measurement
                 has cost one gradient more, not two. A gradient that was there before is replaced,
-                not added to: accumulate inside the closure, or over ``batches``.
+                not added to: accumulate inside the closure, or over ``batches``; or call
+                `backward`.
+            scaler: whose ``scaler.scale(loss).backward()`` the closure calls, or leaves to us. The
+                curvature is that of the loss itself; the gradient that ``leave_grad`` leaves is
+                scaled, as ``scaler.step(optimizer)`` expects it. Memory: one gradient more.
 
         Returns:
             The loss at θ, detached. None when ``every`` skips this step (with ``leave_grad`` the
@@ -284,21 +320,23 @@ class CurvatureTracker:
         call waits for this one.
 
         Raises:
-            RuntimeError: the closure itself calls `step`; with ``debug``, it is another function
-                each time.
+            RuntimeError: the closure itself calls `step`, or an optimizer's; it updates the
+                parameters, or returns a loss that was computed before; it is another function each
+                time, or its gradient isn't that of the loss it returns (see ``debug``).
             TypeError, ValueError: naming the argument; ``measure`` or ``batches`` without
                 ``leave_grad`` (pass the part's own closure), or both of them.
         """
-        return self._take_step(closure, measure, batches, leave=leave_grad, accumulate=False)
+        return self._take_step(closure, measure, batches, scaler, leave=leave_grad, add=False)
 
     def _take_step(
         self,
         closure: Closure,
         measure: Closure | None,
         batches: Iterable[Any] | None,
+        scaler: Any,
         *,
         leave: bool,
-        accumulate: bool,
+        add: bool,
     ) -> Tensor | None:
         for name, value in (("closure", closure), ("measure", measure)):
             if not callable(value) and not (name == "measure" and value is None):
@@ -311,35 +349,47 @@ class CurvatureTracker:
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
+        scaling = self._scaling(scaler, closure)
         with deferred(), self._lock:
-            kept = None
-            if accumulate and any(p.grad is not None for p in self._tensors):
-                kept = TrackedGradients(self._tensors, self._evaluator.modules)
-            return self._measured_step(closure, measure, micro, leave, kept)
+            add = add and any(p.grad is not None for p in self._tensors)
+            self._evaluator.scaling = scaling
+            try:
+                return self._measured_step(_Request(closure, measure, micro, leave, add))
+            finally:
+                self._evaluator.scaling = None
 
-    def _measured_step(
-        self,
-        closure: Closure,
-        measure: Closure | None,
-        micro: list[tuple[Any, float]] | None,
-        leave: bool,
-        kept: TrackedGradients | None,
-    ) -> Tensor | None:
-        """A step inside the lock; ``kept``: gradients that this one's is added to."""
+    def _scaling(self, scaler: Any, closure: Closure) -> Unscaled | None:
+        if isinstance(scaler, Unscaled):
+            return scaler
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+        if scaler is None and not self._checked and not self._options.exact:
+            self._scaler = scaler_in(closure)
+        found = self._scaler if scaler is None else scaler
+        if found is None or not found.is_enabled():
+            return None
+        if self._options.exact:
+            raise ValueError(
+                "scaler: mode='exact' takes products of the loss itself, unscaled; use "
+                "mode='difference' beside a GradScaler"
+            )
+        return Unscaled(found, self._tensors, self._layout.ranks, found=scaler is None)
+
+    def _measured_step(self, request: _Request) -> Tensor | None:
+        """A step inside the lock."""
         if not self.due:
             loss = None
-            if leave:
-                evaluated = self._evaluate(closure, None, micro, leave, [])
+            if request.leave:
+                evaluated = self._evaluate(request, [])
                 evaluated.leave()
                 loss = evaluated.loss
-            self._after_gradient(kept)
+            self._after_gradient()
             return loss
         self.start()
-        before = self._before_exchange()
+        before = self._before_exchange(request.add)
         copies = self._separations.place()
         try:
-            evaluate = partial(self._evaluate, closure, measure, micro, leave)
-            evaluated, totals = self._advanced(evaluate, copies)
+            evaluated, totals = self._advanced(partial(self._evaluate, request), copies)
         except BaseException as error:
             if before is not None and isinstance(error, RankError):
                 before.restore()
@@ -347,9 +397,10 @@ class CurvatureTracker:
             elif before is not None:
                 self._separations.excuse()
             raise
+        self._checked = True
         self._resize(totals)
         evaluated.leave()
-        self._after_gradient(kept)
+        self._after_gradient()
         if self._history is not None:
             self._history.record(evaluated.loss, self._separations)
         with allowed():
@@ -357,36 +408,32 @@ class CurvatureTracker:
                 hook(self)
         return evaluated.loss
 
-    def _after_gradient(self, kept: TrackedGradients | None) -> None:
-        if kept is not None:
-            kept.accumulate()
+    def _after_gradient(self) -> None:
         self._calls += 1
         if self._history is not None:
             self._history.tick()
 
-    def _before_exchange(self) -> Snapshot | None:
+    def _before_exchange(self, values: bool) -> Snapshot | None:
         """What is there before a step that other ranks may still call off; None for one process."""
         if self._layout.ranks is None:
             return None
         self._layout.ranks.check()
-        return self._evaluator.snapshot()
+        return self._evaluator.snapshot(values=values)
 
     def _evaluate(
-        self,
-        closure: Closure,
-        measure: Closure | None,
-        micro: list[tuple[Any, float]] | None,
-        leave: bool,
-        copies: list[list[Tensor]],
-        further: Further | None = None,
+        self, request: _Request, copies: list[list[Tensor]], further: Further | None = None
     ) -> Measured:
-        evaluator, how = self._evaluator, {"check": self._debug, "further": further}
-        if micro is not None:
-            return accumulated(evaluator, closure, micro, copies, **how)
-        if measure is not None and copies:
-            return beside(evaluator, measure, closure, copies, **how)
-        found = evaluator.gradients(closure, copies, leave=leave, **how)
-        return Measured(found, found.loss0)
+        evaluator, closure, add = self._evaluator, request.closure, request.add
+        check = bool(copies) and (not self._checked if self._debug is None else self._debug)
+        how = {"check": check, "further": further}
+        if request.micro is not None:
+            kept = TrackedGradients(self._tensors, evaluator.modules) if add else None
+            measured = accumulated(evaluator, closure, request.micro, copies, **how)
+            return measured if kept is None else measured.onto(kept)
+        if request.measure is not None and copies:
+            return beside(evaluator, request.measure, closure, copies, add=add, **how)
+        found = evaluator.gradients(closure, copies, leave=request.leave, add=add, **how)
+        return Measured(found, found.loss0, found.leave)
 
     def _advanced(
         self, evaluate: Callable[..., Measured], copies: list[list[Tensor]]
@@ -429,14 +476,22 @@ class CurvatureTracker:
 
     # --- inside an optimizer ---------------------------------------------------------------------
 
-    def attach(self, optimizer: Optimizer, *, measure: Closure | None = None) -> RemovableHandle:
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        measure: Closure | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> RemovableHandle:
         """Measures inside every ``optimizer.step(closure)`` from now on, at k gradients more.
 
         Args:
             optimizer: any of torch.optim.
             measure: as in `step`, called at each of them: a closure of a part of the minibatch that
-                the optimizer's closure holds then. ``.grad`` is that of the optimizer's closure
-                alone, as ``leave_grad`` leaves it.
+                the optimizer's closure holds then. ``.grad`` is what the optimizer's closure makes
+                of it, bit for bit; where it adds to gradients that are there already, that takes
+                one evaluation more.
+            scaler: as in `step`.
 
         Returns:
             A handle; ``handle.remove()`` ends it. ``optimizer.step()`` without a closure raises a
@@ -459,7 +514,7 @@ class CurvatureTracker:
                 if done or at_a_copy():
                     return closure()
                 done = True
-                return self.step(closure, measure=measure, leave_grad=True)
+                return self._take_step(closure, measure, None, scaler, leave=True, add=True)
 
             # Hooks see the optimizer as args[0].
             others = {name: value for name, value in kwargs.items() if name != "closure"}
@@ -516,6 +571,7 @@ class CurvatureTracker:
             names = [p.name for p in self._layout.parameters]
             of = ExactEvaluator if self._options.exact else Evaluator
             self._found_evaluator = of(self._tensors, names, modules)
+            self._found_evaluator.touched = self._touched
         return self._found_evaluator
 
     def _find_modules(self) -> list[nn.Module]:

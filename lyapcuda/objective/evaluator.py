@@ -7,21 +7,29 @@ and accumulation inside the closure work.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lyapcuda.objective.backward_passes import Outermost, listening
+from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Manner, Touched
 from lyapcuda.objective.interrupts import allowed
-from lyapcuda.objective.isolation import Snapshot
-from lyapcuda.objective.pointing import pointing
+from lyapcuda.objective.isolation import Snapshot, TrackedGradients
+from lyapcuda.objective.loss_graph import leaves_of
+from lyapcuda.objective.own_gradient import check_own_gradient
+from lyapcuda.objective.pointing import aside, pointing
+from lyapcuda.objective.reachable import code_of
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
-from lyapcuda.params.shards import locals_of, reset
+from lyapcuda.params.ranks import is_wrapper
+from lyapcuda.params.shards import any_sharded, locals_of, reset
 
 __all__ = [
     "NO_GRADIENT",
@@ -41,14 +49,22 @@ __all__ = [
 Closure = Callable[..., Tensor | float]
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients at θ and at each copy θ + q_j, None where there is none; the losses, detached."""
+    """Gradients at θ and at each copy θ + q_j, None where there is none; the losses, detached.
+
+    ``leave`` puts what is to be left into ``.grad``, once ``g0`` isn't needed any more.
+    """
 
     g0: list[Tensor | None]
     copies: list[list[Tensor | None]]
     loss0: Tensor
     losses: list[Tensor]
+    leave: Callable[[], None] = _nothing
 
     def of(self, first: int, count: int) -> Gradients:
         """Those of ``count`` copies from the ``first`` on."""
@@ -72,6 +88,22 @@ class Probe(Protocol):
         """Returns the loss at ``copy``, which comes back holding the gradient there."""
 
 
+class Scaling(Protocol):
+    """A factor in the gradients of a measurement (a GradScaler's)."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Returns the loss times it."""
+
+    def take(self) -> None:
+        """Called after each backward pass."""
+
+    def divide_(self, gradients: Sequence[Tensor | None]) -> None:
+        """Divides by it in place."""
+
+    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns quotients, in memory of their own."""
+
+
 #: Is handed what was found, and a way to evaluate at further copies.
 Further = Callable[[Gradients, Probe], None]
 #: What is said where a loss has nothing to do with the parameters.
@@ -79,6 +111,9 @@ NO_GRADIENT = (
     "closure: its loss gives none of the tracked parameters a gradient: were they replaced since, "
     "or do they belong to another model?"
 )
+
+#: How many gradients stand in for all of them.
+_MARKS = 8
 
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
@@ -124,15 +159,46 @@ class Evaluator:
     def __init__(
         self, parameters: Sequence[Tensor], names: Sequence[str], modules: Sequence[nn.Module] = ()
     ) -> None:
-        self.parameters, self.names, self.modules = parameters, names, modules
+        self.parameters, self.names, self._given = parameters, names, list(modules)
+        #: What closures were seen to touch, and how each goes about it, by its code.
+        self.touched = Touched()
+        self.manners: dict[Hashable, Manner] = {}
+        self._tracked = {id(p) for p in parameters}
+        self._last: weakref.ref[Tensor] | None = None
+        self._called_backward = False
+        #: Of the gradients that closures' backward passes give, for the present measurement.
+        self.scaling: Scaling | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those whose buffers, and whose other parameters' gradients, are put back."""
+        known = {id(m) for m in self._given}
+        return [*self._given, *(m for m in self.touched.modules if id(m) not in known)]
 
     def snapshot(
-        self, generators: Iterable[torch.Generator] = (), *, values: bool = False
+        self,
+        generators: Iterable[torch.Generator] = (),
+        *,
+        values: bool = False,
+        written: bool = False,
     ) -> Snapshot:
-        """What an evaluation may change besides its result, as it is now; ``values``: copies of the
-        gradients with it.
+        """What an evaluation may change besides its result, as it is now.
+
+        Args:
+            generators: of the user's own.
+            values: copies of the gradients with it.
+            written: copies of the parameters with it; also where a closure was seen to write them.
         """
-        return Snapshot(self.parameters, self.modules, generators, values=values)
+        written = written or any(m.writes_parameters for m in self.manners.values())
+        return Snapshot(
+            self.parameters,
+            self.modules,
+            generators,
+            values=values,
+            leaves=self.touched.leaves,
+            places=self.touched.places,
+            written=written,
+        )
 
     @contextmanager
     def pointing_to(self, copies: Sequence[Tensor]) -> Iterator[None]:
@@ -142,24 +208,74 @@ class Evaluator:
             with allowed():
                 yield
 
-    def evaluate(self, closure: Closure) -> tuple[Tensor, list[Tensor | None]]:
+    def knows(self, closure: Closure) -> bool:
+        """Whether a closure of this text was evaluated before."""
+        return code_of(closure) in self.manners
+
+    def manner(self, closure: Closure) -> Manner:
+        """How closures of this text go about their evaluation, as far as that is known."""
+        return self.manners.get(code_of(closure), Manner())
+
+    @contextmanager
+    def looking(self, closure: Closure, before: Snapshot, again: bool = False) -> Iterator[None]:
+        """Inside, the one evaluation of a closure that isn't known yet is watched for what it
+        touches, which ``before`` then puts back too.
+
+        Args:
+            again: also if it is known.
+
+        Raises:
+            RuntimeError: as `FirstEvaluation`.
+        """
+        if self.knows(closure) and not again:
+            yield
+            return
+        modules = self.modules
+        with FirstEvaluation(closure, self.parameters, modules, before, self.touched) as seen:
+            yield
+        self.manners[code_of(closure)] = replace(seen.manner, calls_backward=self._called_backward)
+
+    def evaluate(
+        self,
+        closure: Closure,
+        before: Snapshot | None = None,
+        marks: _Marks | None = None,
+        *,
+        of: Closure | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Returns the detached loss and the gradients of one evaluation with cleared gradients.
 
-        It leaves them in ``.grad``, and whatever else the closure changed.
+        It leaves them in ``.grad``, and whatever else the closure changed. Where the closure was
+        seen to change ``.grad`` after its backward pass, the gradients are as that pass left them.
+
+        Args:
+            before: takes on the leaves that are found only now.
+            marks: gradients that stand in for those that were there.
+            of: the user's closure, where that is another one.
 
         Raises:
             TypeError, ValueError: the closure returned no loss, none of the parameters got a
                 gradient, or a gradient is sparse.
+            RuntimeError: its loss was computed before.
         """
         parameters = self.parameters
         for parameter in parameters:
             parameter.grad = None
         # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
         torch.clear_autocast_cache()
-        with torch.enable_grad(), allowed():
+        changes = self.manner(closure if of is None else of).changes_gradients
+        loose = before if self.touched.loose else None
+        heard = _Passes(self.parameters, self._tracked, changes, loose, marks)
+        with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
+            if marks is not None:
+                marks.set()
             loss = closure()
             check_loss(loss)
+            self._check_new(loss)
+            if marks is not None:
+                marks.read()
             found = _appeared(parameters)
+            self._called_backward = found is not None
             if found is None:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise ValueError(
@@ -167,15 +283,63 @@ class Evaluator:
                         "differentiated: does it depend on the tracked parameters (outside of "
                         "torch.inference_mode)?"
                     )
-                loss.backward()
+                (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
                 found = _appeared(parameters)
                 if found is None:
                     raise ValueError(NO_GRADIENT)
+            if self.scaling is not None:
+                self.scaling.take()
         torch.clear_autocast_cache()
-        gradients = locals_of(found)
+        gradients = locals_of(found if heard.kept is None else heard.kept)
         self._check_dense(gradients)
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         return value.reshape(()), gradients
+
+    def _check_new(self, loss: Tensor | float) -> None:
+        """Raises where the last call returned this very tensor."""
+        if isinstance(loss, Tensor):
+            if self._last is not None and self._last() is loss and loss.grad_fn is not None:
+                raise RuntimeError(PRECOMPUTED)
+            self._last = weakref.ref(loss)
+
+    def loss(self, closure: Closure) -> Tensor:
+        """Returns the loss as it is now, detached, without a backward pass of ours."""
+        with torch.enable_grad(), allowed():
+            loss = closure()
+        check_loss(loss)
+        exact = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        return exact.detach().reshape(())
+
+    def run(self, closure: Closure) -> Tensor:
+        """Evaluates a closure as training would: its gradient is added to what is there, unless it
+        clears that itself.
+
+        Returns:
+            The loss, detached. After an exception everything is as it was, for a copy of the
+            gradients.
+        """
+        before = self.snapshot(values=True)
+        there = [(p.grad, None if p.grad is None else p.grad._version) for p in self.parameters]
+        heard = _Passes(self.parameters, self._tracked)
+        try:
+            with torch.enable_grad(), allowed(), _named_errors(), listening(heard):
+                torch.clear_autocast_cache()
+                loss = closure()
+                check_loss(loss)
+                pairs = zip(there, self.parameters, strict=True)
+                untouched = all(
+                    p.grad is g and (g is None or g._version == v) for (g, v), p in pairs
+                )
+                if not heard.count and untouched and isinstance(loss, Tensor):
+                    (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
+                torch.clear_autocast_cache()
+        except BaseException:
+            reset(self.modules)
+            before.restore()
+            before.restore_gradients()
+            raise
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        return value.reshape(())
 
     def _check_dense(self, gradients: Sequence[Tensor | None]) -> None:
         present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
@@ -195,6 +359,7 @@ class Evaluator:
         copies: Sequence[Sequence[Tensor]] = (),
         *,
         leave: bool = False,
+        add: bool = False,
         check: bool = False,
         further: Further | None = None,
     ) -> Gradients:
@@ -207,22 +372,39 @@ class Evaluator:
             leave: False puts everything back as it was, gradients and random states included. True
                 leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
                 random states and buffers after it.
-            check: evaluate once more at θ, and raise where the two differ. Waits for the device.
+            add: with ``leave``, gradients that were there before are what they would be for that
+                evaluation: added to, or what the closure itself makes of them. It is so once the
+                result's ``leave()`` was called. Where several things may be done to them (the
+                closure calls ``backward()`` and doesn't clear them first), that takes one
+                evaluation more.
+            check: evaluate once more at θ, and raise where the two differ; and see whether the loss
+                changes along its gradient as that says. Waits for the device.
             further: called in the end; may evaluate at more copies, which leaves no trace either.
+
+        Gradients that come scaled (`scaling`) are without that in the result, in ``.grad`` with it.
 
         Raises:
             TypeError, ValueError: as `evaluate`. After these, as after any exception of the
                 closure's own, everything is as it was.
-            RuntimeError: ``check`` found the closure to be another function each time.
+            RuntimeError: ``check`` found the closure to be another function each time, or its
+                gradient not to be that of its loss; or as `FirstEvaluation`.
         """
-        before = self.snapshot()
-        found, losses = [], []
+        scaling = self.scaling
+        if add and not copies:
+            return Gradients([], [], self.run(closure), [])
+        before = self.snapshot(written=not copies and not self.knows(closure))
+        kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
+        kept = kept if kept is not None and kept.any else None
+        marks = None if kept is None else _Marks(self.parameters, kept)
+        found, losses, new = [], [], check or not self.knows(closure)
         try:
             # θ last: that evaluation leaves what training expects.
             with pointing(self.parameters, self.modules) if copies else nullcontext() as hold:
                 for copy in copies:
                     hold(copy)
-                    loss, there = self.evaluate(closure)
+                    with self.looking(closure, before, new):
+                        loss, there = self.evaluate(closure, before, marks)
+                    new, marks = False, None if marks is None or marks.told else marks
                     # θ + q is no longer needed, so its gradient takes its place. By reference it
                     # wouldn't be safe: storage may be used again (DDP's buckets, a closure that
                     # writes .grad), and memory would hold one gradient more for every copy.
@@ -230,15 +412,29 @@ class Evaluator:
                     del there
                     losses.append(loss)
                     before.restore()
+            if self.manner(closure).writes_parameters:
+                before.keep_parameters()
             if check:  # the last two of all, so that a closure that alternates is found too
-                once = Fingerprint.of(*self.evaluate(closure))
+                with aside():
+                    once, there = self.evaluate(closure, before)
+                    fingerprint = Fingerprint.of(once, there)
+                    self._check_own(closure, before, once, there)
+                    del there
                 before.restore()
-            loss0, g0 = self.evaluate(closure)
+            apart = kept is not None and self._is_apart(closure, kept)
+            with aside() if apart else nullcontext(), self.looking(closure, before, new):
+                loss0, g0 = self.evaluate(closure, before)
             if check:
-                check_same(once, Fingerprint.of(loss0, g0))
+                check_same(fingerprint, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
+            if scaling is not None:
+                for copy in found:
+                    scaling.divide_(copy)
+                g0 = scaling.divided(g0)
+            elif apart:
+                g0 = [None if g is None else g.clone() for g in g0]
             result = Gradients(g0, found, loss0, losses)
             if further is not None:
-                probe = _Probe(self, closure, before)
+                probe = _Probe(self, closure, before, g0)
                 further(result, probe)
                 probe.end()
         except BaseException:
@@ -246,10 +442,183 @@ class Evaluator:
             before.restore()
             before.restore_gradients()
             raise
-        if not leave:
+        if not leave or apart:
             before.restore()
             before.restore_gradients()
+        if apart:
+            return replace(result, leave=lambda: self._run_again(closure))
+        if kept is not None and not kept.cleared:
+            return replace(result, leave=kept.accumulate)
         return result
+
+    def _run_again(self, closure: Closure) -> None:
+        self.run(closure)
+
+    def _is_apart(self, closure: Closure, kept: TrackedGradients) -> bool:
+        """Whether training's own evaluation has to be one of its own, on the gradients that were
+        there: adding to them in the end wouldn't be the same.
+        """
+        if kept.cleared:
+            return False
+        if kept.cleared is None and not self.manner(closure).calls_backward:
+            return bool(self.averages) or any(
+                p._post_accumulate_grad_hooks for p in self.parameters
+            )
+        return True
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are averaged over ranks as they come."""
+        return any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
+
+    def _check_own(
+        self,
+        closure: Closure,
+        before: Snapshot,
+        loss: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Raises where the loss doesn't change along its gradient as that says.
+
+        Left out where ranks average gradients: the loss is one rank's own.
+        """
+        if self.averages:
+            return
+        with torch.no_grad():
+            pairs = [
+                (p.detach(), None if g is None else g.detach().clone())
+                for p, g in zip(self.parameters, gradients, strict=True)
+            ]
+            if self.scaling is not None:
+                self.scaling.divide_([g for _, g in pairs])
+            square = sum(float(g.double().square().sum()) for _, g in pairs if g is not None)
+            extent = sum(float(p.double().square().sum()) for p, g in pairs if g is not None)
+        norm = math.sqrt(square) if square > 0 else 0.0
+        if not math.isfinite(norm) or norm == 0.0:
+            return
+        scratch = [torch.empty_like(p) for p, _ in pairs]
+
+        def at(t: float) -> tuple[float, float]:
+            """The loss at θ + t·g/‖g‖, and what the gradient says it has changed by."""
+            told = 0.0
+            with torch.no_grad():
+                for (p, g), s in zip(pairs, scratch, strict=True):
+                    s.copy_(p)
+                    if g is not None:
+                        s.add_(g, alpha=t / norm)
+                        told += float((g.double() * (s.double() - p.double())).sum())
+            before.restore()
+            with self.pointing_to(scratch):
+                return float(self.loss(closure)), told
+
+        def slope(t: float) -> tuple[float, float, float, float]:
+            (up, more), (down, less) = at(t), at(-t)
+            middle = float(loss)
+            return (
+                up - down,
+                more - less,
+                abs(0.5 * (up + down) - middle),
+                max(abs(up), abs(down), abs(middle)),
+            )
+
+        own = max(torch.finfo(p.dtype).eps for p, _ in pairs)
+        epsilon = max(own, self.manner(closure).epsilon)
+        check_own_gradient(slope, own**0.4 * max(math.sqrt(extent), 1e-3), epsilon)
+
+
+class _Passes(Outermost):
+    """Hears the backward passes of one evaluation.
+
+    Args:
+        parameters, tracked: the tracked ones, and their ids.
+        keep: copy the gradients after each pass, before the closure changes them.
+        before: takes on the leaves that are found; None where there are none beside modules'.
+        marks: are read before the first pass.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        tracked: set[int] = frozenset(),
+        keep: bool = False,
+        before: Snapshot | None = None,
+        marks: _Marks | None = None,
+    ) -> None:
+        super().__init__()
+        self._parameters, self._tracked, self._keep = parameters, tracked, keep
+        self._before, self._marks = before, marks
+        self.count = 0
+        self.kept: list[Tensor | None] | None = None
+
+    def listening(self) -> AbstractContextManager[None]:
+        """A context in which it listens, where there is anything to hear."""
+        needed = self._keep or self._before is not None or self._marks is not None
+        return listening(self) if needed else nullcontext()
+
+    def begins(self, roots: Sequence[Any]) -> None:
+        if self._marks is not None:
+            self._marks.read()
+        if self._before is not None:
+            for root in roots:
+                for leaf in leaves_of(root):
+                    if id(leaf) not in self._tracked:
+                        self._before.notice(leaf)
+
+    def ended(self) -> None:
+        self.count += 1
+        if self._keep:
+            self.kept = [
+                None if g is None else g.detach().clone() for g in map(_GRAD, self._parameters)
+            ]
+
+
+class _Marks:
+    """Stand-ins for gradients that are there, to see whether a closure clears them first.
+
+    A few small ones: they cost nothing, and whether they are still there tells for all.
+
+    Args:
+        parameters: the tracked ones.
+        kept: their gradients; takes on what was told.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], kept: TrackedGradients) -> None:
+        pairs = zip(parameters, kept.gradients, strict=True)
+        there = sorted(
+            ((p, g) for p, g in pairs if g is not None), key=lambda pair: pair[0].numel()
+        )
+        self._kept, self._some = kept, there[:_MARKS]
+        self._set: list[tuple[Tensor, Tensor, int]] = []
+        self.told = False
+
+    def set(self) -> None:
+        """Puts them in place."""
+        for parameter, gradient in self._some:
+            mark = gradient.detach().clone()
+            parameter.grad = mark
+            self._set.append((parameter, mark, mark._version))
+
+    def read(self) -> None:
+        """Before the first backward pass: sees which are still there, and takes them away."""
+        if self.told:
+            return
+        self.told = True
+        left = [p.grad is mark and mark._version == v for p, mark, v in self._set]
+        for parameter, mark, _ in self._set:
+            if parameter.grad is mark:
+                parameter.grad = None
+        self._kept.cleared = True if not any(left) else False if not all(left) else None
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Says what is wrong where autograd only says that a graph was used before."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(PRECOMPUTED) from error
+        raise
 
 
 class _Probe:
@@ -261,13 +630,21 @@ class _Probe:
     Args:
         evaluator, closure: whose gradients.
         before: the states that every evaluation starts from.
+        g0: the gradients at θ, without a scaling.
 
     Attributes:
         gradients: those of the last call, where its copy was.
     """
 
-    def __init__(self, evaluator: Evaluator, closure: Closure, before: Snapshot) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        closure: Closure,
+        before: Snapshot,
+        g0: Sequence[Tensor | None] = (),
+    ) -> None:
         self._evaluator, self._closure, self._before = evaluator, closure, before
+        self._scaling, self._g0 = evaluator.scaling, g0
         self._after: Snapshot | None = None
         self.gradients: list[Tensor | None] = []
 
@@ -275,6 +652,8 @@ class _Probe:
         """The gradients at θ, which later evaluations don't overwrite."""
         if self._after is None:
             self._after = self._evaluator.snapshot(values=True)
+        if self._scaling is not None or self._evaluator.manner(self._closure).changes_gradients:
+            return list(self._g0)  # in memory of its own
         return locals_of(self._after.gradients)
 
     def __call__(self, copy: Sequence[Tensor]) -> Tensor:
@@ -283,8 +662,10 @@ class _Probe:
         self._before.restore()
         with pointing(self._evaluator.parameters, self._evaluator.modules) as hold:
             hold(copy)
-            loss, there = self._evaluator.evaluate(self._closure)
+            loss, there = self._evaluator.evaluate(self._closure, self._before)
             self.gradients = moved(there, copy)
+        if self._scaling is not None:
+            self._scaling.divide_(self.gradients)
         return loss
 
     def end(self) -> None:
@@ -294,9 +675,11 @@ class _Probe:
             self._after.restore_gradients()
 
 
-def check_same(once: Fingerprint, again: Fingerprint) -> None:
-    """Raises a RuntimeError where two evaluations at the same θ differ by more than rounding."""
-    difference = once.differs(again)
+def check_same(once: Fingerprint, again: Fingerprint, epsilon: float = 0.0) -> None:
+    """Raises a RuntimeError where two evaluations at the same θ differ by more than rounding, of a
+    type of this machine epsilon if it is coarser than the gradients'.
+    """
+    difference = once.differs(again, epsilon)
     if difference is not None:
         raise RuntimeError(
             f"closure: two evaluations at the same θ gave {difference}; expected the same loss and "

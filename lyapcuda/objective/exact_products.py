@@ -10,7 +10,7 @@ two differ, it is run every time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from lyapcuda.objective.evaluator import (
     moved,
 )
 from lyapcuda.objective.interrupts import allowed
-from lyapcuda.objective.isolation import States
+from lyapcuda.objective.isolation import Snapshot, States, TrackedGradients
 from lyapcuda.objective.loss_graph import graph_nodes, unproven
+from lyapcuda.objective.pointing import aside
 from lyapcuda.objective.same_function import Fingerprint
 
 __all__ = ["ONE_PROCESS", "ExactEvaluator"]
@@ -74,6 +75,7 @@ class ExactEvaluator(Evaluator):
         copies: Sequence[Sequence[Tensor]] = (),
         *,
         leave: bool = False,
+        add: bool = False,
         check: bool = False,
         further: Further | None = None,
     ) -> Gradients:
@@ -83,7 +85,7 @@ class ExactEvaluator(Evaluator):
             closure: returns the loss; must not call ``backward()`` itself.
             copies: vectors of the parameters' shapes, dtypes and devices; come back holding H times
                 them.
-            leave, check, further: as for `Evaluator.gradients`; the probe takes vectors too.
+            leave, add, check, further: as for `Evaluator.gradients`; the probe takes vectors too.
 
         Raises:
             DoubleBackwardError: the closure called ``backward()``, parameters have hooks, or double
@@ -91,21 +93,30 @@ class ExactEvaluator(Evaluator):
             TypeError, ValueError, RuntimeError: as `Evaluator.gradients`.
         """
         if not copies:
-            return super().gradients(closure, leave=leave, check=check, further=further)
-        before = self.snapshot()
+            return super().gradients(closure, leave=leave, add=add, check=check, further=further)
+        before = self.snapshot(written=not self.knows(closure))
+        kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
         try:
             if check:
-                once = Fingerprint.of(*self.evaluate(closure))
+                with aside():
+                    with self.looking(closure, before, again=True):
+                        once, there = self.evaluate(closure, before)
+                    fingerprint = Fingerprint.of(once, there)
+                    before.restore()
+                    self._check_own(closure, before, once, there)
+                del there
                 before.restore()
-            training = _Training(self._seen, self.modules)
-            with allowed():
+            training = _Training(self._seen, self.modules, before)
+            with allowed(), self.looking(closure, before):
                 graph = GradientGraph(closure, self.parameters, training.take, training.look)
             g0 = [p.grad for p in self.parameters]
             if all(g is None for g in g0):
                 raise ValueError(NO_GRADIENT)
             self._check_dense(g0)
             if check:
-                check_same(once, Fingerprint.of(graph.loss, g0))
+                check_same(
+                    fingerprint, Fingerprint.of(graph.loss, g0), self.manner(closure).epsilon
+                )
             found = []
             for number, copy in enumerate(copies, 1):
                 with allowed():
@@ -124,6 +135,8 @@ class ExactEvaluator(Evaluator):
         if not leave:
             before.restore()
             before.restore_gradients()
+        if kept is not None and kept.any:
+            return replace(result, leave=kept.accumulate)
         return result
 
 
@@ -209,6 +222,8 @@ class _Training:
 
     seen: _Seen
     modules: Sequence[nn.Module]
+    #: Takes on other leaves.
+    before: Snapshot
     #: Leaves beside the parameters, which backward() gives a gradient too, and what they had.
     others: list[Tensor] = field(default_factory=list)
     kept: list[Tensor | None] = field(default_factory=list)
@@ -221,6 +236,8 @@ class _Training:
         is needed; returns the other leaves.
         """
         self.key, self.others = self.seen.judge(loss)
+        for leaf in self.others:
+            self.before.notice(leaf)
         agreed = self.seen.agreed[self.key]
         if agreed >= _AGREEMENTS:
             return self.others

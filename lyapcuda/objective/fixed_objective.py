@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
-from lyapcuda.objective.evaluator import Closure, Evaluator, check_loss
+from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.memory import free_bytes
 
@@ -80,7 +82,7 @@ class FixedObjective:
             The losses (0-dim, detached), in the points' order.
         """
         closure = self.closure if closure is None else closure
-        before = self.evaluator.snapshot(self._generators)
+        before = self._snapshot()
         losses = []
         try:
             for where, gradient in points:
@@ -88,7 +90,7 @@ class FixedObjective:
                     before.restore()
                 self._states.restore()
                 with nullcontext() if where is None else self.evaluator.pointing_to(where):
-                    losses.append(self._average(closure, gradient))
+                    losses.append(self._average(closure, gradient, before))
         finally:
             before.restore()
             before.restore_gradients()
@@ -96,20 +98,34 @@ class FixedObjective:
 
     def loss_at(self, where: Sequence[Tensor]) -> Tensor:
         """Returns the loss at other values of the parameters, by a forward pass alone."""
-        with self._as_it_was(), self.evaluator.pointing_to(where), torch.enable_grad():
+        evaluator = self.evaluator
+        with self._as_it_was() as before, evaluator.pointing_to(where):
             if self.batches is None:
-                return _detached(self.closure())
-            return self._mean(lambda b, size: _detached(self.closure(b)), (), self.batches)
+                with evaluator.looking(self.closure, before):
+                    return evaluator.loss(self.closure)
 
-    def _average(self, closure: Closure, total: Sequence[Tensor] | Take) -> Tensor:
+            def one(batch: Any, size: int) -> Tensor:
+                with evaluator.looking(self.closure, before):
+                    return evaluator.loss(partial(self.closure, batch))
+
+            return self._mean(one, (), self.batches)
+
+    def _snapshot(self) -> Snapshot:
+        written = not self.evaluator.knows(self.closure)
+        return self.evaluator.snapshot(self._generators, written=written)
+
+    def _average(
+        self, closure: Closure, total: Sequence[Tensor] | Take, before: Snapshot
+    ) -> Tensor:
         """One evaluation into ``total``; over batches, the mean weighted by their sizes."""
         if self.batches is not None and callable(total):
             sums = [torch.zeros_like(p) for p in self.evaluator.parameters]
-            loss = self._average(closure, sums)
+            loss = self._average(closure, sums, before)
             total(sums, loss)
             return loss
         if self.batches is None:
-            loss, gradients = self.evaluator.evaluate(closure)
+            with self.evaluator.looking(self.closure, before):
+                loss, gradients = self.evaluator.evaluate(closure, before, of=self.closure)
             if callable(total):
                 total(gradients, loss)
                 return loss
@@ -118,7 +134,10 @@ class FixedObjective:
             out.zero_()
 
         def one(batch: Any, size: int) -> Tensor:
-            loss, rows = self.evaluator.evaluate(lambda: closure(batch))
+            with self.evaluator.looking(self.closure, before):
+                loss, rows = self.evaluator.evaluate(
+                    partial(closure, batch), before, of=self.closure
+                )
             for out, row in zip(total, rows, strict=True):
                 if row is not None:
                     out.add_(row.detach(), alpha=size)
@@ -188,9 +207,9 @@ class FixedObjective:
     ) -> Tensor:
         """Those of several vectors, for one forward pass over each batch."""
         closure = self.closure if closure is None else closure
-        with self._as_it_was():
+        with self._as_it_was() as before:
             if self.is_one_batch:
-                graph = self._graph_at(closure)
+                graph = self._graph_at(closure, before)
                 for vector, total in zip(vectors, totals, strict=True):
                     keep = self._keeps or vector is not vectors[-1]
                     graph.product(vector, total, keep=keep)
@@ -204,7 +223,7 @@ class FixedObjective:
             def one(item: Any, size: int) -> Tensor:
                 graph = item
                 if kept is None:
-                    graph = GradientGraph(lambda: closure(item), self.evaluator.parameters)
+                    graph = self._new_graph(partial(closure, item), before)
                     if self._keeps and (graphs or self._affords(graph)):
                         graphs.append((graph, size))
                 keep = bool(kept or graphs)
@@ -227,9 +246,10 @@ class FixedObjective:
         Returns:
             The loss, 0-dim, detached.
         """
-        with self._as_it_was():
+        with self._as_it_was() as before:
             self._graph = None
-            return self._graph_at(self.closure if closure is None else closure, take).loss
+            closure = self.closure if closure is None else closure
+            return self._graph_at(closure, before, take).loss
 
     def drop_graph(self) -> None:
         """Lets go of what is kept within `keeping_graph`."""
@@ -257,6 +277,7 @@ class FixedObjective:
     def _graph_at(
         self,
         closure: Closure,
+        before: Snapshot,
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
     ) -> GradientGraph:
         """The graph at θ: the one kept, or a new one."""
@@ -264,31 +285,33 @@ class FixedObjective:
         if self._graph is not None and self._graph.versions == [p._version for p in parameters]:
             return self._graph
         self._graph = None  # before there is another one
-        if self.batches is None:
-            graph = GradientGraph(closure, parameters, take)
-        else:
+        if self.batches is not None:
             (batch, _), *_ = self.batches
-            graph = GradientGraph(lambda: closure(batch), parameters, take)
+            closure = partial(closure, batch)
+        graph = self._new_graph(closure, before, take)
         if self._keeps:
             self._graph = graph
         return graph
 
+    def _new_graph(
+        self,
+        closure: Closure,
+        before: Snapshot,
+        take: Callable[[Sequence[Tensor | None]], None] | None = None,
+    ) -> GradientGraph:
+        with self.evaluator.looking(self.closure, before):
+            return GradientGraph(closure, self.evaluator.parameters, take)
+
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _as_it_was(self) -> Iterator[Snapshot]:
         """From the same states as every evaluation; afterwards everything is as it was."""
-        before = self.evaluator.snapshot(self._generators)
+        before = self._snapshot()
         try:
             self._states.restore()
-            yield
+            yield before
         finally:
             before.restore()
             before.restore_gradients()
-
-
-def _detached(loss: Any) -> Tensor:
-    check_loss(loss)
-    exact = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-    return exact.detach().reshape(())
 
 
 def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) -> Tensor:

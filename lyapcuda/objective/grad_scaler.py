@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from lyapcuda.objective.evaluator import Closure
+from lyapcuda.objective.reachable import instances_in, named_objects
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.shards import local
 
-__all__ = ["Unscaled", "found_inf"]
+__all__ = ["Unscaled", "found_inf", "scaler_in"]
 
 
 def _divide(gradients: Sequence[Tensor], inverse: Tensor) -> dict[torch.device, Tensor]:
@@ -47,17 +47,33 @@ def found_inf(
     return found if ranks is None else ranks.sum(found.double()).float()
 
 
-class Unscaled:
-    """A GradScaler around the closures of one measurement.
+def scaler_in(closure: Callable[..., Any]) -> torch.amp.GradScaler | None:
+    """An enabled GradScaler that a closure refers to by a name of its own; None where there is
+    none, or more than one.
+    """
+    found = {
+        id(scaler): scaler
+        for name, value in named_objects(closure)
+        for _, scaler in instances_in(name, value, torch.amp.GradScaler)
+        if scaler.is_enabled()
+    }
+    return next(iter(found.values())) if len(found) == 1 else None
 
-    All gradients of a measurement are divided by one and the same scale. What overflows in any of
-    them is reported to the scaler, so that its `step` skips and its `update` lowers the scale.
+
+class Unscaled:
+    """A GradScaler's scale, taken out of the gradients of one measurement.
+
+    All gradients of a measurement are divided by one and the same scale.
 
     Args:
         scaler: enabled.
-        optimizer: whose gradients are scaled.
         parameters: those that are measured.
         ranks: that share them.
+        optimizer: whose gradients these are, where `finish_` is to unscale them; what overflows in
+            any of the gradients is then reported to the scaler, so that its `step` skips and its
+            `update` lowers the scale.
+        found: the scaler was found in the closure, not given: only a closure that calls
+            ``backward()`` itself scales its loss.
 
     Raises:
         RuntimeError: the optimizer's gradients were unscaled, or its step taken, since the last
@@ -67,13 +83,16 @@ class Unscaled:
     def __init__(
         self,
         scaler: Any,
-        optimizer: Optimizer,
         parameters: Sequence[Tensor],
         ranks: Ranks | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        found: bool = False,
     ) -> None:
         self._scaler, self._parameters, self._ranks = scaler, parameters, ranks
-        self._entry = scaler._per_optimizer_states[id(optimizer)]
-        if self._entry["stage"] is not OptState.READY:
+        self._was_found, self._idle = found, False
+        self._entry = None if optimizer is None else scaler._per_optimizer_states[id(optimizer)]
+        if self._entry is not None and self._entry["stage"] is not OptState.READY:
             raise RuntimeError(
                 "scaler: scaler.update() has to follow every scaler.step(optimizer), and one "
                 "measurement has to have all gradients of a step (see batches)"
@@ -82,37 +101,50 @@ class Unscaled:
         self._inverse: Tensor | None = None
         self._found: dict[torch.device, Tensor] = {}
 
-    def around(self, closure: Closure) -> Closure:
-        """The closure, its loss scaled (where it didn't call ``scaler.scale(loss).backward()``
-        itself), its gradients unscaled.
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward()`` on, where the closure left that to us."""
+        self._idle = self._was_found
+        return loss if self._idle else self._scaler.scale(loss)
+
+    def divide_(self, gradients: Sequence[Tensor | None]) -> None:
+        """Divides by the scale in place, and takes down what overflowed."""
+        if self._idle:
+            return
+        present = [gradient for gradient in gradients if gradient is not None]
+        if any(gradient.dtype == torch.float16 for gradient in present):
+            raise ValueError("scaler: float16 gradients can't be unscaled; use autocast")
+        for device, value in _divide(present, self._inverse).items():
+            before = self._found.get(device)
+            self._found[device] = value if before is None else before + value
+
+    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns quotients, in memory of their own."""
+        copies = [None if g is None else g.detach().clone() for g in gradients]
+        self.divide_(copies)
+        return copies
+
+    def finish_(self) -> None:
+        """Does what ``scaler.unscale_(optimizer)`` would: divides what is in ``.grad``, and tells
+        the scaler what overflowed in any of the measurement's gradients.
         """
-
-        def unscaled(*batch: Any) -> Tensor | float:
-            loss = closure(*batch)
-            if all(p.grad is None for p in self._parameters):
-                self._scaler.scale(loss).backward()
-            self._take_scale()
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            if any(gradient.dtype == torch.float16 for gradient in gradients):
-                raise ValueError("scaler: float16 gradients can't be unscaled; use autocast")
-            for device, value in _divide(gradients, self._inverse).items():
-                before = self._found.get(device)
-                self._found[device] = value if before is None else before + value
-            return loss
-
-        return unscaled
-
-    def report(self) -> None:
-        """Tells the scaler what `unscale_` would: the gradients are unscaled, these overflowed."""
+        self.divide_([p.grad for p in self._parameters])
         if self._ranks is not None:
             for device, value in self._found.items():
                 self._found[device] = self._ranks.sum(value.double()).float()
         self._entry["found_inf_per_device"] = self._found
         self._entry["stage"] = OptState.UNSCALED
 
-    def _take_scale(self) -> None:
-        """The scale of the first evaluation; the same tensor at the same version in the others."""
+    def take(self) -> None:
+        """After a backward pass: the scale of the first one; the same tensor at the same version in
+        the others.
+
+        Raises:
+            RuntimeError: the scale has changed, or the gradients aren't scaled.
+        """
         scale = self._scaler._get_scale_async()
+        if self._idle or scale is None and self._was_found:
+            self._idle = True
+            return
         if scale is None:
             raise RuntimeError(
                 "scaler: the closure called backward() itself, but not on scaler.scale(loss)"

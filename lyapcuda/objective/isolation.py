@@ -1,7 +1,7 @@
 """Snapshot and restore what an evaluation may change besides its result, bitwise.
 
-Random states, the buffers of modules (also ones that it registers or replaces), and the gradients
-of parameters that aren't tracked.
+Random states, the buffers of modules (also ones that it registers or replaces), the gradients of
+tensors that aren't tracked, and the plain attributes that an evaluation was seen to change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lyapcuda.objective.attributes import AttributeValues, Place
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
@@ -50,17 +51,25 @@ def modules_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
     return list(found.values())
 
 
-def chosen_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
-    """The modules that a user names as ``model=``, with their children; none for None.
+def chosen_modules(
+    model: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None,
+) -> list[nn.Module]:
+    """The modules and tensors that a user names as ``model=``, with children; none for None.
 
     Raises:
-        TypeError: something that is no module.
+        TypeError: something that is neither.
     """
-    models = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+    one = isinstance(model, nn.Module | Tensor)
+    models = () if model is None else (model,) if one else tuple(model)
     for module in models:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model={type(module).__name__}: expected torch.nn.Module")
-    return [m for module in models for m in module.modules()]
+        if not isinstance(module, nn.Module | Tensor):
+            raise TypeError(
+                f"model={type(module).__name__}: expected a torch.nn.Module, or a tensor that "
+                "requires a gradient"
+            )
+    tensors = [t for t in models if isinstance(t, Tensor)]
+    found = [m for module in models if isinstance(module, nn.Module) for m in module.modules()]
+    return [*found, LooseParameters(tensors)] if tensors else found
 
 
 _BUFFERS, _PARAMETERS = operator.attrgetter("_buffers"), operator.attrgetter("_parameters")
@@ -175,11 +184,24 @@ class TrackedGradients:
         )
         self._parameters, self._gradients = parameters, [p.grad for p in parameters]
         self._values = [_value_of(g) for g in self._gradients] if values or buckets else ()
+        #: Whether a closure was seen to clear them before its backward pass. None: not; False: some
+        #: of them.
+        self.cleared: bool | None = None
 
     @property
     def values(self) -> list[Tensor | None]:
         """The copies, as far as some are kept."""
         return list(self._values)
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients themselves."""
+        return self._gradients
+
+    @property
+    def any(self) -> bool:
+        """Whether a tracked parameter had a gradient."""
+        return any(gradient is not None for gradient in self._gradients)
 
     @deferred()
     def restore(self) -> None:
@@ -235,17 +257,55 @@ class States:
         self._buffers.restore()
 
 
+class _OtherGradients:
+    """Gradients of tensors that aren't tracked, as they are now.
+
+    Accumulation is in place, so their values are kept as well.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._held: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        for tensor in tensors:
+            self.notice(tensor)
+
+    def notice(self, tensor: Tensor) -> None:
+        """Adds one, unless it is there already."""
+        if id(tensor) not in self._held:
+            self._held[id(tensor)] = tensor, tensor.grad, _value_of(tensor.grad)
+
+    def restore(self) -> None:
+        for tensor, gradient, value in self._held.values():
+            if gradient is not None:
+                gradient.data.copy_(value)
+            tensor.grad = gradient
+
+
+class _ParameterValues:
+    """Where parameters lie, and their values: for closures whose forward pass writes them."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._held = [(p, p.data, p.data.clone()) for p in parameters]
+
+    def restore(self) -> None:
+        for parameter, place, value in self._held:
+            place.copy_(value)
+            parameter.data = place
+
+
 class Snapshot:
     """What an evaluation may change besides its result, as it is now.
 
-    That is: random states, module buffers, the gradients of the tracked parameters, and those of
-    the modules' other parameters.
+    That is: random states, module buffers, the gradients of the tracked parameters, those of other
+    tensors, and plain attributes.
 
     Args:
         parameters: the tracked ones.
         modules: whose buffers and other parameters' gradients are kept.
         generators: of the user's own, whose states are kept too.
         values: keep copies of the tracked gradients as well.
+        leaves: other tensors whose gradients are kept.
+        places: plain attributes that are kept.
+        written: keep the tracked parameters' values as well.
     """
 
     def __init__(
@@ -255,33 +315,59 @@ class Snapshot:
         generators: Iterable[torch.Generator] = (),
         *,
         values: bool = False,
+        leaves: Iterable[Tensor] = (),
+        places: Iterable[Place] = (),
+        written: bool = False,
     ) -> None:
         if capturing():
             raise RuntimeError(
                 "a measurement can't be captured in a CUDA graph: it reads and restores random "
                 "states on the host. Measure outside of it; the ops of lyapcuda.ops can be captured"
             )
+        self._parameters = parameters
         self._tracked = TrackedGradients(parameters, modules, values)
-        # Accumulation is in place, so the values of other parameters' gradients are kept as well.
-        self._other_gradients = [
-            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
-            for p in untracked(parameters, modules)
-        ]
+        self._others = _OtherGradients(chain(untracked(parameters, modules), leaves))
         self._states = States(parameters, modules, generators)
+        self._attributes = [AttributeValues(places)] if places else []
+        self._values = _ParameterValues(parameters) if written else None
+        #: Buffers of modules that were noticed later.
+        self._later: list[_Buffers] = []
 
     @property
     def gradients(self) -> list[Tensor | None]:
         """The tracked gradients' copies."""
         return self._tracked.values
 
+    def notice(self, leaf: Tensor) -> None:
+        """Keeps the gradient of another tensor too, as it is now; unless it is kept already."""
+        self._others.notice(leaf)
+
+    def notice_modules(self, modules: Sequence[nn.Module]) -> None:
+        """Keeps the buffers of modules, and their parameters' gradients, too."""
+        self._later.append(_Buffers(modules))
+        for parameter in untracked(self._parameters, modules):
+            self._others.notice(parameter)
+
+    def keep_parameters(self) -> None:
+        """Keeps the tracked parameters' values too, as they are now; unless they are kept."""
+        if self._values is None:
+            self._values = _ParameterValues(self._parameters)
+
+    def notice_attributes(self, values: AttributeValues) -> None:
+        """Keeps plain attributes too."""
+        self._attributes.append(values)
+
     @deferred()
     def restore(self) -> None:
         """Everything but the tracked parameters' own gradients, bitwise."""
         self._states.restore()
-        for parameter, gradient, value in self._other_gradients:
-            if gradient is not None:
-                gradient.data.copy_(value)
-            parameter.grad = gradient
+        for buffers in self._later:
+            buffers.restore()
+        self._others.restore()
+        for attributes in self._attributes:
+            attributes.restore()
+        if self._values is not None:
+            self._values.restore()
 
     def restore_gradients(self) -> None:
         """The tracked parameters' gradients, bitwise."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda.objective import tf32
+from lyapcuda.objective.backward_passes import listening
 
 __all__ = [
     "COARSE",
@@ -20,7 +19,9 @@ __all__ = [
     "graph_nodes",
     "has_kinks",
     "is_smooth",
+    "leaves_of",
     "loss_epsilon",
+    "precomputed",
     "unproven",
     "watching",
 ]
@@ -56,6 +57,34 @@ def graph_nodes(loss: Any) -> Iterator[Any]:
         seen.add(node)
         yield node
         nodes += [following for following, _ in node.next_functions if following is not None]
+
+
+def leaves_of(loss: Any) -> list[Tensor]:
+    """The tensors that a backward pass of a loss accumulates a gradient in."""
+    return [n.variable for n in graph_nodes(loss) if hasattr(n, "variable") and _is_leaf(n)]
+
+
+def _is_leaf(node: Any) -> bool:
+    return node.name().endswith("AccumulateGrad")
+
+
+def precomputed(loss: Any, parameters: Sequence[Tensor], start: int) -> bool:
+    """Whether a part of a loss that depends on the parameters was computed before.
+
+    Args:
+        start: the sequence number that autograd had for this thread's next function.
+    """
+    nodes = [n for n in graph_nodes(loss) if not _is_leaf(n) and n._sequence_nr() < start]
+    ours, seen = {id(p) for p in parameters}, set(nodes)
+    while nodes:
+        for following, _ in nodes.pop().next_functions:
+            if following is None or following in seen:
+                continue
+            if _is_leaf(following) and id(following.variable) in ours:
+                return True
+            seen.add(following)
+            nodes.append(following)
+    return False
 
 
 def loss_epsilon(loss: Any) -> float:
@@ -147,47 +176,30 @@ class Sighting:
         self.smooth = self.smooth and whole and not has_kinks(loss)
 
 
-_lock = threading.Lock()
-_watchers: list[_Watcher] = []
-_real = torch.autograd.backward
-
-
 @dataclass(eq=False)
 class _Watcher:
     sighting: Sighting
     roots: int = 0
 
+    def before(self, roots: Sequence[Any]) -> None:
+        for loss in roots:
+            self.roots += 1
+            self.sighting.see(loss)
 
-@functools.wraps(_real)
-def _seen_backward(tensors: Any, *args: Any, **options: Any) -> None:
-    for watcher in tuple(_watchers):
-        for loss in [tensors] if isinstance(tensors, Tensor) else list(tensors):
-            watcher.roots += 1
-            watcher.sighting.see(loss)
-    _real(tensors, *args, **options)
+    def after(self) -> None:
+        pass
 
 
 @contextmanager
 def watching(sighting: Sighting) -> Iterator[None]:
     """Inside, every backward pass adds what its graph shows to ``sighting``.
 
-    `Tensor.backward` looks torch.autograd.backward up when it is called, so the graph is seen
-    before it is freed, whatever the closure returns: a float, a detached loss. So are the inner
-    graphs of reentrant checkpoints. Another thread's passes are taken for ours.
+    The graph is seen before it is freed, whatever the closure returns: a float, a detached loss. So
+    are the inner graphs of reentrant checkpoints. Another thread's passes are taken for ours.
     """
-    global _real
     watcher = _Watcher(sighting)
     sighting.begin()
-    with _lock:
-        if not _watchers:
-            _real, torch.autograd.backward = torch.autograd.backward, _seen_backward
-        _watchers.append(watcher)
-    try:
+    with listening(watcher):
         yield
-    finally:
-        with _lock:
-            _watchers.remove(watcher)
-            if not _watchers:
-                torch.autograd.backward = _real
-        if not watcher.roots:  # gradients of torch.autograd.grad's, or another engine's
-            sighting.smooth = sighting.shows_all = False
+    if not watcher.roots:  # gradients of torch.autograd.grad's, or another engine's
+        sighting.smooth = sighting.shows_all = False

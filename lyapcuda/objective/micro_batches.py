@@ -7,7 +7,8 @@ there the part's gradient is a share of the training gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from lyapcuda.arguments import proper_fraction
 from lyapcuda.objective.batches import batch_size
 from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients
-from lyapcuda.objective.isolation import untracked
+from lyapcuda.objective.isolation import TrackedGradients, untracked
 
 __all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
 
@@ -66,6 +67,15 @@ class Measured:
     loss: Tensor
     leave: Callable[[], None] = lambda: None
 
+    def onto(self, kept: TrackedGradients) -> Measured:
+        """The same, what is left added to gradients that were there."""
+
+        def leave() -> None:
+            self.leave()
+            kept.accumulate()
+
+        return replace(self, leave=leave)
+
 
 def beside(
     evaluator: Evaluator,
@@ -73,6 +83,7 @@ def beside(
     whole: Closure,
     copies: Copies,
     *,
+    add: bool = False,
     check: bool = False,
     further: Further | None = None,
 ) -> Measured:
@@ -88,7 +99,7 @@ def beside(
     # are never two of them all.
     for i in range(len(found.g0)):
         found.g0[i] = None if found.g0[i] is None else found.g0[i].clone()
-    return Measured(found, evaluator.gradients(whole, leave=True).loss0)
+    return Measured(found, evaluator.gradients(whole, leave=True, add=add).loss0)
 
 
 def shares(batches: Iterable[Any]) -> list[tuple[Any, float]]:
@@ -165,12 +176,13 @@ def accumulated(
         for parameter in others:
             parameter.grad = None
         for batch, weight in batches[:-1]:
-            value = evaluator.evaluate(lambda b=batch: closure(b))[0]
+            with evaluator.looking(closure, before):
+                value = evaluator.evaluate(partial(closure, batch), before, of=closure)[0]
             average.add(weight)
             loss = loss + value * weight
         batch, weight = batches[-1]
         found = evaluator.gradients(
-            lambda: closure(batch), copies, leave=True, check=check, further=further
+            partial(closure, batch), copies, leave=True, check=check, further=further
         )
     except BaseException:
         before.restore()

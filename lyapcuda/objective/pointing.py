@@ -14,15 +14,43 @@ from torch import Tensor, nn
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.params.shards import any_sharded, in_place
 
-__all__ = ["at_a_copy", "pointing"]
+__all__ = ["aside", "at_a_copy", "pointing"]
 
-#: True while a closure is evaluated at θ + q.
+#: True while a closure is evaluated for the measurement alone.
 _displaced: ContextVar[bool] = ContextVar("lyapcuda_displaced", default=False)
 
 
 def at_a_copy() -> bool:
-    """Whether the caller is inside a closure that is being evaluated at θ + q, not at θ."""
+    """Returns whether the caller is inside a closure that is evaluated for a measurement alone: at
+    θ + q, or once more at θ to check it.
+
+    Each step evaluates the closure at copies of the parameters first, and at θ in the end, as
+    training does. What a closure does besides computing its loss (it appends to a list, updates a
+    metric that is no module, prints) belongs where this is False.
+
+    Example:
+        >>> theta = torch.ones(3, requires_grad=True)
+        >>> losses = []
+        >>> def closure():
+        ...     loss = theta.square().sum()
+        ...     if not lyapcuda.at_a_copy():
+        ...         losses.append(float(loss))
+        ...     return loss
+        >>> _ = lyapcuda.CurvatureTracker([theta]).step(closure)
+        >>> losses
+        [3.0]
+    """
     return _displaced.get()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, `at_a_copy` is true, though the parameters are at θ."""
+    token = _displaced.set(True)
+    try:
+        yield
+    finally:
+        _displaced.reset(token)
 
 
 @contextmanager

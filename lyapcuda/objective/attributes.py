@@ -1,0 +1,184 @@
+"""Plain attributes of objects: which of them an evaluation changes, and how they are put back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AllAttributes", "AttributeValues", "Place", "Value", "plain_names", "taken_back"]
+
+#: Tensors in plain attributes up to so many bytes are copied to be compared and put back.
+_MOST_BYTES = 2**26
+#: How deep containers are looked into.
+_DEPTH = 2
+# What every module has by itself, but for the mode.
+_OF_ALL_MODULES = {*vars(nn.Module()), "_is_hf_initialized"} - {"training"}
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def plain_names(holder: Any) -> set[str]:
+    """The names of an object's own attributes, of a module those that aren't the module's tables
+    of parameters, buffers, children and hooks.
+    """
+    names = set(vars(holder))
+    return names - _OF_ALL_MODULES if isinstance(holder, nn.Module) else names
+
+
+class Value:
+    """What an attribute holds now, so that a change of it is seen and can be undone.
+
+    Args:
+        value: a tensor's numbers and the members of lists, tuples, dictionaries, sets and deques
+            are kept beside the object; of anything else the object alone.
+    """
+
+    def __init__(self, value: Any, depth: int = _DEPTH) -> None:
+        self.value = value
+        self._kept: Tensor | None = None
+        self._version = 0
+        self._members: list[Value] | None = None
+        if isinstance(value, Tensor):
+            self._version = value._version if not value.is_inference() else 0
+            if value.layout is torch.strided and not value.is_meta and _bytes(value) <= _MOST_BYTES:
+                self._kept = value.detach().clone()
+        elif depth and isinstance(value, list | tuple | dict | set | deque):
+            self._keys = list(value) if isinstance(value, dict) else None
+            members = value.values() if isinstance(value, dict) else value
+            self._members = [Value(member, depth - 1) for member in members]
+
+    def differs(self, now: Any) -> bool:
+        """Whether something else is held now, or the same with other contents."""
+        if now is not self.value:
+            plain = isinstance(now, _NUMBERS) and type(now) is type(self.value)
+            return not (plain and (now == self.value or now != now))
+        return self.is_changed()
+
+    def is_changed(self) -> bool:
+        """Whether the object's contents have changed."""
+        value = self.value
+        if isinstance(value, Tensor):
+            if not value.is_inference() and value._version != self._version:
+                return True
+            kept = self._kept
+            return kept is not None and not (
+                kept.shape == value.shape and torch.equal(*map(_bits, (kept, value.detach())))
+            )
+        if self._members is None:
+            return False
+        if isinstance(value, dict):
+            if list(value) != self._keys:
+                return True
+            value = value.values()
+        now = list(value)
+        if len(now) != len(self._members):
+            return True
+        return any(member.differs(n) for member, n in zip(self._members, now, strict=True))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its contents have changed and can't be put back."""
+        if isinstance(self.value, Tensor):
+            return self._kept is None and self.is_changed()
+        return any(member.is_lost for member in self._members or ())
+
+    @torch.no_grad()
+    def put_back(self) -> Any:
+        """Puts its contents back, and returns the object."""
+        value = self.value
+        if isinstance(value, Tensor):
+            if self._kept is not None:
+                if value.shape == self._kept.shape:
+                    value.data.copy_(self._kept)
+                else:
+                    value.data = self._kept.clone()
+        elif self._members is not None:
+            members = [member.put_back() for member in self._members]
+            if isinstance(value, dict):
+                value.clear()
+                dict.update(value, zip(self._keys, members, strict=True))
+            elif isinstance(value, list):
+                value[:] = members
+            elif isinstance(value, set | deque):
+                value.clear()
+                (value.update if isinstance(value, set) else value.extend)(members)
+        return value
+
+
+@dataclass(frozen=True)
+class Place:
+    """One attribute of one object; ``called`` is its name for messages."""
+
+    holder: Any
+    name: str
+    called: str
+
+
+class AttributeValues:
+    """Plain attributes, as they are now.
+
+    Args:
+        places: which.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._values: list[tuple[Place, Value | None]] = []
+        for place in places:
+            there = vars(place.holder)
+            value = Value(there[place.name]) if place.name in there else None
+            self._values.append((place, value))
+
+    def restore(self) -> None:
+        """Puts them back."""
+        for place, value in self._values:
+            there = vars(place.holder)
+            if value is not None:
+                there[place.name] = value.put_back()
+            else:
+                there.pop(place.name, None)
+
+
+class AllAttributes:
+    """All plain attributes of some objects, as they are now, to see which of them change.
+
+    Args:
+        holders: the objects, each with its name for messages.
+    """
+
+    def __init__(self, holders: Sequence[tuple[str, Any]]) -> None:
+        self._held = [
+            (called, holder, {name: Value(vars(holder)[name]) for name in plain_names(holder)})
+            for called, holder in holders
+        ]
+
+    def changed(self) -> list[tuple[Place, Value | None]]:
+        """Which have changed since, come or gone, with what they held (None: nothing was there)."""
+        found: list[tuple[Place, Value | None]] = []
+        for called, holder, values in self._held:
+            there = vars(holder)
+            for name in plain_names(holder) | values.keys():
+                value = values.get(name)
+                if value is None or name not in there or value.differs(there[name]):
+                    found.append((Place(holder, name, f"{called}.{name}"), value))
+        return found
+
+
+def taken_back(changed: Iterable[tuple[Place, Value | None]]) -> AttributeValues:
+    """What puts back the changes that `AllAttributes.changed` has found."""
+    some = AttributeValues(())
+    some._values = list(changed)
+    return some
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor that equals another where all bits agree, NaNs too."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.nan_to_num(real) if real.is_floating_point() else real

@@ -1,0 +1,91 @@
+"""Tells listeners of every backward pass, before its graph is freed and after its gradients lie."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Listener", "Outermost", "listening"]
+
+
+class Listener(Protocol):
+    """Is told of backward passes of any thread."""
+
+    def before(self, roots: Sequence[Any]) -> None:
+        """Called with what ``torch.autograd.backward`` was called on."""
+
+    def after(self) -> None:
+        """Called once it has returned; not where it raised."""
+
+
+class Outermost:
+    """A listener to the passes of the thread that made it, without those within another pass."""
+
+    def __init__(self) -> None:
+        self._thread, self._depth = threading.get_ident(), 0
+
+    def begins(self, roots: Sequence[Any]) -> None:
+        """Called before a pass."""
+
+    def ended(self) -> None:
+        """Called after a pass."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a pass is under way."""
+        return self._depth > 0
+
+    def before(self, roots: Sequence[Any]) -> None:
+        if threading.get_ident() == self._thread:
+            if not self._depth:
+                self.begins(roots)
+            self._depth += 1
+
+    def after(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._depth -= 1
+            if not self._depth:
+                self.ended()
+
+
+_lock = threading.Lock()
+_listeners: list[Listener] = []
+_real = torch.autograd.backward
+
+
+@functools.wraps(_real)
+def _heard_backward(tensors: Any, *args: Any, **options: Any) -> None:
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    heard = tuple(_listeners)
+    for listener in heard:
+        listener.before(roots)
+    _real(roots, *args, **options)
+    for listener in heard:
+        listener.after()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside, the listener is told of every backward pass.
+
+    `Tensor.backward` looks torch.autograd.backward up when it is called, so that is what stands in
+    for a while.
+    """
+    global _real
+    with _lock:
+        if not _listeners:
+            _real, torch.autograd.backward = torch.autograd.backward, _heard_backward
+        _listeners.append(listener)
+    try:
+        yield
+    finally:
+        with _lock:
+            _listeners[:] = [other for other in _listeners if other is not listener]
+            if not _listeners:
+                torch.autograd.backward = _real

@@ -1,0 +1,301 @@
+"""What a closure touches beside the parameters, seen in its first evaluation.
+
+Modules are seen as they run, other leaves in autograd's graph, plain attributes by comparing them.
+What can't be put back is refused by name, before it changes where that is possible.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lyapcuda.objective.attributes import AllAttributes, Place, Value, taken_back
+from lyapcuda.objective.backward_passes import Outermost, listening
+from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
+from lyapcuda.objective.reachable import instances_in, named_objects
+from lyapcuda.params.ranks import is_wrapper
+from lyapcuda.params.shards import any_sharded
+
+__all__ = ["PRECOMPUTED", "FirstEvaluation", "Manner", "Touched"]
+
+#: What is said where a closure's loss isn't made anew by each call.
+PRECOMPUTED = (
+    "closure: its loss, or a part of it, was computed before it was called (or is one tensor for "
+    "several calls), so it isn't the loss at θ + q:\nrun the forward pass inside the closure "
+    "(retain_graph=True won't help)"
+)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a closure goes about its evaluation.
+
+    Attributes:
+        calls_backward: it calls ``backward()`` itself.
+        changes_gradients: it writes to ``.grad`` after that (clipping).
+        writes_parameters: its forward pass writes to the parameters (max-norm layers).
+        epsilon: machine epsilon of the coarsest type that its loss was computed in.
+    """
+
+    calls_backward: bool = False
+    changes_gradients: bool = False
+    writes_parameters: bool = False
+    epsilon: float = 0.0
+
+
+@dataclass
+class Touched:
+    """What closures were seen to touch beside the parameters.
+
+    Attributes:
+        modules: that ran, or that a closure refers to, with their children.
+        leaves: tensors of theirs that get a gradient though they were frozen outside.
+        loose: there are leaves that belong to no module: inputs, latent codes. Each evaluation
+            looks for them, since they may be other ones at each.
+        places: plain attributes that an evaluation changes.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    loose: bool = False
+    places: list[Place] = field(default_factory=list)
+
+
+class FirstEvaluation(Outermost):
+    """A context around one evaluation of a closure, which sees what that touches.
+
+    Args:
+        closure: the user's.
+        parameters, modules: the tracked ones, and those that are known.
+        before: what is put back after the evaluation; takes on what is found.
+        touched: takes on what is found.
+
+    Raises:
+        RuntimeError: an optimizer's step inside the closure, parameters that it updates, a loss
+            computed before, attributes that can't be put back.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[..., Any],
+        parameters: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        before: Snapshot,
+        touched: Touched,
+    ) -> None:
+        super().__init__()
+        self._closure, self._parameters, self._before = closure, parameters, before
+        self._tracked = {id(p) for p in parameters}
+        self._known = {id(m): m for m in modules}
+        self._touched = touched
+        self._attributes: list[AllAttributes] = []
+        self._leaves: dict[int, Tensor] = {}
+        self._passes, self._epsilon = 0, 0.0
+        self._left: list[tuple[Tensor, int]] = []  # gradients after a pass, and their versions
+        self._forward_writes = False
+        self._sharded = any_sharded(parameters)
+        self.manner = Manner()
+
+    # --- around the evaluation -------------------------------------------------------------------
+
+    def __enter__(self) -> FirstEvaluation:
+        self._stack = ExitStack()
+        self._hold(list(self._known.values()))
+        self._plain: list[tuple[str, Value, Any, str | int]] = []
+        for name, value in named_objects(self._closure):
+            for _, module in instances_in(name, value, nn.Module):
+                self._add(module)
+            self._plain += _counted(name, value)
+        self._start = torch.autograd._get_sequence_nr()
+        self._lie = self._where()
+        if not _compiles():  # a global hook has compiled modules compiled again
+            self._stack.enter_context(_removing(register_module_forward_pre_hook(self._runs)))
+        self._stack.enter_context(_removing(register_optimizer_step_pre_hook(self._steps)))
+        self._stack.enter_context(listening(self))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._stack.close()
+        changes = [change for values in self._attributes for change in values.changed()]
+        self._before.notice_attributes(taken_back(changes))
+        lost = [place for place, value in changes if value is not None and value.is_lost]
+        if kind is not None:
+            return
+        if lost:
+            raise RuntimeError(
+                f"closure: it writes to {lost[0].called}, too large a tensor to keep a copy of in "
+                "a plain attribute:\nregister it as a buffer, or don't write it where "
+                "lyapcuda.at_a_copy() is true"
+            )
+        if not self._sharded and self._passes and self._where() != self._lie:
+            raise RuntimeError(
+                "closure: it changes the parameters after backward() (an update, weights clipped), "
+                "so each evaluation would train:\nreturn the loss, and do that after the "
+                "measurement"
+            )
+        if not self._passes:  # gradients by torch.autograd.grad
+            self._forward_writes = self._where() != self._lie
+        self._learn([place for place, _ in changes])
+
+    def _learn(self, changed: list[Place]) -> None:
+        touched = self._touched
+        known = {id(m) for m in touched.modules}
+        touched.modules += [m for m in self._known.values() if id(m) not in known]
+        held = {id(p) for m in self._known.values() for p in m._parameters.values()}
+        for leaf in self._leaves.values():
+            if id(leaf) not in held:
+                touched.loose = True
+            elif all(leaf is not other for other in touched.leaves):
+                touched.leaves.append(leaf)
+        there = {(id(p.holder), p.name) for p in touched.places}
+        touched.places += [p for p in changed if (id(p.holder), p.name) not in there]
+        self.manner = Manner(
+            changes_gradients=self._passes > 0 and not _same(self._left, self._gradients()),
+            writes_parameters=self._forward_writes,
+            epsilon=self._epsilon,
+        )
+        counts = [name for name, value, holder, key in self._plain if _grew(value, holder, key)]
+        if counts:
+            warnings.warn(
+                f"closure: it changes {', '.join(counts[:3])}, also when it is evaluated at θ + q, "
+                "which isn't put back: do that where lyapcuda.at_a_copy() is false",
+                stacklevel=2,
+            )
+
+    def _gradients(self) -> list[tuple[Tensor, int]]:
+        return [(p.grad, p.grad._version) for p in self._parameters if p.grad is not None]
+
+    # --- what it sees ----------------------------------------------------------------------------
+
+    def _runs(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._add(module)
+
+    def _add(self, module: nn.Module) -> None:
+        new = [m for m in module.modules() if id(m) not in self._known]
+        if new:
+            self._before.notice_modules(new)
+            self._known.update((id(m), m) for m in new)
+            self._hold(new)
+
+    def _hold(self, modules: list[nn.Module]) -> None:
+        """Takes down the plain attributes of modules, and of their parameters."""
+        holders: list[tuple[str, Any]] = []
+        for module in modules:
+            if _has_own_ways(module):
+                continue
+            called = type(module).__name__
+            holders.append((called, module))
+            own = ((f"{called}.{name}", p) for name, p in module._parameters.items())
+            holders += [(name, p) for name, p in own if p is not None]
+        self._attributes.append(AllAttributes(holders))
+
+    def _steps(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if threading.get_ident() != self._thread and theirs.isdisjoint(self._tracked):
+            return
+        where = "in a hook of its backward() (post-accumulate-grad)" if self.is_inside else "in it"
+        raise RuntimeError(
+            f"closure: {type(optimizer).__name__}.step() is called {where}, so each evaluation "
+            "would train:\nreturn the loss from the closure, and step after the measurement; "
+            "an optimizer in hooks can't be measured beside"
+        )
+
+    def begins(self, roots: Sequence[Any]) -> None:
+        if not self._passes:
+            now = self._where()
+            self._forward_writes, self._lie = now != self._lie, now
+        parallel = any(isinstance(m, DataParallel) for m in self._known.values())
+        for root in roots:
+            if not parallel and precomputed(root, self._parameters, self._start):
+                raise RuntimeError(PRECOMPUTED)
+            self._epsilon = max(self._epsilon, loss_epsilon(root))
+            for leaf in leaves_of(root):
+                if id(leaf) not in self._tracked:
+                    self._before.notice(leaf)
+                    self._leaves[id(leaf)] = leaf
+
+    def ended(self) -> None:
+        self._passes += 1
+        self._left = self._gradients()
+
+    def _where(self) -> list[tuple[int, int]]:
+        if self._sharded:
+            return []
+        return [(p.data_ptr(), p._version) for p in self._parameters]
+
+
+def _compiles() -> bool:
+    """Whether torch.compile was called in this process."""
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    backends = getattr(module, "cached_backends", {})
+    return any(backend is not None for backend in backends.values())
+
+
+def _has_own_ways(module: nn.Module) -> bool:
+    """Whether a module keeps state in attributes that aren't to be touched."""
+    return (
+        is_wrapper(module)
+        or isinstance(module, torch.jit.ScriptModule | DataParallel)
+        or type(module).__module__.startswith(("torch._dynamo", "torch.distributed", "torch.fx"))
+    )
+
+
+class _removing:
+    """Removes a hook at the end."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def _same(some: list[tuple[Tensor, int]], others: list[tuple[Tensor, int]]) -> bool:
+    """Whether they are the same tensors at the same versions."""
+    return len(some) == len(others) and all(
+        a is b and v == w for (a, v), (b, w) in zip(some, others, strict=True)
+    )
+
+
+# --- the user's own containers and counters ------------------------------------------------------
+
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _counted(name: str, value: Any) -> list[tuple[str, Value, Any, str | int]]:
+    """What of an object may count evaluations: a container, or attributes that are such or ints."""
+    if isinstance(value, _CONTAINERS):
+        return [(name, Value(len(value)), value, "")]
+    if isinstance(value, nn.Module | Tensor | torch.Generator) or callable(value):
+        return []
+    if type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins", "random"):
+        return []
+    there = getattr(value, "__dict__", None) or {}
+    found = []
+    for key, held in list(there.items()):
+        if isinstance(held, _CONTAINERS):
+            found.append((f"{name}.{key}", Value(len(held)), held, ""))
+        elif isinstance(held, int) and not isinstance(held, bool):
+            found.append((f"{name}.{key}", Value(held), there, key))
+    return found
+
+
+def _grew(before: Value, holder: Any, key: str | int) -> bool:
+    return before.differs(holder.get(key) if key else len(holder))

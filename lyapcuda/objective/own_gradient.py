@@ -1,0 +1,69 @@
+"""Whether a gradient is that of the loss beside it: the loss has to change along it accordingly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+__all__ = ["check_own_gradient"]
+
+# The loss's change may be off by so much of what the gradient says.
+_OFF = 0.1
+# How often the distance is made an eighth where the loss bends too much to tell.
+_ROUNDS = 4
+
+#: L(θ + t·g/‖g‖) − L(θ − t·g/‖g‖); what the gradient says it is; how far the mean of both is from
+#: L(θ); the largest of the three, in size. For a t.
+Slope = Callable[[float], tuple[float, float, float, float]]
+
+
+def check_own_gradient(slope: Slope, size: float, epsilon: float) -> None:
+    """Raises a RuntimeError where a loss changes along its gradient by another amount than it says.
+
+    What rounding or the loss's own curvature could explain passes.
+
+    Args:
+        slope: takes two forward passes.
+        size: the distance from θ to begin with.
+        epsilon: machine epsilon of the type that the loss is computed in.
+    """
+    for _ in range(_ROUNDS):
+        seen, expected, bend, largest = slope(size)
+        noise = 8.0 * epsilon * largest
+        if not math.isfinite(seen + expected + bend) or expected <= 0.0:
+            return
+        if abs(seen - expected) <= _OFF * expected + 2.0 * bend + noise:
+            return
+        if 2.0 * bend <= _OFF * max(abs(seen), noise):
+            break
+        size /= 8.0
+    raise RuntimeError(_complaint(seen / expected))
+
+
+def _complaint(share: float) -> str:
+    if abs(share) < 1e-3 and abs(share) != 0.0 or 0 < share < 0.2:
+        reason = (
+            "a GradScaler's scale is in the gradient (pass scaler=), or a factor: return the loss "
+            "that backward() was called on"
+        )
+        reason += "; nor may it be computed before, or held constant (detach)"
+    elif abs(share) < 1e-6:
+        reason = (
+            "it was computed before the closure was called, from detached tensors or cached "
+            "weights: run the whole forward pass inside the closure"
+        )
+    elif share > 1.0:
+        reason = (
+            "backward() was called on a part of it (loss / n of accumulation), or hooks clip or "
+            "scale gradients: return what backward() was called on"
+        )
+    else:
+        reason = (
+            "a part is held constant (detach, a target, straight-through), clipped, or scaled: "
+            "compute constants outside the closure, change gradients after the measurement"
+        )
+    return (
+        f"closure: its loss changes {share:.3g} times as much as its gradient says, so the "
+        f"curvature would be another function's:\n{reason}.\n"
+        "debug=False measures it all the same."
+    )
