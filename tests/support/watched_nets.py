@@ -90,14 +90,28 @@ class Recurrent(nn.Module):
 class Tied(nn.Module):
     """A language model whose embedding is its last layer too."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_norm: float | None = None) -> None:
         super().__init__()
-        self.embedding, self.mix = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.embedding, self.mix = nn.Embedding(6, 4, max_norm=max_norm), nn.Linear(4, 4)
         self.head = nn.Linear(4, 6, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.mix(self.embedding(x))))
+
+
+class Clamped(nn.Module):
+    """Writes to its own weights in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _mlp(nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.clamp_(-0.4, 0.4)
+        return self.net(x)
 
 
 class Checkpointed(nn.Module):
@@ -250,8 +264,9 @@ def _lstm() -> Scene:
     return _classifier(Recurrent(), lambda: (torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))))
 
 
-def _tied() -> Scene:
-    return _classifier(Tied(), lambda: (torch.randint(0, 6, (4, 5)), torch.randint(0, 6, (4, 5))))
+def _tied(max_norm: float | None = None) -> Scene:
+    net = Tied(max_norm)
+    return _classifier(net, lambda: (torch.randint(0, 6, (4, 5)), torch.randint(0, 6, (4, 5))))
 
 
 def _normed(norm: Callable[..., nn.Module]) -> Callable[[], Scene]:
@@ -388,6 +403,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "dropout": lambda: _classifier(_mlp(nn.Tanh(), nn.Dropout(0.3))),
     "hidden state": _lstm,
     "tied": _tied,
+    "tied, max_norm": lambda: _tied(1.0),
+    "clamped": lambda: _classifier(Clamped()),
     "spectral_norm": _normed(parametrizations.spectral_norm),
     "spectral_norm, old": _normed(nn.utils.spectral_norm),
     "weight_norm": _normed(parametrizations.weight_norm),

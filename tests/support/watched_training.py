@@ -57,11 +57,12 @@ WAYS = ("step", "step, leave_grad", "backward", "attach", "solvers")
 CLOSURES = ("loss", "backward", "zero_grad, backward")
 METRICS = ("module", "meter", "list")
 #: Scenes whose loss has exact products, those whose modules can't be copied for an average, and
-#: those that keep a gradient which no optimizer clears.
+#: those where the mean over micro-batches adds gradients up in another order than a loop does.
 _SMOOTH = {"tanh", "gelu", "dropout", "tied", "shared", "counter", "hidden state", "running mean"}
 _SMOOTH |= {"conv, BatchNorm", "encoder, head", "bank, buffer", "host's noise", "frozen", "unused"}
 _NO_COPY = {"weight_norm, old", "late buffer", "functional_call, fresh module"}
-_KEEPS_GRADIENT = {"input's gradient", "GAN", "GAN, toggled", "encoder, head, two optimizers"}
+_IN_PARTS = {"input's gradient", "GAN", "GAN, toggled", "encoder, head, two optimizers"}
+_IN_PARTS |= {"checkpoint, reentrant"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Loop:
         closure: one of `CLOSURES`.
         zero: gradients are set to "none" or "zeros" before a step, or "never".
         micro: batches whose gradients are accumulated for one step.
-        clip: "norm" or "value", before the step; by closure inside of it, where nothing exceeds it.
+        clip: "norm" or "value", before the step; by closure inside of it, after its backward().
         amp: "autocast" of the forward pass, "around" the whole step, or a GradScaler ("scaler").
         hook: that reads gradients: of a "tensor", a "module", or "post" accumulation.
         metric: one of `METRICS`, which the closure updates.
@@ -121,7 +122,7 @@ def draw(seed: int) -> Draw:
     lbfgs = optimizer == "LBFGS"
     in_call = way in ("step, leave_grad", "backward")
     argument = one(None, "measure") if in_call or way == "attach" else None
-    if in_call and not by_closure and scene not in _KEEPS_GRADIENT:
+    if in_call and not by_closure and scene not in _IN_PARTS:
         argument = one(argument, "batches")
     halves = argument == "batches"
     # What an optimizer is given calls backward() itself; exact products need the loss alone.
@@ -134,9 +135,16 @@ def draw(seed: int) -> Draw:
         one("none", "zeros", *() if halves or closure == CLOSURES[2] else ("never",)),
         2 if halves else 1 if lbfgs else one(1, 1, 2, 3),
         one(None, "norm", "value"),
+        # (LBFGS inside autocast goes on with weights that torch cast before it moved them.)
         None
         if exact
-        else one(None, None, "autocast", "around", *() if by_closure else ("scaler",)),
+        else one(
+            None,
+            None,
+            "autocast",
+            None if lbfgs else "around",
+            "scaler" if not by_closure else None,
+        ),
         one(None, *SCHEDULERS),
         scene not in _NO_COPY and one(True, False, False),
         None if exact else one(None, None, "tensor", "module", "post"),
@@ -354,15 +362,15 @@ class _Run:
             if loop.closure == CLOSURES[2]:
                 optimizer.zero_grad(set_to_none=loop.zero == "none")
             with self._autocast("autocast"):
-                loss = scaler.scale(loss_of(batch) / loop.micro)
+                loss = loss_of(batch) / loop.micro
             if isinstance(metric, nn.Module):
                 metric.update(loss.detach())
             elif metric is not None and not at_a_copy():
                 metric.append(float(loss)) if loop.metric == "list" else metric.update(loss)
             if loop.closure != CLOSURES[0]:
-                loss.backward()
+                scaler.scale(loss).backward()
                 if loop.by_closure and loop.clip:
-                    self._clip(part.parameters, 1e6)
+                    self._clip(part.parameters, 0.05)
             return loss
 
         return FAULTS[self.fault](closure, self, batch) if self.fault else closure
@@ -377,7 +385,7 @@ class _Run:
             self._forget()
         loss = closure()
         if self.loop.closure == CLOSURES[0]:
-            loss.backward()
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     def _gradient_over(self, part: Part, batches: list[Any]) -> Tensor:
@@ -385,7 +393,7 @@ class _Run:
 
         def loss_of(batch: Any) -> Tensor:
             with self._autocast("autocast"):
-                return self.scaler.scale(part.loss(batch))
+                return part.loss(batch)
 
         if self.watched:
             return self._measured(loss_of, batches=batches)
@@ -393,10 +401,12 @@ class _Run:
             self._forget()
         losses = [loss_of(batch) / len(batches) for batch in batches]
         for loss in losses:
-            loss.backward()
+            self.scaler.scale(loss).backward()
         return sum(loss.detach() for loss in losses)
 
     def _measured(self, closure: Callable[..., Tensor], **arguments: Any) -> Tensor:
+        if self.scaler.is_enabled():
+            arguments["scaler"] = self.scaler
         if self.draw.way == "backward":
             return self.tracker.backward(closure, **arguments)
         return self.tracker.step(closure, leave_grad=True, **arguments)
@@ -405,7 +415,7 @@ class _Run:
         """Measures and leaves no trace."""
         closure = self._closure(part, optimizer, batch, counts=False)
         if self.draw.way == "step":
-            self.tracker.step(closure)
+            self.tracker.step(closure, scaler=self.scaler if self.scaler.is_enabled() else None)
             return
         operator = lyapcuda.HessianOperator(closure, self.tracked)
         operator @ torch.ones(sum(p.numel() for p in self.tracked))
@@ -455,15 +465,6 @@ def train(draw: Draw, watched: bool, steps: int = STEPS) -> dict[str, Any]:
 Closure = Callable[[], Tensor]
 
 
-def _clips(closure: Closure, run: _Run, batch: Any) -> Closure:
-    def clipping() -> Tensor:
-        loss = closure()
-        clip_grad_norm_(run.tracked, 1e-2)
-        return loss
-
-    return clipping
-
-
 def _scales(closure: Closure, run: _Run, batch: Any) -> Closure:
     return lambda: 4.0 * closure().detach()
 
@@ -475,15 +476,6 @@ def _steps(closure: Closure, run: _Run, batch: Any) -> Closure:
         return loss
 
     return stepping
-
-
-def _writes(closure: Closure, run: _Run, batch: Any) -> Closure:
-    def writing() -> Tensor:
-        with torch.no_grad():
-            run.tracked[0].mul_(0.99)
-        return closure()
-
-    return writing
 
 
 def _updates_in_backward(closure: Closure, run: _Run, batch: Any) -> Closure:
@@ -522,20 +514,19 @@ def _computed_before(closure: Closure, run: _Run, batch: Any) -> Closure:
 
 
 def _halves_gradients(closure: Closure, run: _Run, batch: Any) -> Closure:
-    run.tracked[0].register_hook(lambda g: 0.5 * g)
+    for p in run.tracked:
+        p.register_hook(lambda g: 0.5 * g)
     return closure
 
 
 #: Closures that can't be measured: made of a right one, the run and its batch.
 FAULTS: dict[str, Callable[[Closure, _Run, Any], Closure]] = {
-    "clips its gradient": _clips,
     "returns another loss than it differentiates": _scales,
     "steps an optimizer": _steps,
-    "writes to a parameter": _writes,
     "updates parameters in its backward pass": _updates_in_backward,
     "draws another minibatch each time": _draws_batches,
     "returns a loss computed before": _computed_before,
-    "has a hook that changes a gradient": _halves_gradients,
+    "has hooks that halve its gradient": _halves_gradients,
 }
 
 
