@@ -57,12 +57,14 @@ WAYS = ("step", "step, leave_grad", "backward", "attach", "solvers")
 CLOSURES = ("loss", "backward", "zero_grad, backward")
 METRICS = ("module", "meter", "list")
 #: Scenes whose loss has exact products, those whose modules can't be copied for an average, and
-#: those where the mean over micro-batches adds gradients up in another order than a loop does.
+#: those where the mean over micro-batches adds gradients up in another order than a loop does, and
+#: those that write to their weights, so that their gradients aren't wholly those of their losses.
 _SMOOTH = {"tanh", "gelu", "dropout", "tied", "shared", "counter", "hidden state", "running mean"}
 _SMOOTH |= {"conv, BatchNorm", "encoder, head", "bank, buffer", "host's noise", "frozen", "unused"}
 _NO_COPY = {"weight_norm, old", "late buffer", "functional_call, fresh module"}
 _IN_PARTS = {"input's gradient", "GAN", "GAN, toggled", "encoder, head, two optimizers"}
 _IN_PARTS |= {"checkpoint, reentrant"}
+_WRITE = {"tied, max_norm", "clamped"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def draw(seed: int) -> Draw:
     # What an optimizer is given calls backward() itself; exact products need the loss alone.
     closure = one(*CLOSURES[by_closure and way != "backward" :])
     closure = CLOSURES[0] if exact or halves else CLOSURES[2] if lbfgs else closure
+    amp = [None, None, "autocast", *([] if by_closure else ["scaler"])]
+    # Inside autocast torch goes on with the weights that it cast before they were written.
+    amp += [] if lbfgs or scene in _WRITE else ["around"]
     loop = Loop(
         by_closure,
         closure,
@@ -135,16 +140,7 @@ def draw(seed: int) -> Draw:
         one("none", "zeros", *() if halves or closure == CLOSURES[2] else ("never",)),
         2 if halves else 1 if lbfgs else one(1, 1, 2, 3),
         one(None, "norm", "value"),
-        # (LBFGS inside autocast goes on with weights that torch cast before it moved them.)
-        None
-        if exact
-        else one(
-            None,
-            None,
-            "autocast",
-            None if lbfgs else "around",
-            "scaler" if not by_closure else None,
-        ),
+        None if exact else one(*amp),
         one(None, *SCHEDULERS),
         scene not in _NO_COPY and one(True, False, False),
         None if exact else one(None, None, "tensor", "module", "post"),
@@ -158,7 +154,7 @@ def draw(seed: int) -> Draw:
         "tol": one(None, 0.3),
         "momentum": one(0.0, 0.5),
         "mode": "exact" if exact else "difference",
-        "debug": one(True, False, False),
+        "debug": False if scene in _WRITE else one(None, None, None, True, False),
     }
     return Draw(seed, scene, loop, way, {} if way == "solvers" else options, argument)
 
@@ -399,9 +395,10 @@ class _Run:
             return self._measured(loss_of, batches=batches)
         if self.draw.way == "step, leave_grad":
             self._forget()
-        losses = [loss_of(batch) / len(batches) for batch in batches]
-        for loss in losses:
-            self.scaler.scale(loss).backward()
+        losses = []
+        for batch in batches:
+            losses.append(loss_of(batch) / len(batches))
+            self.scaler.scale(losses[-1]).backward()
         return sum(loss.detach() for loss in losses)
 
     def _measured(self, closure: Callable[..., Tensor], **arguments: Any) -> Tensor:
