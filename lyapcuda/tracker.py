@@ -30,7 +30,7 @@ from lyapcuda.dynamics.separations import (
 )
 from lyapcuda.dynamics.sizing import Sizing
 from lyapcuda.history import CurvatureHistory, Ring
-from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients, Probe
+from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
 from lyapcuda.objective.grad_scaler import Unscaled, scaler_in
@@ -67,14 +67,14 @@ class _Request:
         closure, measure: as of `CurvatureTracker.step`.
         micro: batches and their shares.
         leave: the gradient at θ in ``.grad``.
-        add: to what is there.
+        add: to what is there, as of `Evaluator.gradients`.
     """
 
     closure: Closure
     measure: Closure | None
     micro: list[tuple[Any, float]] | None
     leave: bool
-    add: bool
+    add: Add
 
 
 class CurvatureTracker:
@@ -336,7 +336,7 @@ class CurvatureTracker:
         scaler: Any,
         *,
         leave: bool,
-        add: bool,
+        add: Add,
     ) -> Tensor | None:
         for name, value in (("closure", closure), ("measure", measure)):
             if not callable(value) and not (name == "measure" and value is None):
@@ -351,7 +351,7 @@ class CurvatureTracker:
         micro = None if batches is None else shares(batches)
         scaling = self._scaling(scaler, closure)
         with deferred(), self._lock:
-            add = add and any(p.grad is not None for p in self._tensors)
+            add = add if any(p.grad is not None for p in self._tensors) else False
             self._evaluator.scaling = scaling
             try:
                 return self._measured_step(_Request(closure, measure, micro, leave, add))
@@ -386,7 +386,7 @@ class CurvatureTracker:
             self._after_gradient()
             return loss
         self.start()
-        before = self._before_exchange(request.add)
+        before = self._before_exchange(bool(request.add))
         copies = self._separations.place()
         try:
             evaluated, totals = self._advanced(partial(self._evaluate, request), copies)
@@ -427,7 +427,7 @@ class CurvatureTracker:
         check = bool(copies) and (not self._checked if self._debug is None else self._debug)
         how = {"check": check, "further": further}
         if request.micro is not None:
-            kept = TrackedGradients(self._tensors, evaluator.modules) if add else None
+            kept = TrackedGradients(self._tensors, evaluator.modules) if add is True else None
             measured = accumulated(evaluator, closure, request.micro, copies, **how)
             return measured if kept is None else measured.onto(kept)
         if request.measure is not None and copies:
@@ -514,7 +514,7 @@ class CurvatureTracker:
                 if done or at_a_copy():
                     return closure()
                 done = True
-                return self._take_step(closure, measure, None, scaler, leave=True, add=True)
+                return self._take_step(closure, measure, None, scaler, leave=True, add=OWN)
 
             # Hooks see the optimizer as args[0].
             others = {name: value for name, value in kwargs.items() if name != "closure"}
@@ -542,7 +542,9 @@ class CurvatureTracker:
         return handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": OrderedDict()}  # a copy isn't what they watch
+        # A copy isn't what the hooks watch, and its closures are others.
+        anew = {"_hooks": OrderedDict(), "_found_evaluator": None, "_touched": Touched()}
+        return {**self.__dict__, **anew, "_scaler": None}
 
     # --- what it works on ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,13 @@ from lyapcuda.params.shards import any_sharded, locals_of, reset
 
 __all__ = [
     "NO_GRADIENT",
+    "OWN",
+    "Add",
     "Closure",
     "Evaluator",
     "Further",
     "Gradients",
+    "Marks",
     "Probe",
     "check_loss",
     "check_same",
@@ -106,6 +109,9 @@ class Scaling(Protocol):
 
 #: Is handed what was found, and a way to evaluate at further copies.
 Further = Callable[[Gradients, Probe], None]
+#: Of `Evaluator.gradients`: whether gradients that are there are added to.
+Add = bool | Literal["own"]
+OWN: Literal["own"] = "own"
 #: What is said where a loss has nothing to do with the parameters.
 NO_GRADIENT = (
     "closure: its loss gives none of the tracked parameters a gradient: were they replaced since, "
@@ -239,7 +245,7 @@ class Evaluator:
         self,
         closure: Closure,
         before: Snapshot | None = None,
-        marks: _Marks | None = None,
+        marks: Marks | None = None,
         *,
         of: Closure | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -310,9 +316,12 @@ class Evaluator:
         exact = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
         return exact.detach().reshape(())
 
-    def run(self, closure: Closure) -> Tensor:
+    def run(self, closure: Closure, add: Add = True) -> Tensor:
         """Evaluates a closure as training would: its gradient is added to what is there, unless it
         clears that itself.
+
+        Args:
+            add: as of `gradients`.
 
         Returns:
             The loss, detached. After an exception everything is as it was, for a copy of the
@@ -331,6 +340,8 @@ class Evaluator:
                     p.grad is g and (g is None or g._version == v) for (g, v), p in pairs
                 )
                 if not heard.count and untouched and isinstance(loss, Tensor):
+                    for parameter in self.parameters if add is OWN else ():
+                        parameter.grad = None
                     (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
                 torch.clear_autocast_cache()
         except BaseException:
@@ -359,7 +370,7 @@ class Evaluator:
         copies: Sequence[Sequence[Tensor]] = (),
         *,
         leave: bool = False,
-        add: bool = False,
+        add: Add = False,
         check: bool = False,
         further: Further | None = None,
     ) -> Gradients:
@@ -372,11 +383,11 @@ class Evaluator:
             leave: False puts everything back as it was, gradients and random states included. True
                 leaves behind what one plain evaluation at θ leaves: its gradients in ``.grad``, the
                 random states and buffers after it.
-            add: with ``leave``, gradients that were there before are what they would be for that
-                evaluation: added to, or what the closure itself makes of them. It is so once the
-                result's ``leave()`` was called. Where several things may be done to them (the
-                closure calls ``backward()`` and doesn't clear them first), that takes one
-                evaluation more.
+            add: with ``leave``, gradients that were there before are added to, unless the closure
+                clears them, bit for bit; it is so once the result's ``leave()`` was called. Where
+                the closure calls ``backward()`` itself and doesn't clear them first, that takes one
+                evaluation more. `OWN`: only by a closure that calls ``backward()`` itself; where it
+                leaves that to us, they are replaced.
             check: evaluate once more at θ, and raise where the two differ; and see whether the loss
                 changes along its gradient as that says. Waits for the device.
             further: called in the end; may evaluate at more copies, which leaves no trace either.
@@ -391,11 +402,11 @@ class Evaluator:
         """
         scaling = self.scaling
         if add and not copies:
-            return Gradients([], [], self.run(closure), [])
+            return Gradients([], [], self.run(closure, add), [])
         before = self.snapshot(written=not copies and not self.knows(closure))
         kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
         kept = kept if kept is not None and kept.any else None
-        marks = None if kept is None else _Marks(self.parameters, kept)
+        marks = None if kept is None else Marks(self.parameters, kept)
         found, losses, new = [], [], check or not self.knows(closure)
         try:
             # θ last: that evaluation leaves what training expects.
@@ -416,16 +427,16 @@ class Evaluator:
                 before.keep_parameters()
             if check:  # the last two of all, so that a closure that alternates is found too
                 with aside():
-                    once, there = self.evaluate(closure, before)
-                    fingerprint = Fingerprint.of(once, there)
-                    self._check_own(closure, before, once, there)
-                    del there
+                    once = Fingerprint.of(*self.evaluate(closure, before))
                 before.restore()
+            if kept is not None and add is OWN and not self.manner(closure).calls_backward:
+                kept.cleared = True  # ours, so as if it had
             apart = kept is not None and self._is_apart(closure, kept)
             with aside() if apart else nullcontext(), self.looking(closure, before, new):
                 loss0, g0 = self.evaluate(closure, before)
             if check:
-                check_same(fingerprint, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
+                check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
+                self._check_own(closure, before, loss0)
             if scaling is not None:
                 for copy in found:
                     scaling.divide_(copy)
@@ -471,26 +482,34 @@ class Evaluator:
         """Whether gradients are averaged over ranks as they come."""
         return any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
 
-    def _check_own(
+    def _check_own(self, closure: Closure, before: Snapshot, loss: Tensor) -> None:
+        """Raises where the loss doesn't change along the gradient in ``.grad`` as that says.
+
+        Leaves everything as it is. Left out where ranks average gradients: the loss is one rank's
+        own.
+        """
+        if self.averages:
+            return
+        after = self.snapshot(values=True)
+        try:
+            with aside():
+                self._check_along(closure, before, loss, after.gradients)
+        finally:
+            after.restore()
+            after.restore_gradients()
+
+    def _check_along(
         self,
         closure: Closure,
         before: Snapshot,
         loss: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """Raises where the loss doesn't change along its gradient as that says.
-
-        Left out where ranks average gradients: the loss is one rank's own.
-        """
-        if self.averages:
-            return
+        manner, scaling = self.manner(closure), self.scaling
+        pairs = [(p.detach(), g) for p, g in zip(self.parameters, gradients, strict=True)]
         with torch.no_grad():
-            pairs = [
-                (p.detach(), None if g is None else g.detach().clone())
-                for p, g in zip(self.parameters, gradients, strict=True)
-            ]
-            if self.scaling is not None:
-                self.scaling.divide_([g for _, g in pairs])
+            if scaling is not None:
+                scaling.divide_(gradients)
             square = sum(float(g.double().square().sum()) for _, g in pairs if g is not None)
             extent = sum(float(p.double().square().sum()) for p, g in pairs if g is not None)
         norm = math.sqrt(square) if square > 0 else 0.0
@@ -508,6 +527,8 @@ class Evaluator:
                         s.add_(g, alpha=t / norm)
                         told += float((g.double() * (s.double() - p.double())).sum())
             before.restore()
+            for parameter in self.parameters:
+                parameter.grad = None
             with self.pointing_to(scratch):
                 return float(self.loss(closure)), told
 
@@ -522,7 +543,7 @@ class Evaluator:
             )
 
         own = max(torch.finfo(p.dtype).eps for p, _ in pairs)
-        epsilon = max(own, self.manner(closure).epsilon)
+        epsilon = max(own, manner.epsilon)
         check_own_gradient(slope, own**0.4 * max(math.sqrt(extent), 1e-3), epsilon)
 
 
@@ -542,7 +563,7 @@ class _Passes(Outermost):
         tracked: set[int] = frozenset(),
         keep: bool = False,
         before: Snapshot | None = None,
-        marks: _Marks | None = None,
+        marks: Marks | None = None,
     ) -> None:
         super().__init__()
         self._parameters, self._tracked, self._keep = parameters, tracked, keep
@@ -572,7 +593,7 @@ class _Passes(Outermost):
             ]
 
 
-class _Marks:
+class Marks:
     """Stand-ins for gradients that are there, to see whether a closure clears them first.
 
     A few small ones: they cost nothing, and whether they are still there tells for all.
@@ -597,6 +618,17 @@ class _Marks:
             mark = gradient.detach().clone()
             parameter.grad = mark
             self._set.append((parameter, mark, mark._version))
+
+    def around(self, closure: Closure) -> Closure:
+        """The closure, which leaves ``backward()`` to us, with them set and read."""
+
+        def marked() -> Tensor | float:
+            self.set()
+            loss = closure()
+            self.read()
+            return loss
+
+        return marked
 
     def read(self) -> None:
         """Before the first backward pass: sees which are still there, and takes them away."""

@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from lyapcuda.objective.double_backward import DoubleBackwardError, GradientGraph
 from lyapcuda.objective.evaluator import (
     NO_GRADIENT,
+    Add,
     Closure,
     Evaluator,
     Further,
     Gradients,
+    Marks,
     check_same,
     moved,
 )
@@ -75,7 +77,7 @@ class ExactEvaluator(Evaluator):
         copies: Sequence[Sequence[Tensor]] = (),
         *,
         leave: bool = False,
-        add: bool = False,
+        add: Add = False,
         check: bool = False,
         further: Further | None = None,
     ) -> Gradients:
@@ -95,20 +97,22 @@ class ExactEvaluator(Evaluator):
         if not copies:
             return super().gradients(closure, leave=leave, add=add, check=check, further=further)
         before = self.snapshot(written=not self.knows(closure))
-        kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
+        # The closure leaves backward() to us.
+        kept = TrackedGradients(self.parameters, self.modules) if add is True and leave else None
+        marks = Marks(self.parameters, kept) if kept is not None and kept.any else None
         try:
             if check:
                 with aside():
                     with self.looking(closure, before, again=True):
                         once, there = self.evaluate(closure, before)
                     fingerprint = Fingerprint.of(once, there)
-                    before.restore()
-                    self._check_own(closure, before, once, there)
-                del there
+                    self._check_own(closure, before, once)
+                    del there
                 before.restore()
             training = _Training(self._seen, self.modules, before)
             with allowed(), self.looking(closure, before):
-                graph = GradientGraph(closure, self.parameters, training.take, training.look)
+                marked = closure if marks is None else marks.around(closure)
+                graph = GradientGraph(marked, self.parameters, training.take, training.look)
             g0 = [p.grad for p in self.parameters]
             if all(g is None for g in g0):
                 raise ValueError(NO_GRADIENT)
@@ -135,7 +139,7 @@ class ExactEvaluator(Evaluator):
         if not leave:
             before.restore()
             before.restore_gradients()
-        if kept is not None and kept.any:
+        if marks is not None and not kept.cleared:
             return replace(result, leave=kept.accumulate)
         return result
 

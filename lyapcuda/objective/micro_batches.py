@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lyapcuda.arguments import proper_fraction
 from lyapcuda.objective.batches import batch_size
-from lyapcuda.objective.evaluator import Closure, Evaluator, Further, Gradients
+from lyapcuda.objective.evaluator import Add, Closure, Evaluator, Further, Gradients
 from lyapcuda.objective.isolation import TrackedGradients, untracked
 
 __all__ = ["Measured", "accumulated", "beside", "shares", "split_batch"]
@@ -83,7 +83,7 @@ def beside(
     whole: Closure,
     copies: Copies,
     *,
-    add: bool = False,
+    add: Add = False,
     check: bool = False,
     further: Further | None = None,
 ) -> Measured:

@@ -125,9 +125,9 @@ def test_how_many_gradients_it_takes_and_that_it_waits_no_more():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return model(x).float().square().mean()
 
-    tracker = tracked(model.parameters(), closure, 14)
+    tracker = tracked(model.parameters(), closure, 14, debug=False)
     assert calls == 2 * 14 + 5
-    tracker = tracked(model.parameters(), closure, 30)
+    tracker = tracked(model.parameters(), closure, 30, debug=False)
     calls = 0
     with no_waiting():
         tracker.step(closure)
@@ -136,7 +136,7 @@ def test_how_many_gradients_it_takes_and_that_it_waits_no_more():
         tracker.step(closure)
     assert calls == 2 * 71 + 3  # it looks again
     calls = 0
-    tracked(model.parameters(), lambda: closure(bf16=False), 120)
+    tracked(model.parameters(), lambda: closure(bf16=False), 120, debug=False)
     assert calls == 2 * 120  # seen to be float32
 
 

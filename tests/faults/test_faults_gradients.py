@@ -30,7 +30,7 @@ def test_a_parameter_without_gradient_counts_as_zero_there(backend, where, k):
         loss = (used * used).sum()
         return loss + sometimes.sum() if here[where][at_a_copy()] else loss
 
-    tracker = lyapcuda.CurvatureTracker([used, sometimes], k=k)
+    tracker = lyapcuda.CurvatureTracker([used, sometimes], k=k, debug=False)
     before = surroundings([used, sometimes])
     tracker.start()
     size = tracker.perturbation
@@ -162,7 +162,7 @@ def test_gradients_of_any_size_that_float32_has(backend, size, k):
         ) * size  # (a loss of 1e38 and more is its own matter)
         return 1.0
 
-    tracker = lyapcuda.CurvatureTracker([theta], k=k, perturbation=0.25)
+    tracker = lyapcuda.CurvatureTracker([theta], k=k, perturbation=0.25, debug=False)
     steps(tracker, closure, 15)
     assert float(tracker.skipped) == 0
     expected = [2.0 * size * float(value) for value in h]

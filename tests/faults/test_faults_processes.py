@@ -124,9 +124,9 @@ def test_eigsh_over_a_loader_with_forked_workers():
 def test_a_forked_copy_of_a_tracker_goes_on_by_itself():
     """A process that forks in the midst of a run: parent and child take the same next step."""
     theta, closure = bowl(2)
-    tracker = lyapcuda.CurvatureTracker([theta], k=2)
+    tracker = lyapcuda.CurvatureTracker([theta], k=2, debug=False)
     steps(tracker, closure, 3)
-    twin = lyapcuda.CurvatureTracker([theta], k=2)
+    twin = lyapcuda.CurvatureTracker([theta], k=2, debug=False)
     twin.load_state_dict(tracker.state_dict())
     gradient = theta.detach() * torch.tensor([5.0, 4.5, 0.2, 0.1, 0.0, -0.1], dtype=theta.dtype)
 

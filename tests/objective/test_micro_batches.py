@@ -130,7 +130,7 @@ def test_gradients_evaluated(batch, k):
         ("batches", [24] + [8] * (k + 1), [24, 8]),
         ("measure", [8] * (k + 1) + [32], [32]),
     ]:
-        tracker = lyapcuda.CurvatureTracker(model.parameters(), k, every=2)
+        tracker = lyapcuda.CurvatureTracker(model.parameters(), k, every=2, debug=False)
         for expected in (measured, plain, measured):
             sizes.clear()
             assert tracker.due == (expected is measured)
@@ -232,7 +232,7 @@ def test_attached_with_a_part(batch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     twin = torch.optim.SGD(twin_model.parameters(), lr=0.1)
     x, y = batch
-    tracker, evaluated = lyapcuda.CurvatureTracker(model.parameters()), []
+    tracker, evaluated = lyapcuda.CurvatureTracker(model.parameters(), debug=False), []
 
     def part():
         evaluated.append(None)

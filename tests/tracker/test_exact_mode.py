@@ -101,7 +101,7 @@ def test_parameters_of_several_types_and_one_without_a_gradient():
 def test_the_closure_is_called_once():
     theta, loss = bowl()
     calls = []
-    measured(Tracker([theta], 3), lambda: calls.append(0) or loss(), 4)
+    measured(Tracker([theta], 3, debug=False), lambda: calls.append(0) or loss(), 4)
     assert len(calls) == 4
 
 
@@ -265,7 +265,7 @@ def test_attached_to_an_optimizer():
 
     def train(model, watch):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        tracker = Tracker(model.parameters())
+        tracker = Tracker(model.parameters(), debug=False)
         if watch:
             tracker.attach(optimizer)
 

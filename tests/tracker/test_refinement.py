@@ -133,7 +133,7 @@ def test_two_types_in_one_model():
 
 def test_exact_products_are_of_the_hessian_at_theta_of_a_relu_net():
     truth = classifier(lambda: mlp(F.relu), dtype=torch.float64)
-    options = {"mode": "exact", "tol": 1e-4, "iterations": 40}
+    options = {"mode": "exact", "tol": 1e-4, "iterations": 40, "debug": False}
     tracker = Tracker(truth.model.parameters(), 2, which="BE", **options)
     closure = Counted(truth.closure)
     tracker.step(closure)
@@ -147,7 +147,7 @@ def test_on_kinks_a_hopeless_step_takes_no_further_gradient():
     the scale Δq, which is larger. Later on they are taken.
     """
     truth = classifier(lambda: mlp(F.relu), dtype=torch.float64)
-    tracker = Tracker(truth.model.parameters(), tol=NEVER, iterations=2)
+    tracker = Tracker(truth.model.parameters(), tol=NEVER, iterations=2, debug=False)
     closure, took = Counted(truth.closure), []
     for _ in range(12):
         before = tracker.gradients
@@ -165,7 +165,7 @@ def test_on_kinks_a_hopeless_step_takes_no_further_gradient():
 def test_gradients_are_those_that_the_closure_was_called_for():
     truth = case("tanh_mlp", seed=1)
     closure = Counted(truth.closure)
-    tracker = Tracker(truth.model.parameters(), 2, tol=0.01, iterations=3)
+    tracker = Tracker(truth.model.parameters(), 2, tol=0.01, iterations=3, debug=False)
     assert tracker.gradients == 0
     optimizer = torch.optim.SGD(truth.model.parameters(), lr=0.2)
     counts = []
@@ -396,7 +396,7 @@ def test_a_further_copy_that_is_not_finite_is_left_out(value, number):
     truth = case("tanh_mlp", seed=1, dtype=torch.float64)
     closure = Counted(truth.closure)
     closure.fail_at, closure.fail = 2 + number, value
-    found = Tracker(truth.model.parameters(), tol=NEVER, iterations=3)
+    found = Tracker(truth.model.parameters(), tol=NEVER, iterations=3, debug=False)
     tol = None if number == 1 else NEVER
     less = Tracker(truth.model.parameters(), tol=tol, iterations=1)
     found.step(closure)

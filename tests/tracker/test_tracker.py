@@ -58,7 +58,7 @@ def test_attach_measures_inside_the_optimizers_step(problem):
     def run(attach):
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        tracker = lyapcuda.CurvatureTracker(model.parameters())
+        tracker = lyapcuda.CurvatureTracker(model.parameters(), debug=False)
         handle = tracker.attach(optimizer) if attach else None
         evaluations = 0
         torch.manual_seed(1)
@@ -98,13 +98,13 @@ def test_one_gradient_more_with_leave_grad_and_every(problem):
         evaluations += 1
         return nn.functional.cross_entropy(model(x), y)
 
-    tracker = lyapcuda.CurvatureTracker(model.parameters(), every=4)
+    tracker = lyapcuda.CurvatureTracker(model.parameters(), every=4, debug=False)
     losses = [tracker.step(closure, leave_grad=True) for _ in range(8)]
     assert evaluations == 8 + 2 and int(tracker.steps) == 2
     assert all(loss is not None for loss in losses)
     assert all(p.grad is not None for p in model.parameters())
     evaluations = 0
-    tracker = lyapcuda.CurvatureTracker(model.parameters(), every=4)
+    tracker = lyapcuda.CurvatureTracker(model.parameters(), every=4, debug=False)
     losses = [tracker.step(closure) for _ in range(8)]
     assert evaluations == 4
     assert [loss is None for loss in losses] == [False, True, True, True] * 2
@@ -230,10 +230,10 @@ def test_a_tracker_attached_to_another_ones_optimizer_measures_at_theta():
     optimizer = lyapcuda.LyapunovSGD(
         truth.model.parameters(), perturbation=0.5, warmup_iterations=1
     )
-    inner = lyapcuda.CurvatureTracker(truth.model.parameters())
+    inner = lyapcuda.CurvatureTracker(truth.model.parameters(), debug=False)
     weight, seen = truth.model[0].weight, []
-    step = inner.step
-    inner.step = lambda *a, **k: (seen.append(weight.detach().clone()), step(*a, **k))[1]
+    step = inner._take_step
+    inner._take_step = lambda *a, **k: (seen.append(weight.detach().clone()), step(*a, **k))[1]
     inner.attach(optimizer)
     before = weight.detach().clone()
     with pytest.warns(UserWarning, match="not stable"):

@@ -27,7 +27,7 @@ def run(mode: str) -> None:
         plain()
     if mode == "plain":
         return
-    tracker = lyapcuda.CurvatureTracker([theta])
+    tracker = lyapcuda.CurvatureTracker([theta], debug=False)
     for _ in range(3):
         if mode == "keep":  # the user's own gradient stays beside ours
             plain()

@@ -50,6 +50,7 @@ class Bowl:
             beta=BETA,
             momentum=MOMENTUM,
             perturbation=SIZE,
+            debug=False,  # some evaluations are spoilt
             **options,
         )
 
