@@ -169,6 +169,15 @@ def _average_in_place(net: Attributes, out: Tensor) -> Tensor:
     return centred
 
 
+def _every_third(net: Attributes, out: Tensor) -> Tensor:
+    """A sum that changes at every third call."""
+    centred = out - net.mean
+    net.calls += 1
+    if net.calls % 3 == 0:
+        net.mean += 0.1 * out.detach().mean(0)
+    return centred
+
+
 def _remember(net: Attributes, out: Tensor) -> Tensor:
     """A memory bank, written in turns."""
     centred = out - net.bank.mean(0)
@@ -200,6 +209,20 @@ class Late(nn.Module):
         centred = out - self.mean
         self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
         return centred
+
+
+class Hooked(nn.Module):
+    """Gives its net a hook in its first forward pass, and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.hooked = _mlp(nn.Tanh()), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.net[1].register_forward_hook(lambda module, inputs, out: 1.01 * out)
+            self.hooked = True
+        return self.net(x)
 
 
 class _Cube(torch.autograd.Function):
@@ -346,6 +369,14 @@ def _input_gradient() -> Scene:
     return scene
 
 
+def _input_gradient_from_midway() -> Scene:
+    scene = _input_gradient()
+    (x,) = scene.loose
+    x.requires_grad_(False)
+    scene.midway = x.requires_grad_
+    return scene
+
+
 def _functional(fresh: bool) -> Scene:
     """Parameters and buffers kept in dictionaries, and a module that computes with them."""
 
@@ -395,6 +426,27 @@ def _teacher() -> Scene:
     return Scene([student, teacher], [Part(parameters, loss)], _labelled, parameters)
 
 
+def _teacher_from_midway() -> Scene:
+    """A net with buffers that is made, and takes part, after the first steps."""
+    student = _mlp(nn.Tanh())
+    teachers: list[nn.Module] = []
+
+    def loss(batch: Batch) -> Tensor:
+        out = student(batch[0])
+        aims = [F.mse_loss(out, teacher(batch[0]).detach()) for teacher in teachers]
+        return F.cross_entropy(out, batch[1]) + sum(aims)
+
+    scene = _classifier(student)
+    scene.parts[0].loss = loss
+
+    def midway() -> None:
+        teachers.append(_mlp(nn.Tanh(), nn.BatchNorm1d(7)))
+        scene.modules.append(teachers[0])
+
+    scene.midway = midway
+    return scene
+
+
 SCENES: dict[str, Callable[[], Scene]] = {
     "tanh": lambda: _classifier(_mlp(nn.Tanh())),
     "relu": lambda: _classifier(_mlp(nn.ReLU())),
@@ -420,14 +472,19 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "latent code": lambda: _latent("decoder"),
     "latent code, tracked": lambda: _latent("code"),
     "input's gradient": _input_gradient,
+    "input's gradient, from midway": _input_gradient_from_midway,
     "counter": lambda: _classifier(Attributes(_count, calls=0)),
     "list": lambda: _classifier(Attributes(_list, means=[])),
     "running mean": lambda: _classifier(Attributes(_average, mean=torch.zeros(3))),
     "running mean, in place": lambda: _classifier(
         Attributes(_average_in_place, mean=torch.zeros(3))
     ),
+    "sum at every third call": lambda: _classifier(
+        Attributes(_every_third, mean=torch.zeros(3), calls=0)
+    ),
     "bank": lambda: _classifier(Attributes(_remember, bank=torch.zeros(20, 3), at=0)),
     "bank, buffer": lambda: _classifier(Bank()),
+    "late hook": lambda: _classifier(Hooked()),
     "late buffer": lambda: _classifier(Late()),
     "custom function": lambda: _classifier(_mlp(Cube())),
     "host's noise": lambda: _classifier(_mlp(nn.Tanh(), HostNoise())),
@@ -438,4 +495,5 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "momentum encoder": lambda: _classifier(Momentum()),
     "gradient penalty": _penalty,
     "teacher": _teacher,
+    "teacher, from midway": _teacher_from_midway,
 }

@@ -62,7 +62,13 @@ METRICS = ("module", "meter", "list")
 _SMOOTH = {"tanh", "gelu", "dropout", "tied", "shared", "counter", "hidden state", "running mean"}
 _SMOOTH |= {"conv, BatchNorm", "encoder, head", "bank, buffer", "host's noise", "frozen", "unused"}
 _NO_COPY = {"weight_norm, old", "late buffer", "functional_call, fresh module"}
-_IN_PARTS = {"input's gradient", "GAN", "GAN, toggled", "encoder, head, two optimizers"}
+_IN_PARTS = {
+    "input's gradient",
+    "input's gradient, from midway",
+    "GAN",
+    "GAN, toggled",
+    "encoder, head, two optimizers",
+}
 _IN_PARTS |= {"checkpoint, reentrant"}
 _WRITE = {"tied, max_norm", "clamped"}
 
@@ -212,6 +218,7 @@ def _walk(name: str, thing: Any, found: dict[str, Any]) -> None:
             own = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE}
             for kind in ("_parameters", "_buffers"):
                 own |= vars(module)[kind]
+            own["hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
             for key, value in own.items():
                 _walk(".".join(filter(None, (name, inner, key))), value, found)
     elif isinstance(thing, Tensor):
@@ -226,7 +233,7 @@ def _walk(name: str, thing: Any, found: dict[str, Any]) -> None:
         found[f"{name}, length"] = len(thing)
         for key, value in enumerate(thing):
             _walk(f"{name}.{key}", value, found)
-    elif hasattr(thing, "state_dict"):
+    elif hasattr(thing, "state_dict") and not isinstance(thing, type):
         _walk(name, thing.state_dict(), found)
     elif isinstance(thing, Meter):
         _walk(name, vars(thing), found)
@@ -274,7 +281,7 @@ class _Run:
         self.ema = None
         if self.loop.ema:
             average = get_ema_multi_avg_fn(0.9)
-            self.ema = AveragedModel(nn.ModuleList(self.scene.modules), multi_avg_fn=average)
+            self.ema = AveragedModel(nn.ModuleList(self.scene.modules[:1]), multi_avg_fn=average)
         made = {"module": MeanMetric, "meter": Meter, "list": list}
         self.metric = made[self.loop.metric]() if self.loop.metric else None
         self.losses: list[Tensor] = []
@@ -304,7 +311,7 @@ class _Run:
             for part, optimizer in zip(self.scene.parts, self.optimizers, strict=True):
                 self._step(part, optimizer)
             if self.ema is not None:
-                self.ema.update_parameters(nn.ModuleList(self.scene.modules))
+                self.ema.update_parameters(nn.ModuleList(self.scene.modules[:1]))
             if number == 1:
                 self.scene.midway()
 

@@ -15,7 +15,7 @@ import watched_training
 from watched_nets import SCENES
 from watched_training import FAULTS, WAYS, differences, draw, kinds, refused, train
 
-DRAWS = 120
+DRAWS = 80
 
 
 @pytest.mark.parametrize("seed", range(DRAWS))
