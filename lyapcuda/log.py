@@ -50,6 +50,9 @@ class Writer(ABC):
     def write(self, rows: Sequence[Row]) -> None:
         """Takes all of these rows, or raises and takes none."""
 
+    def go_back(self, step: int) -> None:  # noqa: B027
+        """The tracker goes on from an earlier state: drops what was written of later steps."""
+
     def sync(self) -> None:  # noqa: B027
         """Makes what was written safe."""
 
@@ -105,6 +108,12 @@ class _FileWriter(Writer):
     def open(self) -> None:
         self._file = LineFile(self.path, self._first)
         self._first = []
+
+    def go_back(self, step: int) -> None:
+        kept, _ = self._kept(step)
+        self._file.close()
+        self._first = kept
+        self.open()
 
     def write(self, rows: Sequence[Row]) -> None:
         self._file.add([self._line([row[name] for name in self._columns]) for row in rows])
@@ -204,6 +213,12 @@ class TensorBoardWriter(Writer):
         if self._own:
             self._log = self._new(os.fspath(self._log), purge_step=step + 1 if step else None)
 
+    def go_back(self, step: int) -> None:
+        if self._own:
+            folder = self._log.log_dir
+            self._log.close()
+            self._log = self._new(folder, purge_step=step + 1)
+
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
             for name, value in row.items():
@@ -229,8 +244,8 @@ class CurvatureLog:
     only every so many. Also written is what the tracker's history holds already.
 
     Args:
-        tracker: with a history of at least ``every``. (`LyapunovSGD` has another after
-            ``load_state_dict`` and ``add_param_group``: make the log after those.)
+        tracker: with a history of at least ``every``. Where it loads a state, that of an earlier
+            step say, the log goes on from there: rows past that step are dropped from the files.
         targets: paths that end in ``.csv`` or ``.jsonl``, SummaryWriters of TensorBoard, `Writer`s.
         every: how many measurements are read back at once.
         values: further columns: name → a function without arguments that returns a number or a
@@ -292,7 +307,10 @@ class CurvatureLog:
             for writer in self._writers:
                 writer.close()
             raise
-        self._handle = tracker.register_step_hook(self._measured)
+        self._handles = [
+            tracker.register_step_hook(self._measured),
+            tracker.register_load_hook(self._before_load),
+        ]
         self._closed = False
 
     def _measured(self, tracker: CurvatureTracker) -> None:
@@ -303,6 +321,19 @@ class CurvatureLog:
         self._waiting.append(now)
         if len(self._waiting) >= self.every:
             self.flush()
+
+    def _before_load(self) -> Callable[[], None]:
+        self.flush()
+        return self._after_load
+
+    def _after_load(self) -> None:
+        """The tracker has another history now, that of the state it goes on from."""
+        calls = self.tracker.calls
+        for i, writer in enumerate(self._writers):
+            if self._last[i] > calls:
+                writer.go_back(calls)
+                self._last[i] = calls
+        self._read = 0  # rows up to `_last` are written already
 
     def flush(self) -> None:
         """Reads back and writes what waits. After an exception it still waits: call again.
@@ -338,7 +369,8 @@ class CurvatureLog:
         if self._closed:
             return
         self._closed = True
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         try:
             self.sync()
         finally:

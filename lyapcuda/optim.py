@@ -17,15 +17,19 @@ from lyapcuda.arguments import choice, fraction, non_negative, positive, whole
 from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
-from lyapcuda.params.collect import Parameters
-from lyapcuda.params.flat import FlatGroup, FlatLayout
+from lyapcuda.objective.left_gradients import guarded, note
+from lyapcuda.params.collect import Parameters, collect
+from lyapcuda.params.flat import FlatGroup
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import local
 from lyapcuda.params.shards import whole as whole_tensor
 from lyapcuda.tracker import CurvatureTracker
 
-__all__ = ["BUFFER", "LyapunovSGD"]
+__all__ = ["BOUND", "BUFFER", "LyapunovSGD"]
+
+#: The bound of 1/h in the groups, by a name that no scheduler writes: "max_lr" is OneCycleLR's too.
+BOUND = "max_inverse_h"
 
 #: A parameter's momentum in the optimizer's state, as torch.optim.SGD names it.
 BUFFER = "momentum_buffer"
@@ -46,12 +50,14 @@ class LyapunovSGD(Optimizer):
     stability, and recipes for clipping, accumulation, GradScaler and schedulers.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups; a group may set ``gain``, ``max_lr``,
-            ``weight_decay``, ``momentum``, ``nesterov`` and ``capturable`` of its own.
-        gain: learning rate times curvature, in the groups as "lr", which the schedulers of
-            torch.optim.lr_scheduler act on. The iteration is stable below 2; with momentum m below
-            2·(1 + m), with Nesterov's 2·(1 + m)/(1 + 2m). Or a tensor of one element, on the
-            device.
+        params: tensors, (name, tensor) pairs, or groups; a group may set ``gain`` (or ``lr``),
+            ``max_lr``, ``weight_decay``, ``momentum``, ``nesterov`` and ``capturable`` of its own.
+            Frozen ones don't move, and are measured from the step on at which they are thawed.
+        gain: learning rate times curvature, 1 by default; in the groups as "lr", which the
+            schedulers of torch.optim.lr_scheduler act on. The iteration is stable below 2; with
+            momentum m below 2·(1 + m), with Nesterov's 2·(1 + m)/(1 + 2m). Or a tensor of one
+            element, on the device.
+        lr: another name of gain.
         k: how many leading curvatures, 1 to 32.
         every: measure at every n-th step only; the steps between cost one gradient, and use the
             last curvatures.
@@ -60,7 +66,8 @@ class LyapunovSGD(Optimizer):
         nesterov: go along g + m·b.
         weight_decay: adds ½·wd·‖θ‖² to the loss: to the gradient and to the curvature.
         max_lr: bound of 1/h, so of the learning rate at gain 1; also what stands in for 1/h where h
-            is zero or negative.
+            is zero or negative. (OneCycleLR writes its own "max_lr" into the groups; the bound is
+            then kept as "max_inverse_h".)
         capturable: keeps "lr" as a float64 tensor on the device, so that a step captured in a CUDA
             graph follows a scheduler. No step waits for the device in either case; warm up before
             the capture.
@@ -93,8 +100,9 @@ class LyapunovSGD(Optimizer):
     def __init__(
         self,
         params: Parameters,
-        gain: float | Tensor = 1.0,
+        gain: float | Tensor | None = None,
         *,
+        lr: float | Tensor | None = None,
         k: int = 1,
         every: int = 1,
         momentum: float = 0.0,
@@ -123,8 +131,12 @@ class LyapunovSGD(Optimizer):
             choice("estimate", estimate, ops.OF_QUOTIENTS)
         if estimate is None:
             estimate = "growth" if k == 1 else "rayleigh"
+        if gain is not None and lr is not None:
+            raise ValueError("gain and lr: expected one of them, they are the same; got both")
+        self._called = "gain" if lr is None else "lr"  # in messages
+        gain = lr if gain is None else gain
         defaults = {
-            "lr": gain,
+            "lr": 1.0 if gain is None else gain,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -140,56 +152,108 @@ class LyapunovSGD(Optimizer):
         self._scaled = False  # ... and a GradScaler's scale was taken out of them
         self._fresh, self._other = True, False
         self._rates: Tensor | None = None
-        super().__init__(params, defaults)
+        self._tracker: CurvatureTracker | None = None  # None while all parameters are frozen
         self._descent = _Descent()
-        self.tracker = self._new_tracker()
+        self._made = False
+        super().__init__(params, defaults)
+        self._made = True
+        self._follow_groups()
 
     # --- groups ----------------------------------------------------------------------------------
+
+    @property
+    def tracker(self) -> CurvatureTracker:
+        """What measures the curvature: one and the same object, whatever is added or loaded.
+
+        Raises:
+            ValueError: none of the parameters requires a gradient yet.
+        """
+        if self._tracker is None:
+            self._measure_anew()
+        return self._tracker
 
     def _new_tracker(self) -> CurvatureTracker:
         return CurvatureTracker(self.param_groups, **self._tracker_options)
 
+    def _measure_anew(self) -> None:
+        """Has the tracker measure what requires a gradient now, from the warm-up on."""
+        tracker = self._new_tracker()
+        if self._tracker is None:
+            self._tracker = tracker
+        else:
+            self._tracker.become(tracker)
+        self._warm = self._warmup_iterations == 0
+        self._measured = False
+        self._descent = _Descent()
+
+    def _is_behind(self) -> bool:
+        """Whether the groups hold other parameters that require a gradient than the tracker, or in
+        other places. Those that it has may be frozen meanwhile.
+        """
+        held: dict[int, int] = {}
+        if self._tracker is not None:
+            held = {id(p.tensor): p.group for p in self._tracker.layout.parameters}
+        return held != {
+            id(p): number
+            for number, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.requires_grad or id(p) in held
+        }
+
+    def _follow_groups(self) -> None:
+        """Measures anew where the tracker is behind: parameters were thawed, or groups changed."""
+        if self._is_behind():
+            self._measure_anew()
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; after the first group the measurement starts again, warm-up
+        """As in torch.optim; a group that requires a gradient starts the measurement again, warm-up
         included.
         """
+        given = param_group if isinstance(param_group, dict) else {}
+        own = [name for name in ("gain", "lr") if name in given]
         super().add_param_group(_gain_as_lr(param_group))
         group = self.param_groups[-1]
         try:
-            _check_group(group, gain="gain")
+            _keep_bound(group, self.defaults["max_lr"])
+            name = own[0] if own else self._called
+            _check_group(group, gain=name)
             if not isinstance(group["lr"], Tensor):
-                positive("gain", group["lr"])
-            layout = FlatLayout([group])
-        except (TypeError, ValueError):
+                positive(name, group["lr"])
+            collect([group], all_frozen=True)
+            _gain_to_device(group)
+            if self._made:
+                self._follow_groups()
+        except BaseException:
             self.param_groups.pop()
             raise
-        _gain_to_device(group, layout.device)
-        if hasattr(self, "tracker"):
-            self.tracker = self._new_tracker()
-            self._warm = self._warmup_iterations == 0
-            self._measured = False
-            self._descent = _Descent()
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
+            _keep_bound(group, self.defaults["max_lr"])
             _check_group(group)
 
     # --- reading ---------------------------------------------------------------------------------
 
     @property
     def rates(self) -> Tensor:
-        """The learning rates used last, of the first group (float64 on the device): 0-dim for
-        k = 1, else (k + 1,): along each eigenvector and, last, off all of them. NaN at first.
+        """The learning rates used last, of the first group that moved (float64 on the device):
+        0-dim for k = 1, else (k + 1,): along each eigenvector and, last, off all of them. NaN at
+        first.
         """
         if self._rates is None:
-            shape = () if self.tracker.k == 1 else (self.tracker.k + 1,)
-            return torch.full(shape, math.nan, dtype=torch.float64, device=self.tracker.h.device)
+            k, some = self._tracker_options["k"], self._tracker
+            device = _device_of(self.param_groups[0]) if some is None else some.layout.device
+            shape = () if k == 1 else (k + 1,)
+            return torch.full(shape, math.nan, dtype=torch.float64, device=device)
         return self._rates
 
     @property
     def lr(self) -> Tensor:
-        """The learning rate used last, of the first group (0-dim float64 on the device); for k > 1
-        that off the eigenvectors.
+        """The learning rate used last, of the first group that moved (0-dim float64 on the device);
+        for k > 1 that off the eigenvectors.
         """
         rates = self.rates
         return rates if rates.dim() == 0 else rates[-1]
@@ -211,6 +275,7 @@ class LyapunovSGD(Optimizer):
             How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
             at a loss that isn't finite, and the next `step` warms up again.
         """
+        self._follow_groups()
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
         stable, previous, iterations = 0, math.nan, 0
@@ -249,6 +314,8 @@ class LyapunovSGD(Optimizer):
         """The first half of a step: measures the curvature and leaves the gradient in ``.grad``.
 
         What is done to ``.grad`` before `step` (clipping) changes the step, not the curvature.
+        Gradients that the last step left are replaced. Others, of a ``backward()`` since, are an
+        error, unless the closure clears them.
 
         Args:
             closure: as for `CurvatureTracker.step`, with ``batches`` for each of them.
@@ -265,12 +332,33 @@ class LyapunovSGD(Optimizer):
             The loss, detached.
 
         Raises:
-            RuntimeError: the scale changed between two gradients, or the scaler wasn't updated
+            RuntimeError: gradients were accumulated since the last step, and the closure doesn't
+                clear them; the scale changed between two gradients, or the scaler wasn't updated
                 since the last step.
+            ValueError: a group's setting; none of the parameters requires a gradient.
         """
         if closure is None:
             raise TypeError("closure=None: LyapunovSGD needs a closure that returns the loss")
         self._check_groups()
+        self._follow_groups()
+        parameters, given = self.tracker.parameters, closure
+        closure = guarded(closure, parameters, self.tracker.layout.ranks)
+        try:
+            loss = self._measure(closure, part, batches, scaler)
+        except BaseException:
+            if closure is given:  # put back; in the buckets of DDP they have been written meanwhile
+                note(parameters)
+            raise
+        note(parameters)
+        return loss
+
+    def _measure(
+        self,
+        closure: Closure,
+        part: Closure | None,
+        batches: Iterable[Any] | None,
+        scaler: Any,
+    ) -> Tensor:
         micro = None if batches is None else list(batches)
         if not self._warm:
             first = (lambda: closure(micro[-1])) if micro else part or closure
@@ -278,7 +366,7 @@ class LyapunovSGD(Optimizer):
         self._sync_weight_decay()
         scaling = self._scaling(scaler)
         self._measured = False
-        fresh = self.tracker.calls % self.tracker.every == 0
+        fresh = self.tracker.due
         loss = self.tracker.step(
             closure, measure=part, batches=micro, leave_grad=True, scaler=scaling
         )
@@ -332,6 +420,7 @@ class LyapunovSGD(Optimizer):
         else:
             self._check_groups()
         self._descend(overflow)
+        note(self.tracker.parameters)  # clipped meanwhile
         self._measured = False
         return loss
 
@@ -367,10 +456,14 @@ class LyapunovSGD(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim's own keeps only what it knows.
-        return {**self.__dict__, **super().__getstate__()}
+        ours = guarded(_nothing, self._all_parameters()) is _nothing
+        return {**self.__dict__, **super().__getstate__(), "_gradients_are_ours": ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        ours = state.pop("_gradients_are_ours", False)
         super().__setstate__(state)
+        if ours:  # in a copy they are other tensors
+            note(self._all_parameters())
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch.optim's own addition
@@ -418,29 +511,58 @@ class LyapunovSGD(Optimizer):
         self._check_groups()
         # torch.optim cast the state to the parameters' dtype.
         numbers = [i for group in saved["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(numbers, parameters, strict=True):
-            for name, value in saved["state"].get(i, {}).items():
+        for i, p in zip(numbers, self._all_parameters(), strict=True):
+            entry = saved["state"].get(i)
+            for name, value in entry.items() if isinstance(entry, dict) else ():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
-        tracker = self._new_tracker()  # the groups' weight decay may be another now
-        tracker.load_state_dict(saved["tracker"])
+        if saved["tracker"] is not None:
+            self._load_tracker(saved["tracker"])
+        elif any(p.requires_grad for p in self._all_parameters()):  # at that time none did
+            self._measure_anew()
         for group in self.param_groups:
-            _gain_to_device(group, group["params"][0].device)
-        self.tracker, self._descent = tracker, _Descent()
+            _gain_to_device(group)
+        self._descent = _Descent()
         # The next step has to measure.
         self._warm, self._measured = bool(saved["warm"]), False
-        self._rates = saved["lr"].to(tracker.h.device)
+        self._rates = saved["lr"].to(self.rates.device)
+
+    def _load_tracker(self, saved: dict[str, Any]) -> None:
+        """Into the same tracker, which logs may follow; nothing has changed after an error."""
+        if not isinstance(saved, dict) or not isinstance(saved.get("sizes"), list):
+            raise ValueError("state_dict: tracker isn't the state of a CurvatureTracker")
+        mine = [] if self._tracker is None else [self._tracker]
+        if not mine or self._is_behind():
+            mine = [self._new_tracker(), *mine]
+        fitting = [t for t in mine if [list(p.shape) for p in t.parameters] == saved["sizes"]]
+        if not fitting:
+            raise ValueError(
+                f"state_dict: {len(saved['sizes'])} parameters were measured, here they are "
+                f"{len(mine[0].parameters)}, or of other shapes\nit is of another model, or others "
+                "were frozen: make the optimizer, and load, with the\nsame parameters trainable"
+            )
+        if fitting[0] is not self._tracker:
+            fitting[0].load_state_dict(saved)  # raises what is wrong with it
+            self._measure_anew()
+        self._tracker.load_state_dict(saved)
 
 
 def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
     # Each by itself, not as a view of a buffer that several share.
-    state = {
-        i: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
-        for i, entry in saved["state"].items()
-    }
-    own = (optimizer.tracker.state_dict(), optimizer._warm, optimizer.rates.clone())
+    state = {i: _copied(entry) for i, entry in saved["state"].items()}
+    tracker = None if optimizer._tracker is None else optimizer._tracker.state_dict()
+    own = (tracker, optimizer._warm, optimizer.rates.clone())
     return {**saved, "state": state, **dict(zip(_OWN_STATE, own, strict=True))}
+
+
+def _nothing() -> float:
+    return 0.0
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(held) for name, held in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -455,8 +577,17 @@ def _gain_as_lr(group: dict[str, Any]) -> dict[str, Any]:
     return {**{name: v for name, v in group.items() if name != "gain"}, "lr": group["gain"]}
 
 
+def _keep_bound(group: dict[str, Any], default: float) -> None:
+    """Keeps the group's "max_lr" as its `BOUND`, unless it is OneCycleLR's."""
+    if not {"min_lr", "initial_lr"} <= set(group):  # which writes these too
+        group[BOUND] = group["max_lr"]
+    group.setdefault(BOUND, default)
+
+
 def _check_group(group: dict[str, Any], gain: str = "lr") -> None:
     """Raises a ValueError naming the setting and its value; ``gain``: what "lr" is called there."""
+    if "gain" in group:
+        raise ValueError('gain: set in a group of the optimizer, which keeps it as "lr"')
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
@@ -468,19 +599,27 @@ def _check_group(group: dict[str, Any], gain: str = "lr") -> None:
         if lr is None:
             raise ValueError(f"{gain}=None: expected a positive finite number")
         non_negative(gain, lr)
-    if group["max_lr"] is None:
+    if group[BOUND] is None:
         raise ValueError("max_lr=None: expected a positive finite number")
-    positive("max_lr", group["max_lr"])
+    positive("max_lr", group[BOUND])
     non_negative("weight_decay", group["weight_decay"])
     fraction("momentum", group["momentum"])
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True: needs a momentum above 0")
 
 
-def _gain_to_device(group: dict[str, Any], device: torch.device) -> None:
-    """Where a group is capturable, a float64 tensor of its own on ``device`` holds its gain."""
+def _device_of(group: dict[str, Any]) -> torch.device:
+    """Where a group's scalars live: that of the first parameter that requires a gradient."""
+    parameters = group["params"]
+    return next((p for p in parameters if p.requires_grad), parameters[0]).device
+
+
+def _gain_to_device(group: dict[str, Any]) -> None:
+    """Where a group is capturable, a float64 tensor of its own on its device holds its gain."""
     if group["capturable"]:
-        group["lr"] = torch.as_tensor(group["lr"]).to(device, torch.float64, copy=True)
+        # (Of a number alone torch would make a float32.)
+        gain = torch.as_tensor(group["lr"], dtype=torch.float64).detach()
+        group["lr"] = gain.to(_device_of(group), copy=True)
 
 
 # --- the step, group by group, on the compiled ops -----------------------------------------------
@@ -573,7 +712,7 @@ class _Descent:
             factor = go if factor is None else factor * go
         if factor is not None:
             part.options["factor"] = factor.reshape(1)
-        part.rate = {"gain": float(lr), "max_lr": float(settings["max_lr"])}
+        part.rate = {"gain": float(lr), "max_lr": float(settings[BOUND])}
         if settings["momentum"]:
             part.rate["offsets"] = part.offsets
 

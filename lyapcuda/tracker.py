@@ -33,7 +33,7 @@ from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
-from lyapcuda.objective.grad_scaler import Unscaled, scaler_in
+from lyapcuda.objective.grad_scaler import Unscaled
 from lyapcuda.objective.interrupts import StepLock, allowed, deferred
 from lyapcuda.objective.isolation import (
     LooseParameters,
@@ -217,8 +217,6 @@ class CurvatureTracker:
         self._gradients = 0
         self._debug, self._process_group = debug, process_group
         self._checked = False
-        #: One that the first closure was seen to refer to.
-        self._scaler: torch.amp.GradScaler | None = None
         # All parameters of the optimizers we are attached to, by id.
         self._beside: dict[int, Tensor] = {}
         self._lock = StepLock("tracker.step")
@@ -229,6 +227,7 @@ class CurvatureTracker:
         self._sizing = self._new_sizing()
         self._history = Ring(history, self._layout.device, self._ends) if history else None
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
+        self._load_hooks: dict[int, Callable[[], Callable[[], None]]] = OrderedDict()
 
     # --- measuring -------------------------------------------------------------------------------
 
@@ -349,7 +348,7 @@ class CurvatureTracker:
         if measure is not None and batches is not None:
             raise ValueError("measure and batches: expected one of them, got both")
         micro = None if batches is None else shares(batches)
-        scaling = self._scaling(scaler, closure)
+        scaling = self._scaling(scaler)
         with deferred(), self._lock:
             add = add if any(p.grad is not None for p in self._tensors) else False
             self._evaluator.scaling = scaling
@@ -358,22 +357,19 @@ class CurvatureTracker:
             finally:
                 self._evaluator.scaling = None
 
-    def _scaling(self, scaler: Any, closure: Closure) -> Unscaled | None:
+    def _scaling(self, scaler: Any) -> Unscaled | None:
         if isinstance(scaler, Unscaled):
             return scaler
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
-        if scaler is None and not self._checked and not self._options.exact:
-            self._scaler = scaler_in(closure)
-        found = self._scaler if scaler is None else scaler
-        if found is None or not found.is_enabled():
+        if scaler is None or not scaler.is_enabled():
             return None
         if self._options.exact:
             raise ValueError(
                 "scaler: mode='exact' takes products of the loss itself, unscaled; use "
                 "mode='difference' beside a GradScaler"
             )
-        return Unscaled(found, self._tensors, self._layout.ranks, found=scaler is None)
+        return Unscaled(scaler, self._tensors, self._layout.ranks)
 
     def _measured_step(self, request: _Request) -> Tensor | None:
         """A step inside the lock."""
@@ -541,10 +537,30 @@ class CurvatureTracker:
         self._hooks[handle.id] = hook
         return handle
 
+    def register_load_hook(self, hook: Callable[[], Callable[[], None]]) -> RemovableHandle:
+        """Calls ``hook()`` before `load_state_dict` changes anything, and what that returns after.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+        """
+        handle = RemovableHandle(self._load_hooks)
+        self._load_hooks[handle.id] = hook
+        return handle
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't what the hooks watch, and its closures are others.
-        anew = {"_hooks": OrderedDict(), "_found_evaluator": None, "_touched": Touched()}
-        return {**self.__dict__, **anew, "_scaler": None}
+        anew = {"_hooks": OrderedDict(), "_load_hooks": OrderedDict()}
+        return {**self.__dict__, **anew, "_found_evaluator": None, "_touched": Touched()}
+
+    def become(self, other: CurvatureTracker) -> None:
+        """Measures anew, the parameters of a new tracker of the same options; `calls`, `gradients`,
+        `history` and hooks go on.
+        """
+        kept = {"_calls", "_gradients", "_hooks", "_load_hooks", "_beside", "_lock"}
+        if other.layout.device == self._layout.device:
+            kept.add("_history")
+        with self._lock:
+            self.__dict__.update({n: v for n, v in other.__dict__.items() if n not in kept})
 
     # --- what it works on ------------------------------------------------------------------------
 
@@ -781,8 +797,8 @@ class CurvatureTracker:
 
     @property
     def due(self) -> bool:
-        """Whether the next step measures (``every``)."""
-        return self._calls % self.every == 0
+        """Whether the next step measures: every n-th, and the first."""
+        return self._calls % self.every == 0 or self._separations is None
 
     @property
     def calls(self) -> int:
@@ -854,6 +870,7 @@ class CurvatureTracker:
             self._history.check(history)
         sizing = self._new_sizing()
         sizing.load_state_dict(state_dict["sizing"])
+        loaded = [hook() for hook in tuple(self._load_hooks.values())]
         present = self._separations
         if saved:
             before = self.separations.refinement()
@@ -872,3 +889,5 @@ class CurvatureTracker:
             self._history.restart(self._calls)
             if history is not None:
                 self._history.load_state_dict(history)
+        for done in loaded:
+            done()

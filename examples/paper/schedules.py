@@ -123,7 +123,7 @@ class QuasiNewton(Schedule):
 
     @property
     def tracker(self) -> CurvatureTracker:  # type: ignore[override]
-        return self.optimizer.tracker  # another one after a resume
+        return self.optimizer.tracker
 
     def step(self, closure: Closure) -> Tensor:
         return self.optimizer.step(closure)

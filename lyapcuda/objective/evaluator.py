@@ -24,6 +24,7 @@ from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Ma
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import Snapshot, TrackedGradients
 from lyapcuda.objective.loss_graph import leaves_of
+from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
 from lyapcuda.objective.pointing import aside, pointing
 from lyapcuda.objective.reachable import code_of
@@ -97,8 +98,8 @@ class Scaling(Protocol):
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss times it."""
 
-    def take(self) -> None:
-        """Called after each backward pass."""
+    def take(self, root: Any, loss: Any) -> None:
+        """Called after each evaluation: what ``backward()`` was called on, and the loss."""
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Divides by it in place."""
@@ -171,7 +172,7 @@ class Evaluator:
         self.manners: dict[Hashable, Manner] = {}
         self._tracked = {id(p) for p in parameters}
         self._last: weakref.ref[Tensor] | None = None
-        self._called_backward = False
+        self._called_backward = self._returned_share = False
         #: Of the gradients that closures' backward passes give, for the present measurement.
         self.scaling: Scaling | None = None
 
@@ -239,7 +240,9 @@ class Evaluator:
         modules = self.modules
         with FirstEvaluation(closure, self.parameters, modules, before, self.touched) as seen:
             yield
-        self.manners[code_of(closure)] = replace(seen.manner, calls_backward=self._called_backward)
+        self.manners[code_of(closure)] = replace(
+            seen.manner, calls_backward=self._called_backward, returns_share=self._returned_share
+        )
 
     def evaluate(
         self,
@@ -269,9 +272,12 @@ class Evaluator:
             parameter.grad = None
         # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
         torch.clear_autocast_cache()
-        changes = self.manner(closure if of is None else of).changes_gradients
+        closure_of = closure if of is None else of
+        # (One that isn't known yet may change them.)
+        changes = not self.knows(closure_of) or self.manner(closure_of).changes_gradients
         loose = before if self.touched.loose else None
         heard = _Passes(self.parameters, self._tracked, changes, loose, marks)
+        heard.needed |= self.scaling is not None
         with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
             if marks is not None:
                 marks.set()
@@ -282,6 +288,7 @@ class Evaluator:
                 marks.read()
             found = _appeared(parameters)
             self._called_backward = found is not None
+            self._returned_share = heard.count == 1 and is_multiple(heard.root, loss)
             if found is None:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise ValueError(
@@ -294,7 +301,7 @@ class Evaluator:
                 if found is None:
                     raise ValueError(NO_GRADIENT)
             if self.scaling is not None:
-                self.scaling.take()
+                self.scaling.take(heard.root, loss)
         torch.clear_autocast_cache()
         gradients = locals_of(found if heard.kept is None else heard.kept)
         self._check_dense(gradients)
@@ -400,7 +407,6 @@ class Evaluator:
             RuntimeError: ``check`` found the closure to be another function each time, or its
                 gradient not to be that of its loss; or as `FirstEvaluation`.
         """
-        scaling = self.scaling
         if add and not copies:
             return Gradients([], [], self.run(closure, add), [])
         before = self.snapshot(written=not copies and not self.knows(closure))
@@ -423,24 +429,22 @@ class Evaluator:
                     del there
                     losses.append(loss)
                     before.restore()
+                    if self.scaling is None and self.manner(closure).returns_share:
+                        self.scaling = Multiple()  # from the next evaluation on it knows
             if self.manner(closure).writes_parameters:
                 before.keep_parameters()
-            if check:  # the last two of all, so that a closure that alternates is found too
-                with aside():
-                    once = Fingerprint.of(*self.evaluate(closure, before))
-                before.restore()
+            once = self._checked(closure, before) if check else None
             if kept is not None and add is OWN and not self.manner(closure).calls_backward:
                 kept.cleared = True  # ours, so as if it had
             apart = kept is not None and self._is_apart(closure, kept)
             with aside() if apart else nullcontext(), self.looking(closure, before, new):
                 loss0, g0 = self.evaluate(closure, before)
-            if check:
+            if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
-                self._check_own(closure, before, loss0)
-            if scaling is not None:
+            if self.scaling is not None:
                 for copy in found:
-                    scaling.divide_(copy)
-                g0 = scaling.divided(g0)
+                    self.scaling.divide_(copy)
+                g0 = self.scaling.divided(g0)
             elif apart:
                 g0 = [None if g is None else g.clone() for g in g0]
             result = Gradients(g0, found, loss0, losses)
@@ -482,21 +486,27 @@ class Evaluator:
         """Whether gradients are averaged over ranks as they come."""
         return any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
 
-    def _check_own(self, closure: Closure, before: Snapshot, loss: Tensor) -> None:
-        """Raises where the loss doesn't change along the gradient in ``.grad`` as that says.
+    def _checked(self, closure: Closure, before: Snapshot) -> Fingerprint:
+        """Evaluates at θ for a check alone, and returns what the next evaluation has to agree with.
 
-        Leaves everything as it is. Left out where ranks average gradients: the loss is one rank's
-        own.
+        Raises:
+            RuntimeError: the loss doesn't change along its gradient as that says (left out where
+                ranks average gradients: the loss is one rank's own), or is another each time.
         """
-        if self.averages:
-            return
-        after = self.snapshot(values=True)
-        try:
-            with aside():
-                self._check_along(closure, before, loss, after.gradients)
-        finally:
-            after.restore()
-            after.restore_gradients()
+        with aside():
+            loss, gradients = self.evaluate(closure, before)
+            once = Fingerprint.of(loss, gradients)
+            try:
+                if not self.averages:
+                    self._check_along(closure, before, loss, gradients)
+            except RuntimeError:
+                before.restore()  # another function each time explains it better
+                first = Fingerprint.of(*self.evaluate(closure, before))
+                before.restore()
+                check_same(first, Fingerprint.of(*self.evaluate(closure, before)))
+                raise
+        before.restore()
+        return once
 
     def _check_along(
         self,
@@ -506,10 +516,10 @@ class Evaluator:
         gradients: Sequence[Tensor | None],
     ) -> None:
         manner, scaling = self.manner(closure), self.scaling
+        gradients = [None if g is None else g.detach() for g in gradients]
+        gradients = gradients if scaling is None else scaling.divided(gradients)
         pairs = [(p.detach(), g) for p, g in zip(self.parameters, gradients, strict=True)]
         with torch.no_grad():
-            if scaling is not None:
-                scaling.divide_(gradients)
             square = sum(float(g.double().square().sum()) for _, g in pairs if g is not None)
             extent = sum(float(p.double().square().sum()) for p, g in pairs if g is not None)
         norm = math.sqrt(square) if square > 0 else 0.0
@@ -568,15 +578,16 @@ class _Passes(Outermost):
         super().__init__()
         self._parameters, self._tracked, self._keep = parameters, tracked, keep
         self._before, self._marks = before, marks
-        self.count = 0
+        self.needed = keep or before is not None or marks is not None
+        self.count, self.root = 0, None
         self.kept: list[Tensor | None] | None = None
 
     def listening(self) -> AbstractContextManager[None]:
         """A context in which it listens, where there is anything to hear."""
-        needed = self._keep or self._before is not None or self._marks is not None
-        return listening(self) if needed else nullcontext()
+        return listening(self) if self.needed else nullcontext()
 
     def begins(self, roots: Sequence[Any]) -> None:
+        self.root = roots[0] if len(roots) == 1 else None
         if self._marks is not None:
             self._marks.read()
         if self._before is not None:

@@ -101,14 +101,12 @@ class ExactEvaluator(Evaluator):
         kept = TrackedGradients(self.parameters, self.modules) if add is True and leave else None
         marks = Marks(self.parameters, kept) if kept is not None and kept.any else None
         try:
+            once = None
             if check:
-                with aside():
-                    with self.looking(closure, before, again=True):
-                        once, there = self.evaluate(closure, before)
-                    fingerprint = Fingerprint.of(once, there)
-                    self._check_own(closure, before, once)
-                    del there
+                with aside(), self.looking(closure, before, again=True):
+                    self.evaluate(closure, before)
                 before.restore()
+                once = self._checked(closure, before)
             training = _Training(self._seen, self.modules, before)
             with allowed(), self.looking(closure, before):
                 marked = closure if marks is None else marks.around(closure)
@@ -117,10 +115,8 @@ class ExactEvaluator(Evaluator):
             if all(g is None for g in g0):
                 raise ValueError(NO_GRADIENT)
             self._check_dense(g0)
-            if check:
-                check_same(
-                    fingerprint, Fingerprint.of(graph.loss, g0), self.manner(closure).epsilon
-                )
+            if once is not None:
+                check_same(once, Fingerprint.of(graph.loss, g0), self.manner(closure).epsilon)
             found = []
             for number, copy in enumerate(copies, 1):
                 with allowed():

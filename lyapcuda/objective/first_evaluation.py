@@ -47,12 +47,14 @@ class Manner:
         calls_backward: it calls ``backward()`` itself.
         changes_gradients: it writes to ``.grad`` after that (clipping).
         writes_parameters: its forward pass writes to the parameters (max-norm layers).
+        returns_share: it calls that on a multiple of the loss that it returns.
         epsilon: machine epsilon of the coarsest type that its loss was computed in.
     """
 
     calls_backward: bool = False
     changes_gradients: bool = False
     writes_parameters: bool = False
+    returns_share: bool = False
     epsilon: float = 0.0
 
 
@@ -232,10 +234,23 @@ class FirstEvaluation(Outermost):
         self._passes += 1
         self._left = self._gradients()
 
-    def _where(self) -> list[tuple[int, int]]:
+    @torch.no_grad()
+    def _where(self) -> list[tuple[Any, ...]]:
+        """Where the parameters lie, and enough of their values to see that they were written to
+        (through ``.data`` no version tells).
+        """
         if self._sharded:
             return []
-        return [(p.data_ptr(), p._version) for p in self._parameters]
+        sums = [torch.stack([p.sum(dtype=F64), p.double().square().sum()]) for p in self._tensors()]
+        told = torch.stack([s.cpu() for s in sums]).nan_to_num().tolist()
+        lie = [(p.data_ptr(), p._version) for p in self._parameters]
+        return [(*where, *values) for where, values in zip(lie, told, strict=True)]
+
+    def _tensors(self) -> list[Tensor]:
+        return [p.detach() for p in self._parameters]
+
+
+F64 = torch.float64
 
 
 def _compiles() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from lyapcuda.objective.reachable import instances_in, named_objects
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.shards import local
 
-__all__ = ["Unscaled", "found_inf", "scaler_in"]
+__all__ = ["Unscaled", "found_inf"]
 
 
 def _divide(gradients: Sequence[Tensor], inverse: Tensor) -> dict[torch.device, Tensor]:
@@ -47,19 +46,6 @@ def found_inf(
     return found if ranks is None else ranks.sum(found.double()).float()
 
 
-def scaler_in(closure: Callable[..., Any]) -> torch.amp.GradScaler | None:
-    """An enabled GradScaler that a closure refers to by a name of its own; None where there is
-    none, or more than one.
-    """
-    found = {
-        id(scaler): scaler
-        for name, value in named_objects(closure)
-        for _, scaler in instances_in(name, value, torch.amp.GradScaler)
-        if scaler.is_enabled()
-    }
-    return next(iter(found.values())) if len(found) == 1 else None
-
-
 class Unscaled:
     """A GradScaler's scale, taken out of the gradients of one measurement.
 
@@ -72,8 +58,6 @@ class Unscaled:
         optimizer: whose gradients these are, where `finish_` is to unscale them; what overflows in
             any of the gradients is then reported to the scaler, so that its `step` skips and its
             `update` lowers the scale.
-        found: the scaler was found in the closure, not given: only a closure that calls
-            ``backward()`` itself scales its loss.
 
     Raises:
         RuntimeError: the optimizer's gradients were unscaled, or its step taken, since the last
@@ -86,11 +70,8 @@ class Unscaled:
         parameters: Sequence[Tensor],
         ranks: Ranks | None = None,
         optimizer: Optimizer | None = None,
-        *,
-        found: bool = False,
     ) -> None:
         self._scaler, self._parameters, self._ranks = scaler, parameters, ranks
-        self._was_found, self._idle = found, False
         self._entry = None if optimizer is None else scaler._per_optimizer_states[id(optimizer)]
         if self._entry is not None and self._entry["stage"] is not OptState.READY:
             raise RuntimeError(
@@ -103,13 +84,10 @@ class Unscaled:
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call ``backward()`` on, where the closure left that to us."""
-        self._idle = self._was_found
-        return loss if self._idle else self._scaler.scale(loss)
+        return self._scaler.scale(loss)
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Divides by the scale in place, and takes down what overflowed."""
-        if self._idle:
-            return
         present = [gradient for gradient in gradients if gradient is not None]
         if any(gradient.dtype == torch.float16 for gradient in present):
             raise ValueError("scaler: float16 gradients can't be unscaled; use autocast")
@@ -134,7 +112,7 @@ class Unscaled:
         self._entry["found_inf_per_device"] = self._found
         self._entry["stage"] = OptState.UNSCALED
 
-    def take(self) -> None:
+    def take(self, root: Any, loss: Any) -> None:
         """After a backward pass: the scale of the first one; the same tensor at the same version in
         the others.
 
@@ -142,9 +120,6 @@ class Unscaled:
             RuntimeError: the scale has changed, or the gradients aren't scaled.
         """
         scale = self._scaler._get_scale_async()
-        if self._idle or scale is None and self._was_found:
-            self._idle = True
-            return
         if scale is None:
             raise RuntimeError(
                 "scaler: the closure called backward() itself, but not on scaler.scale(loss)"

@@ -41,29 +41,19 @@ def check_own_gradient(slope: Slope, size: float, epsilon: float) -> None:
 
 
 def _complaint(share: float) -> str:
-    if abs(share) < 1e-3 and abs(share) != 0.0 or 0 < share < 0.2:
+    held = "a part is held constant (detach, a target, straight-through): compute it outside"
+    if abs(share) < 1e-6:
         reason = (
-            "a GradScaler's scale is in the gradient (pass scaler=), or a factor: return the loss "
-            "that backward() was called on"
+            "it is computed from detached, cached or rounded tensors, or was before the call: run "
+            "the whole forward pass inside the closure"
         )
-        reason += "; nor may it be computed before, or held constant (detach)"
-    elif abs(share) < 1e-6:
-        reason = (
-            "it was computed before the closure was called, from detached tensors or cached "
-            "weights: run the whole forward pass inside the closure"
-        )
-    elif share > 1.0:
-        reason = (
-            "backward() was called on a part of it (loss / n of accumulation), or hooks clip or "
-            "scale gradients: return what backward() was called on"
-        )
+    elif 0 < share < 0.02:
+        reason = "the gradient is scaled: pass scaler=, or return the loss that was scaled"
     else:
         reason = (
-            "a part is held constant (detach, a target, straight-through), clipped, or scaled: "
-            "compute constants outside the closure, change gradients after the measurement"
+            "backward() was called on something else (loss / n), hooks change gradients, or " + held
         )
     return (
-        f"closure: its loss changes {share:.3g} times as much as its gradient says, so the "
-        f"curvature would be another function's:\n{reason}.\n"
-        "debug=False measures it all the same."
+        f"closure: its loss changes {share:.3g} times as much as its gradient says, so this would "
+        f"be another function's curvature:\n{reason};\nor measure that with debug=False"
     )

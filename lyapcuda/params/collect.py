@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lyapcuda import _C
 from lyapcuda.arguments import non_negative
@@ -48,18 +49,23 @@ class TrackedParameter:
     group: int = 0
 
 
-def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParameter]:
-    """The parameters that take part: each once, frozen ones left out, all of them checked.
+def collect(
+    params: Parameters, weight_decay: float = 0.0, *, all_frozen: bool = False
+) -> list[TrackedParameter]:
+    """The parameters that take part: each once, frozen ones of any kind left out, the others
+    checked.
 
     Args:
         params: tensors, (name, tensor) pairs, or mappings with a "params" entry (and perhaps a
             "weight_decay" of their own), as for torch.optim.
         weight_decay: for parameters whose group has none.
+        all_frozen: allow that none requires a gradient.
 
     Raises:
-        TypeError: something that is no tensor, an integer or complex parameter.
-        ValueError: no parameter at all, none that requires a gradient, a non-leaf one, or one that
-            is in several groups.
+        TypeError: something that is no tensor, a trainable parameter of an integer or complex
+            dtype, or a sparse one.
+        ValueError: no parameter at all, none that requires a gradient, one without a shape yet, a
+            non-leaf one, or one that is in several groups.
     """
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of tensors, got one tensor; pass [tensor]")
@@ -73,8 +79,10 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
         if "params" not in group:
             raise ValueError(f"params: a group without 'params', only {sorted(group)}")
         members = group["params"]
+        names = iter(group.get("param_names") or ())  # torch.optim keeps them apart
         for member in [members] if isinstance(members, Tensor) else members:
-            name, tensor = member if isinstance(member, tuple) else (f"parameter {seen}", member)
+            name = next(names, f"parameter {seen}")
+            name, tensor = member if isinstance(member, tuple) else (name, member)
             seen += 1
             decay = group.get("weight_decay", weight_decay)
             non_negative("weight_decay", decay)
@@ -86,7 +94,7 @@ def collect(params: Parameters, weight_decay: float = 0.0) -> list[TrackedParame
                 found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
     if not seen:
         raise ValueError("params: empty, there is nothing to measure")
-    if not found:
+    if not found and not all_frozen:
         raise ValueError(f"params: none of the {seen} parameters requires a gradient")
     return list(found.values())
 
@@ -134,6 +142,13 @@ def _check_parameter(name: str, tensor: Any) -> bool:
     """Raises for what can't be tracked; False for a frozen parameter, which just takes no part."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"params: {name} is a {type(tensor).__name__}, expected a tensor")
+    if is_lazy(tensor):
+        raise ValueError(
+            f"params: {name} has no shape yet: it belongs to a lazy module; run one forward pass "
+            "first"
+        )
+    if not tensor.requires_grad:
+        return False  # of whatever kind: quantised, integer, sparse
     what = f"params: {name} of shape {tuple(tensor.shape)}"
     if tensor.layout != torch.strided:
         raise TypeError(f"{what} has layout {tensor.layout}, expected a dense (strided) tensor")
@@ -141,11 +156,11 @@ def _check_parameter(name: str, tensor: Any) -> bool:
         raise TypeError(
             f"{what} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16"
         )
-    if tensor.requires_grad and not tensor.is_leaf:
+    if not tensor.is_leaf:
         raise ValueError(f"{what} is not a leaf: it was computed, so it never gets a .grad")
     if tensor.device.type not in BACKENDS:
         raise ValueError(f"{what} is on {tensor.device}; this build serves {', '.join(BACKENDS)}")
     layout = zip(tensor.stride(), tensor.shape, strict=True)
     if any(stride == 0 and size > 1 for stride, size in layout):
         raise ValueError(f"{what} is expanded: its elements share memory")
-    return tensor.requires_grad
+    return True

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import lyapcuda
 from ranks import equal_everywhere, on_ranks
-from wrapped_nets import BATCH, build, loss_of, wrap
+from wrapped_nets import BATCH, build, held, loss_of, wrap
 
 STEPS = 4
 
@@ -60,3 +60,35 @@ def steps_are_those_of_one_process(rank: int, how: str, options: dict) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_steps_are_those_of_one_process(how, options):
     on_ranks(2, steps_are_those_of_one_process, how, options)
+
+
+def accumulated_gradients_are_an_error_on_all_ranks(rank: int, how: str) -> None:
+    model, x, y = build("mlp", torch.float64, BATCH * dist.get_world_size())
+    model, mine = wrap(model, how), slice(rank * BATCH, (rank + 1) * BATCH)
+    optimizer = lyapcuda.LyapunovSGD(model.parameters(), gain=0.1, warmup_iterations=2)
+    closure = lambda: loss_of(model, x[mine], y[mine])  # noqa: E731
+    for _ in range(2):
+        optimizer.step(closure)
+    closure().backward()
+    before = [held(p.grad).clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="gradients are in .grad already"):
+        optimizer.step(closure)
+    assert all(
+        torch.equal(held(p.grad), g) for p, g in zip(model.parameters(), before, strict=True)
+    )
+
+    def clears():
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        return loss
+
+    optimizer.step(clears)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step(closure)
+    assert equal_everywhere(optimizer.lr.reshape(1)) and float(optimizer.lr) > 0
+
+
+@pytest.mark.parametrize("how", ["ddp", "ddp_view", "fsdp"])
+def test_accumulated_gradients_are_an_error_on_all_ranks(how):
+    on_ranks(2, accumulated_gradients_are_an_error_on_all_ranks, how)

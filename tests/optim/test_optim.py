@@ -195,7 +195,11 @@ def test_state_of_another_model_is_refused_and_nothing_changes():
     [
         ({"gain": 0.0}, "gain=0.0"),
         ({"gain": math.nan}, "gain=nan"),
-        ({"gain": None}, "gain=None"),
+        ({"gain": 0.1, "lr": 0.1}, "gain and lr: expected one"),
+        ({"gain": 1.0, "lr": 0.1}, "gain and lr: expected one"),
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"max_lr": None}, "max_lr=None"),
         ({"max_lr": -1.0}, "max_lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"perturbation": 0}, "perturbation=0"),

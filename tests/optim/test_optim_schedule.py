@@ -1,5 +1,6 @@
 """LyapunovSGD under torch's learning-rate schedulers, with numbers and with device tensors."""
 
+import copy
 import math
 
 import pytest
@@ -24,7 +25,15 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, 2, cycle_momentum=True),
+    "CyclicLR, momentum as it is": lambda o: lr_scheduler.CyclicLR(
+        o, 0.1, 1.0, 2, cycle_momentum=False
+    ),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=10),
+    # (Its max_lr is far below 1/h, which mustn't be bounded by it.)
+    "OneCycleLR of small rates": lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=10),
+    "OneCycleLR, momentum as it is": lambda o: lr_scheduler.OneCycleLR(
+        o, 1e-3, total_steps=10, cycle_momentum=False, three_phase=True, anneal_strategy="linear"
+    ),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
     ),
@@ -65,6 +74,82 @@ def test_schedulers_scale_one_over_h0(name, capturable):
             each.step(1.0) if name == "ReduceLROnPlateau" else each.step()
     assert len(set(rates)) > 1  # it did something
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == capturable
+
+
+def scheduled(name, capturable, momentum=0.5):
+    """θ, and a function that takes a step of an optimizer and of its scheduler."""
+    theta, closure = quadratic([4.0, 1.0])
+    optimizer = lyapcuda.LyapunovSGD([theta], 0.2, momentum=momentum, capturable=capturable)
+    scheduler = SCHEDULERS[name](optimizer)
+
+    def step():
+        optimizer.step(closure)
+        scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
+
+    return theta, optimizer, scheduler, step
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_resumed_schedule_goes_on_to_the_bit(name, capturable):
+    theta, optimizer, scheduler, step = scheduled(name, capturable)
+    for _ in range(3):
+        step()
+    saved = optimizer.state_dict(), copy.deepcopy(scheduler.state_dict())
+    resumed = scheduled(name, capturable)
+    with torch.no_grad():
+        resumed[0].copy_(theta)
+    resumed[2].load_state_dict(saved[1])
+    resumed[1].load_state_dict(saved[0])  # the last: schedulers write into the groups
+    for _ in range(3):
+        step()
+        resumed[3]()
+        assert torch.equal(resumed[1].lr, optimizer.lr)
+    assert torch.equal(resumed[0], theta)
+    for key in ("momentum", "max_inverse_h", "max_lr"):
+        assert resumed[1].param_groups[0][key] == optimizer.param_groups[0][key]
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "OneCycleLR of small rates", "CyclicLR"])
+def test_momentum_that_a_scheduler_starts_is_torchs(name):
+    """As in torch.optim.SGD: a momentum of 0 is cycled too, from the first step on."""
+    theta, optimizer, _, step = scheduled(name, False, momentum=0.0)
+    assert optimizer.param_groups[0]["momentum"] > 0.8
+    buffer = torch.zeros_like(theta)
+    for _ in range(3):
+        before, group = theta.detach().clone(), dict(optimizer.param_groups[0])
+        step()
+        buffer = group["momentum"] * buffer + theta.grad
+        torch.testing.assert_close(optimizer.state[theta]["momentum_buffer"], buffer)
+        torch.testing.assert_close(theta.detach(), before - optimizer.lr * buffer)
+
+
+def test_one_cycle_leaves_the_bound_of_one_over_h():
+    for bound in (0.5, 2.0):
+        theta, closure = quadratic([-3.0, -1.0])
+        groups = [{"params": [theta], "max_lr": bound}]
+        optimizer = lyapcuda.LyapunovSGD(groups, warmup_iterations=4)
+        scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+        late = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        optimizer.add_param_group({"params": [late], "max_lr": 0.25})
+        gain = optimizer.param_groups[0]["lr"]
+        with pytest.warns(UserWarning, match="not stable"):
+            optimizer.step(closure)
+        assert float(optimizer.lr) == gain * bound  # h0 < 0: it stands in for 1/h0
+        assert scheduler.get_last_lr()[0] == gain
+        assert [g["max_inverse_h"] for g in optimizer.param_groups] == [bound, 0.25]
+
+
+def test_the_bound_may_be_changed_in_a_group():
+    theta, closure = quadratic([-3.0, -1.0])
+    optimizer = lyapcuda.LyapunovSGD([theta], max_lr=0.5, warmup_iterations=0)
+    for name in ("max_lr", "max_inverse_h"):
+        optimizer.param_groups[0][name] = 0.125
+        optimizer.step(closure)
+        optimizer.step(closure)
+        assert float(optimizer.lr) == 0.125
+        # From here on it is OneCycleLR's.
+        optimizer.param_groups[0] |= {"max_lr": 3.0, "min_lr": 0.1, "initial_lr": 1.0}
 
 
 def test_a_rate_of_zero_moves_nothing_and_scales_the_bound_as_well():

@@ -189,22 +189,6 @@ def test_weight_decay_that_changes_reaches_gradient_and_curvature():
     torch.testing.assert_close(step, float(optimizer.lr) * (a.grad + 2.0 * before))
 
 
-def test_frozen_and_thawed_parameters():
-    a, closure = quadratic([4.0, 1.0])
-    b = nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False)
-    optimizer = exact([a, b], momentum=0.5)
-    whole = lambda: closure() + 0.5 * b.square().sum()  # noqa: E731
-    optimizer.step(whole)
-    b.requires_grad_(True)
-    optimizer.step(whole)
-    assert torch.equal(b, torch.ones(2, dtype=torch.float64))  # not measured, so not moved
-    a.requires_grad_(False)
-    before = a.detach().clone()
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(whole)  # nothing that is measured is left
-    assert torch.equal(a, before)
-
-
 def test_zero_grad_and_defaults_are_torchs():
     theta, closure = quadratic([4.0, 1.0])
     optimizer = exact([theta], momentum=0.5)

@@ -93,6 +93,53 @@ def test_hooks_see_the_whole_state():
     assert seen[2:] == [True, int(optimizer.tracker.steps)]
 
 
+@pytest.mark.parametrize("entry", [1, "text", torch.ones(2), [1, 2], None])
+def test_entries_of_the_state_that_are_no_dictionaries(entry):
+    """torch's own test_state_dict_pre_hook has one."""
+    theta, closure = quadratic([4.0, 1.0])
+    optimizer, other = exact([theta], momentum=0.5), exact([theta], momentum=0.5)
+    run(optimizer, closure, 1)
+    optimizer.register_state_dict_pre_hook(lambda o: o.state.__setitem__("test", entry))
+    saved = optimizer.state_dict()
+    assert saved["state"]["test"] is not entry or not isinstance(entry, torch.Tensor)
+    other.state["before"] = entry
+    other.load_state_dict(saved)
+    assert "before" not in other.state and type(other.state["test"]) is type(entry)
+    run(other, closure)
+
+
+def test_a_state_taken_back_into_the_same_optimizer_goes_on_alike():
+    truth = case("tanh_mlp", seed=2)
+    optimizer = exact(truth.model.parameters(), k=2, gain=0.1, momentum=0.9, warmup_tol=1.0)
+    tracker, ends = optimizer.tracker, []
+    run(optimizer, truth.closure)
+    saved = copy.deepcopy((truth.model.state_dict(), optimizer.state_dict()))
+    for _ in range(2):
+        run(optimizer, truth.closure)
+        ends.append([p.detach().clone() for p in truth.model.parameters()])
+        truth.model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    assert all(map(torch.equal, *ends)) and optimizer.tracker is tracker
+
+
+def test_groups_saved_before_the_bound_had_a_name_of_its_own():
+    theta, closure = quadratic([-1.0, -2.0])
+    optimizer = exact([theta], max_lr=0.5, warmup_iterations=5)
+    with pytest.warns(UserWarning, match="not stable"):
+        run(optimizer, closure, 1)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["max_inverse_h"]
+    other = exact([theta], max_lr=0.1)
+    other.load_state_dict(saved)
+    other.step(closure)
+    assert float(other.lr) == 0.5
+    saved["param_groups"][0] |= {"max_lr": 7.0, "min_lr": 0.1, "initial_lr": 1.0}  # by OneCycleLR
+    other = exact([theta], max_lr=0.1)
+    other.load_state_dict(saved)
+    other.step(closure)
+    assert float(other.lr) == 0.1
+
+
 def test_a_capturable_rate_comes_back_as_a_tensor():
     theta, closure = quadratic([4.0, 1.0])
     optimizer, other = exact([theta], gain=0.5, capturable=True), exact([theta], capturable=True)

@@ -180,7 +180,7 @@ def test_names_and_groups_like_torch_optim():
         ([torch.zeros(3)], ValueError, "none of the 1 parameters requires"),
         (torch.zeros(3), TypeError, "one tensor"),
         (["weight"], TypeError, "params: parameter 0 is a str"),
-        ([torch.zeros(3, dtype=torch.int64)], TypeError, "parameter 0.*int64"),
+        ([torch.zeros(3, dtype=torch.int64)], ValueError, "none of the 1 parameters requires"),
         ([torch.zeros(3, dtype=torch.complex64, requires_grad=True)], TypeError, "complex64"),
         ([torch.zeros(3, requires_grad=True) * 2], ValueError, "not a leaf"),
         (
@@ -190,11 +190,55 @@ def test_names_and_groups_like_torch_optim():
         ),
         ([torch.zeros(0, requires_grad=True)], ValueError, "empty"),
         ([("w", torch.eye(3).to_sparse().requires_grad_())], TypeError, "w.*sparse"),
+        ([nn.LazyLinear(3).weight], ValueError, "parameter 0 has no shape yet.*forward pass"),
+        (
+            [torch.zeros(3, requires_grad=True), nn.UninitializedParameter(requires_grad=False)],
+            ValueError,
+            "parameter 1 has no shape yet.*forward pass",
+        ),
     ],
 )
 def test_bad_parameters(params, error, message):
     with pytest.raises(error, match=message):
         lyapcuda.CurvatureTracker(params)
+
+
+def frozen_kinds():
+    """Tensors that couldn't be tracked, were they trained."""
+    return {
+        "int8": torch.ones(3, dtype=torch.int8),
+        "bool": torch.ones(3, dtype=torch.bool),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        "sparse": torch.eye(3).to_sparse(),
+        "sparse_csr": torch.eye(3).to_sparse_csr(),
+        "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "expanded": torch.ones(1).expand(3),
+        "meta": torch.empty(3, device="meta"),
+    }
+
+
+@pytest.mark.parametrize("kind", frozen_kinds())
+def test_frozen_parameters_of_any_kind_are_left_out(kind):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Parameter(frozen_kinds()[kind], requires_grad=False)
+            self.adapter = nn.Parameter(torch.ones(2))
+
+    module = Module()
+    closure = lambda: 1.5 * module.adapter.square().sum()  # noqa: E731
+    tracker = lyapcuda.CurvatureTracker(module.parameters())
+    for _ in range(3):
+        tracker.step(closure)
+    assert float(tracker.h) == pytest.approx(3.0, rel=1e-4)
+    found = lyapcuda.eigsh(closure, module.parameters(), k=1)
+    assert float(found.eigenvalues[0]) == pytest.approx(3.0, rel=1e-4)
+    optimizer = lyapcuda.LyapunovSGD(module.parameters())
+    optimizer.step(closure)
+    assert float(optimizer.lr) == pytest.approx(1 / 3, rel=1e-3)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(closure)
 
 
 def test_a_parameter_that_changed_its_type_is_named():

@@ -15,7 +15,7 @@ def quadratic(spectrum, start=1.0, dtype=torch.float64):
     return theta, lambda: 0.5 * (tensor * theta.square()).sum()
 
 
-def exact(params, **options):
+def exact(params, *gain, **options):
     """An optimizer that knows h0 to many digits after its warm-up."""
     options = {"ema": 0.0, "warmup_tol": 1e-10, "warmup_iterations": 300, **options}
-    return lyapcuda.LyapunovSGD(params, **options)
+    return lyapcuda.LyapunovSGD(params, *gain, **options)

@@ -43,11 +43,8 @@ def soak(steps: int) -> Soak:
     for step in range(steps):
         if step % 10 == 0:
             ends.step(closure)
-        if step % 2:
-            quasi.step(closure)
-        else:
-            sgd.zero_grad()
-            sgd.step(closure)
+        sgd.zero_grad()
+        (quasi if step % 2 else sgd).step(closure)
         if step in (steps // 10, steps - 1):
             memory.append(resident("RssAnon"))
             tensors.append(living())

@@ -338,6 +338,81 @@ def test_tensorboard_that_is_missing(monkeypatch, tmp_path):
         lyapcuda.TensorBoardWriter(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_log_follows_a_tracker_that_loads_an_earlier_state(problem, suffix, tmp_path):
+    """In one and the same run: the file is that of a run that never went astray."""
+    path = tmp_path / f"run.{suffix}"
+    read = read_csv if suffix == "csv" else read_jsonl
+    rows = lambda: [int(row["step"]) for row in read(path)]  # noqa: E731
+    tracker, memory = problem.tracker(), Memory()
+    with lyapcuda.CurvatureLog(
+        tracker, path, memory, every=3, values={"calls": lambda: tracker.calls}
+    ) as log:
+        problem.take(tracker, 5)
+        saved = tracker.state_dict()
+        problem.take(tracker, 5, 7)
+        log.sync()
+        assert rows() == list(range(1, 11))
+        tracker.load_state_dict(saved)
+        assert rows() == [1, 2, 3, 4, 5]
+        problem.take(tracker, 3, 5)
+    assert rows() == list(range(1, 9))
+    assert [row["step"] for row in memory.rows] == [*range(1, 11), *range(6, 9)]
+    text = path.read_text()
+    other = problem.tracker()
+    straight = tmp_path / f"straight.{suffix}"
+    with lyapcuda.CurvatureLog(other, straight, values={"calls": lambda: other.calls}):
+        problem.take(other, 8)
+    assert straight.read_text() == text
+
+
+def test_a_log_follows_a_tracker_that_loads_a_later_state(problem):
+    other, tracker, memory = problem.tracker(), problem.tracker(), Memory()
+    problem.take(other, 6)
+    log = lyapcuda.CurvatureLog(tracker, memory, values={"here": lambda: 1.0})
+    problem.take(tracker, 2)
+    tracker.load_state_dict(other.state_dict())
+    assert [row["step"] for row in memory.rows] == [1, 2]  # nothing that waited is lost
+    problem.take(tracker, 1, 6)
+    log.close()
+    assert [row["step"] for row in memory.rows] == list(range(1, 8))
+    here = [row["here"] for row in memory.rows]
+    assert here == pytest.approx([1, 1, *[math.nan] * 4, 1], nan_ok=True)
+    problem.take(tracker, 1)
+    tracker.load_state_dict(other.state_dict())
+    assert len(memory.rows) == 7  # closed
+
+
+def test_a_state_that_is_refused_leaves_the_log(problem, tmp_path):
+    tracker, path = problem.tracker(), tmp_path / "run.csv"
+    with lyapcuda.CurvatureLog(tracker, path) as log:
+        problem.take(tracker, 2)
+        saved = tracker.state_dict()
+        problem.take(tracker, 2, 2)
+        for damage in ({"k": 7}, {"refinement": 3}, {"separations": [3]}):
+            with pytest.raises((ValueError, TypeError, AttributeError)):
+                tracker.load_state_dict({**saved, **damage})
+        log.sync()
+        assert [int(row["step"]) for row in read_csv(path)] == [1, 2, 3, 4]
+
+
+def test_tensorboard_hides_what_is_past_a_state_that_is_loaded(problem, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = problem.tracker()
+    start = tracker.state_dict()
+    with lyapcuda.CurvatureLog(tracker, lyapcuda.TensorBoardWriter(tmp_path), every=1):
+        problem.take(tracker, 4)
+        tracker.load_state_dict(start)
+        problem.take(tracker, 2, 3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("curvature/h")}
+    expected = tracker.history().h.float().tolist()
+    assert found == pytest.approx(dict(enumerate(expected, 1)))
+
+
 def test_hooks_end_with_their_handles_and_stay_out_of_copies(problem):
     tracker, seen = problem.tracker(every=2), []
     handle = tracker.register_step_hook(lambda t: seen.append(t))
