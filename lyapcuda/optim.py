@@ -18,6 +18,7 @@ from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
 from lyapcuda.objective.left_gradients import guarded, note
+from lyapcuda.objective.loss_multiple import Multiple
 from lyapcuda.params.collect import Parameters, collect
 from lyapcuda.params.flat import FlatGroup
 from lyapcuda.params.ranks import Ranks
@@ -80,7 +81,7 @@ class LyapunovSGD(Optimizer):
             Rayleigh quotient made two of six diverge at gain 1, this none. k > 1 needs "rayleigh",
             the default there, or "schwarz", which alone give eigenvectors: the Ritz values'
             residuals keep the steps short there.
-        perturbation, ema, seed: see `CurvatureTracker`.
+        perturbation, ema, seed, debug: see `CurvatureTracker`.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -116,6 +117,7 @@ class LyapunovSGD(Optimizer):
         warmup_tol: float = 2e-2,
         warmup_iterations: int = 100,
         seed: int = 0,
+        debug: bool | None = None,
     ) -> None:
         if warmup_tol is None:
             raise ValueError("warmup_tol=None: expected a positive finite number")
@@ -144,7 +146,13 @@ class LyapunovSGD(Optimizer):
             "capturable": capturable,
         }
         self._tracker_options = dict(
-            k=k, every=every, perturbation=perturbation, estimate=estimate, ema=ema, seed=seed
+            k=k,
+            every=every,
+            perturbation=perturbation,
+            estimate=estimate,
+            ema=ema,
+            seed=seed,
+            debug=debug,
         )
         self._warmup_tol, self._warmup_iterations = warmup_tol, warmup_iterations
         self._warm = warmup_iterations == 0
@@ -282,7 +290,7 @@ class LyapunovSGD(Optimizer):
         every, self.tracker.every = self.tracker.every, 1
         try:
             for closure in islice(source, self._warmup_iterations):
-                self.tracker.step(closure, scaler=scaler)
+                self.tracker.step(closure, scaler=scaler if _scales(scaler) else _as_it_is())
                 if not float(self._accepted()):
                     return iterations
                 iterations += 1
@@ -370,11 +378,11 @@ class LyapunovSGD(Optimizer):
         loss = self.tracker.step(
             closure, measure=part, batches=micro, leave_grad=True, scaler=scaling
         )
-        if scaling is not None:
+        if isinstance(scaling, Unscaled):
             scaling.finish_()
         # Whether the measurement was finite doesn't tell about other gradients than its own.
         self._fresh, self._other = fresh, part is not None or micro is not None
-        self._measured, self._scaled = True, scaling is not None
+        self._measured, self._scaled = True, isinstance(scaling, Unscaled)
         return loss
 
     def step(
@@ -424,9 +432,9 @@ class LyapunovSGD(Optimizer):
         self._measured = False
         return loss
 
-    def _scaling(self, scaler: Any) -> Unscaled | None:
-        if scaler is None or not scaler.is_enabled():
-            return None
+    def _scaling(self, scaler: Any) -> Unscaled | Multiple:
+        if not _scales(scaler):
+            return _as_it_is()
         return Unscaled(scaler, self.tracker.parameters, self.tracker.layout.ranks, self)
 
     def _sync_weight_decay(self) -> None:
@@ -563,6 +571,16 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _copied(held) for name, held in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _scales(scaler: Any) -> bool:
+    """Whether a GradScaler was given that does anything."""
+    return scaler is not None and scaler.is_enabled()
+
+
+def _as_it_is() -> Multiple:
+    """A factor that ``backward()`` was called with is in .grad and h alike, and cancels."""
+    return Multiple(in_results=False)
 
 
 # --- groups --------------------------------------------------------------------------------------

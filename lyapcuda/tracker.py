@@ -43,6 +43,7 @@ from lyapcuda.objective.isolation import (
     modules_of,
 )
 from lyapcuda.objective.loss_graph import watching
+from lyapcuda.objective.loss_multiple import Multiple
 from lyapcuda.objective.micro_batches import Measured, accumulated, beside, shares
 from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.params.collect import Parameters
@@ -357,8 +358,8 @@ class CurvatureTracker:
             finally:
                 self._evaluator.scaling = None
 
-    def _scaling(self, scaler: Any) -> Unscaled | None:
-        if isinstance(scaler, Unscaled):
+    def _scaling(self, scaler: Any) -> Unscaled | Multiple | None:
+        if isinstance(scaler, Unscaled | Multiple):
             return scaler
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")

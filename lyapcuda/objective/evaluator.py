@@ -93,13 +93,21 @@ class Probe(Protocol):
 
 
 class Scaling(Protocol):
-    """A factor in the gradients of a measurement (a GradScaler's)."""
+    """A factor in the gradients of a measurement (a GradScaler's).
+
+    Attributes:
+        in_results: whether results are divided by it; the check of the gradient always is.
+    """
+
+    in_results: bool
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss times it."""
 
     def take(self, root: Any, loss: Any) -> None:
-        """Called after each evaluation: what ``backward()`` was called on, and the loss."""
+        """Called after each evaluation: the loss, and what ``backward()`` was called on where that
+        is a multiple of it (else None).
+        """
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Divides by it in place."""
@@ -224,12 +232,15 @@ class Evaluator:
         return self.manners.get(code_of(closure), Manner())
 
     @contextmanager
-    def looking(self, closure: Closure, before: Snapshot, again: bool = False) -> Iterator[None]:
+    def looking(
+        self, closure: Closure, before: Snapshot, again: bool = False, values: bool = True
+    ) -> Iterator[None]:
         """Inside, the one evaluation of a closure that isn't known yet is watched for what it
         touches, which ``before`` then puts back too.
 
         Args:
             again: also if it is known.
+            values: look at the parameters' values too, which waits for the device.
 
         Raises:
             RuntimeError: as `FirstEvaluation`.
@@ -237,8 +248,8 @@ class Evaluator:
         if self.knows(closure) and not again:
             yield
             return
-        modules = self.modules
-        with FirstEvaluation(closure, self.parameters, modules, before, self.touched) as seen:
+        parts = (self.parameters, self.modules, before, self.touched)
+        with FirstEvaluation(closure, *parts, values=values) as seen:
             yield
         self.manners[code_of(closure)] = replace(
             seen.manner, calls_backward=self._called_backward, returns_share=self._returned_share
@@ -288,7 +299,10 @@ class Evaluator:
                 marks.read()
             found = _appeared(parameters)
             self._called_backward = found is not None
-            self._returned_share = heard.count == 1 and is_multiple(heard.root, loss)
+            share = self.manner(closure_of).returns_share
+            if not self.knows(closure_of):
+                share = heard.count == 1 and is_multiple(heard.root, loss)
+            self._returned_share = share
             if found is None:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise ValueError(
@@ -301,7 +315,7 @@ class Evaluator:
                 if found is None:
                     raise ValueError(NO_GRADIENT)
             if self.scaling is not None:
-                self.scaling.take(heard.root, loss)
+                self.scaling.take(heard.root if self._returned_share else None, loss)
         torch.clear_autocast_cache()
         gradients = locals_of(found if heard.kept is None else heard.kept)
         self._check_dense(gradients)
@@ -419,7 +433,7 @@ class Evaluator:
             with pointing(self.parameters, self.modules) if copies else nullcontext() as hold:
                 for copy in copies:
                     hold(copy)
-                    with self.looking(closure, before, new):
+                    with self.looking(closure, before, new, check):
                         loss, there = self.evaluate(closure, before, marks)
                     new, marks = False, None if marks is None or marks.told else marks
                     # θ + q is no longer needed, so its gradient takes its place. By reference it
@@ -437,11 +451,11 @@ class Evaluator:
             if kept is not None and add is OWN and not self.manner(closure).calls_backward:
                 kept.cleared = True  # ours, so as if it had
             apart = kept is not None and self._is_apart(closure, kept)
-            with aside() if apart else nullcontext(), self.looking(closure, before, new):
+            with aside() if apart else nullcontext(), self.looking(closure, before, new, check):
                 loss0, g0 = self.evaluate(closure, before)
             if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
-            if self.scaling is not None:
+            if self.scaling is not None and self.scaling.in_results:
                 for copy in found:
                     self.scaling.divide_(copy)
                 g0 = self.scaling.divided(g0)
@@ -687,7 +701,9 @@ class _Probe:
         g0: Sequence[Tensor | None] = (),
     ) -> None:
         self._evaluator, self._closure, self._before = evaluator, closure, before
-        self._scaling, self._g0 = evaluator.scaling, g0
+        scaling = evaluator.scaling
+        self._scaling = None if scaling is None or not scaling.in_results else scaling
+        self._g0 = g0
         self._after: Snapshot | None = None
         self.gradients: list[Tensor | None] = []
 

@@ -84,6 +84,8 @@ class FirstEvaluation(Outermost):
         parameters, modules: the tracked ones, and those that are known.
         before: what is put back after the evaluation; takes on what is found.
         touched: takes on what is found.
+        values: see by their values, too, whether parameters were written to (through ``.data`` no
+            version tells); waits for the device.
 
     Raises:
         RuntimeError: an optimizer's step inside the closure, parameters that it updates, a loss
@@ -97,6 +99,8 @@ class FirstEvaluation(Outermost):
         modules: Sequence[nn.Module],
         before: Snapshot,
         touched: Touched,
+        *,
+        values: bool = True,
     ) -> None:
         super().__init__()
         self._closure, self._parameters, self._before = closure, parameters, before
@@ -108,7 +112,7 @@ class FirstEvaluation(Outermost):
         self._passes, self._epsilon = 0, 0.0
         self._left: list[tuple[Tensor, int]] = []  # gradients after a pass, and their versions
         self._forward_writes = False
-        self._sharded = any_sharded(parameters)
+        self._sharded, self._values = any_sharded(parameters), values
         self.manner = Manner()
 
     # --- around the evaluation -------------------------------------------------------------------
@@ -236,11 +240,11 @@ class FirstEvaluation(Outermost):
 
     @torch.no_grad()
     def _where(self) -> list[tuple[Any, ...]]:
-        """Where the parameters lie, and enough of their values to see that they were written to
-        (through ``.data`` no version tells).
-        """
+        """Where the parameters lie, at which version, and what tells of their values."""
         if self._sharded:
             return []
+        if not self._values:
+            return [(p.data_ptr(), p._version) for p in self._parameters]
         sums = [torch.stack([p.sum(dtype=F64), p.double().square().sum()]) for p in self._tensors()]
         told = torch.stack([s.cpu() for s in sums]).nan_to_num().tolist()
         lie = [(p.data_ptr(), p._version) for p in self._parameters]

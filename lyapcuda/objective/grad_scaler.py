@@ -64,6 +64,8 @@ class Unscaled:
             ``scaler.update()``.
     """
 
+    in_results = True
+
     def __init__(
         self,
         scaler: Any,

@@ -48,9 +48,14 @@ class Multiple:
     """The factor between what ``backward()`` was called on and the loss, taken out of gradients.
 
     It stays on the device.
+
+    Args:
+        in_results: False leaves it in, for a step that doesn't depend on it (gain/h times g); only
+            the check of the gradient takes it out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_results: bool = True) -> None:
+        self.in_results = in_results
         self._factor: Tensor | None = None
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -58,8 +63,9 @@ class Multiple:
         return loss
 
     def take(self, root: Any, loss: Any) -> None:
-        """After a backward pass: what it was called on, and the loss."""
-        if isinstance(root, Tensor) and root.numel() == 1:
+        """After a backward pass: what it was called on, None for the loss itself, and the loss."""
+        self._factor = None
+        if root is not None:
             there = root.detach().double().reshape(())
             here = loss.detach().to(there) if isinstance(loss, Tensor) else loss
             self._factor = there / here

@@ -180,7 +180,7 @@ def test_a_resumed_run_that_thawed_goes_on_alike(pair):
 @pytest.mark.parametrize("every", [1, 3])
 def test_without_a_warm_up_the_next_step_after_a_change_measures(pair, every):
     a, b, closure = pair
-    optimizer = exact([a], every=every, warmup_iterations=0, max_lr=0.05)
+    optimizer = exact([a], every=every, warmup_iterations=0, max_lr=0.05, debug=False)
     for _ in range(2):
         optimizer.step(closure)
     b.requires_grad_(True)

@@ -29,7 +29,7 @@ def test_tied_weights_count_once_and_stay_tied():
     both = [model[0].weight, model[2].weight, model[0].bias, model[2].bias]
     assert FlatLayout(both).numel == FlatLayout(model.parameters()).numel == 36 + 12
     untied = copy.deepcopy(model)
-    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    tracker = lyapcuda.CurvatureTracker(model.parameters(), debug=False)
     seen = []
     model.register_forward_pre_hook(lambda m, _: seen.append(torch.equal(m[0].weight, m[2].weight)))
     for _ in range(30):
@@ -121,7 +121,7 @@ def test_the_copies_keep_shape_stride_and_dtype():
     value = strided_parameters()["channels_last"].bfloat16()
     parameter = nn.Parameter(value)
     seen = []
-    tracker = lyapcuda.CurvatureTracker([parameter])
+    tracker = lyapcuda.CurvatureTracker([parameter], debug=False)
 
     def closure():
         seen.append((parameter.shape, parameter.stride(), parameter.dtype, parameter.data_ptr()))
