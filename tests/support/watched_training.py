@@ -82,6 +82,7 @@ class Loop:
         closure: one of `CLOSURES`.
         zero: gradients are set to "none" or "zeros" before a step, or "never".
         micro: batches whose gradients are accumulated for one step.
+        whole: the closure calls ``backward()`` on its share of them, and returns the whole loss.
         clip: "norm" or "value", before the step; by closure inside of it, after its backward().
         amp: "autocast" of the forward pass, "around" the whole step, or a GradScaler ("scaler").
         hook: that reads gradients: of a "tensor", a "module", or "post" accumulation.
@@ -93,6 +94,7 @@ class Loop:
     optimizer: str = "SGD"
     zero: str = "none"
     micro: int = 1
+    whole: bool = False
     clip: str | None = None
     amp: str | None = None
     scheduler: str | None = None
@@ -145,6 +147,7 @@ def draw(seed: int) -> Draw:
         optimizer,
         one("none", "zeros", *() if halves or closure == CLOSURES[2] else ("never",)),
         2 if halves else 1 if lbfgs else one(1, 1, 2, 3),
+        closure != CLOSURES[0] and one(True, False),
         one(None, "norm", "value"),
         None if exact else one(*amp),
         one(None, *SCHEDULERS),
@@ -365,7 +368,8 @@ class _Run:
             if loop.closure == CLOSURES[2]:
                 optimizer.zero_grad(set_to_none=loop.zero == "none")
             with self._autocast("autocast"):
-                loss = loss_of(batch) / loop.micro
+                whole = loss_of(batch)
+                loss = whole / loop.micro
             if isinstance(metric, nn.Module):
                 metric.update(loss.detach())
             elif metric is not None and not at_a_copy():
@@ -374,7 +378,7 @@ class _Run:
                 scaler.scale(loss).backward()
                 if loop.by_closure and loop.clip:
                     self._clip(part.parameters, 0.05)
-            return loss
+            return whole if loop.whole else loss
 
         return FAULTS[self.fault](closure, self, batch) if self.fault else closure
 
@@ -469,8 +473,8 @@ def train(draw: Draw, watched: bool, steps: int = STEPS) -> dict[str, Any]:
 Closure = Callable[[], Tensor]
 
 
-def _scales(closure: Closure, run: _Run, batch: Any) -> Closure:
-    return lambda: 4.0 * closure().detach()
+def _squares(closure: Closure, run: _Run, batch: Any) -> Closure:
+    return lambda: closure().detach().square()
 
 
 def _steps(closure: Closure, run: _Run, batch: Any) -> Closure:
@@ -525,7 +529,7 @@ def _halves_gradients(closure: Closure, run: _Run, batch: Any) -> Closure:
 
 #: Closures that can't be measured: made of a right one, the run and its batch.
 FAULTS: dict[str, Callable[[Closure, _Run, Any], Closure]] = {
-    "returns another loss than it differentiates": _scales,
+    "returns another loss than it differentiates": _squares,
     "steps an optimizer": _steps,
     "updates parameters in its backward pass": _updates_in_backward,
     "draws another minibatch each time": _draws_batches,

@@ -15,7 +15,7 @@ import watched_training
 from watched_nets import SCENES
 from watched_training import FAULTS, WAYS, differences, draw, kinds, refused, train
 
-DRAWS = 80
+DRAWS = 2 * len(SCENES)
 
 
 @pytest.mark.parametrize("seed", range(DRAWS))
@@ -40,6 +40,7 @@ def test_every_kind_is_drawn():
     }.items():
         expected += [f"loop, {name}: {value}" for value in values]
     expected += ["tracker, mode: exact", "argument: measure", "argument: batches"]
+    expected += ["loop, whole: True", "loop, ema: True", "loop, by_closure: True"]
     assert not set(expected) - drawn
 
 
