@@ -79,12 +79,13 @@ def test_what_a_closure_keeps_in_objects_of_its_own_is_named_once(kept, way):
 
     def closure() -> torch.Tensor:
         loss = model(x).square().mean()
+        value = loss.item()
         if kept == "list":
-            losses.append(float(loss))
+            losses.append(value)
         elif kept == "dict":
-            last["total"] += float(loss)
+            last["total"] += value
         else:
-            meter.total += float(loss)
+            meter.total += value
         return loss
 
     tracker = lyapcuda.CurvatureTracker(model.parameters())
