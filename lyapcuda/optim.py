@@ -29,7 +29,7 @@ from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.grad_scaler import Unscaled, found_inf
 from lyapcuda.objective.isolation import capturing
 from lyapcuda.objective.left_gradients import guarded, note
-from lyapcuda.objective.loss_multiple import Multiple
+from lyapcuda.objective.loss_multiple import AsItIs
 from lyapcuda.params.collect import Parameters, collect, require_iterable
 from lyapcuda.params.flat import FlatGroup
 from lyapcuda.params.ranks import Ranks
@@ -308,7 +308,7 @@ class LyapunovSGD(Optimizer):
         self._follow_groups()
         self._sync_weight_decay()
         source = repeat(closures) if callable(closures) else iter(closures)
-        scaler = scaler if _scales(scaler) else _as_it_is()
+        scaler = scaler if _scales(scaler) else AsItIs()
         return self._warm_up(partial(self.tracker.step, c, scaler=scaler) for c in source)
 
     def _warm_up(self, measurements: Iterable[Callable[[], Any]]) -> int:
@@ -403,7 +403,7 @@ class LyapunovSGD(Optimizer):
         if not self._warm and micro is None:
             self.warmup(part or closure, scaler=scaler)
         elif not self._warm:
-            told = scaler if _scales(scaler) else _as_it_is()
+            told = scaler if _scales(scaler) else AsItIs()
             of_last = partial(self.tracker.step_of_last, closure, micro, sizes, told)
             self._warm_up(repeat(of_last))
         scaling = self._scaling(scaler)
@@ -468,9 +468,9 @@ class LyapunovSGD(Optimizer):
         self._measured = False
         return loss
 
-    def _scaling(self, scaler: Any) -> Unscaled | Multiple:
+    def _scaling(self, scaler: Any) -> Unscaled | AsItIs:
         if not _scales(scaler):
-            return _as_it_is()
+            return AsItIs()
         return Unscaled(scaler, self.tracker.parameters, self.tracker.layout.ranks, self)
 
     def _sync_weight_decay(self) -> None:
@@ -612,11 +612,6 @@ def _copied(value: Any) -> Any:
 def _scales(scaler: Any) -> bool:
     """Whether a GradScaler was given that does anything."""
     return scaler is not None and scaler.is_enabled()
-
-
-def _as_it_is() -> Multiple:
-    """A factor that ``backward()`` was called with is in .grad and h alike, and cancels."""
-    return Multiple(in_results=False)
 
 
 # --- groups --------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from lyapcuda.objective.isolation import (
     modules_of,
 )
 from lyapcuda.objective.loss_graph import watching
-from lyapcuda.objective.loss_multiple import Multiple
+from lyapcuda.objective.loss_multiple import AsItIs
 from lyapcuda.objective.micro_batches import Measured, MicroBatches, accumulated, beside
 from lyapcuda.params.collect import Parameters
 from lyapcuda.params.flat import FlatLayout
@@ -408,8 +408,8 @@ class CurvatureTracker:
             finally:
                 self._evaluator.scaling, self._evaluator.times = None, 1.0
 
-    def _scaling(self, scaler: Any) -> Unscaled | Multiple | None:
-        if isinstance(scaler, Unscaled | Multiple):
+    def _scaling(self, scaler: Any) -> Unscaled | AsItIs | None:
+        if isinstance(scaler, Unscaled | AsItIs):
             return scaler
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")

@@ -16,14 +16,15 @@ __all__ = ["AllAttributes", "AttributeValues", "Place", "Value", "plain_names", 
 _MOST_BYTES = 2**26
 #: How deep containers are looked into.
 _DEPTH = 2
-# What every module has by itself, but for the mode.
-_OF_ALL_MODULES = {*vars(nn.Module()), "_is_hf_initialized"} - {"training"}
+# What every module has by itself, but for the mode, and the hooks that are called.
+_CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_ALL_MODULES = {*vars(nn.Module()), "_is_hf_initialized"} - {"training", *_CALLED}
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def plain_names(holder: Any) -> set[str]:
     """The names of an object's own attributes, of a module those that aren't the module's tables
-    of parameters, buffers, children and hooks.
+    of parameters, buffers and children.
     """
     names = set(vars(holder))
     return names - _OF_ALL_MODULES if isinstance(holder, nn.Module) else names

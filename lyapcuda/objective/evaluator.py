@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, Protocol
 
@@ -23,7 +24,7 @@ from lyapcuda.arguments import described
 from lyapcuda.objective.backward_passes import Outermost, listening
 from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Manner, Touched
 from lyapcuda.objective.interrupts import allowed
-from lyapcuda.objective.isolation import Snapshot, TrackedGradients
+from lyapcuda.objective.isolation import ParameterValues, Snapshot, TrackedGradients
 from lyapcuda.objective.loss_graph import leaves_of
 from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
@@ -42,6 +43,7 @@ __all__ = [
     "Further",
     "Gradients",
     "Marks",
+    "NoGradient",
     "Probe",
     "check_loss",
     "check_same",
@@ -77,6 +79,10 @@ class Gradients:
         return Gradients(self.g0, self.copies[span], self.loss0, self.losses[span])
 
 
+class NoGradient(ValueError):
+    """A closure gives no tracked parameter a gradient."""
+
+
 class Probe(Protocol):
     """Evaluates at further copies, once an evaluation at θ is done.
 
@@ -98,17 +104,17 @@ class Scaling(Protocol):
 
     Attributes:
         in_results: whether results are divided by it; the check of the gradient always is.
+        gives_way: to the factor that a closure's backward pass was seen to have.
     """
 
     in_results: bool
+    gives_way: bool
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss times it."""
 
-    def take(self, root: Any, loss: Any) -> None:
-        """Called after each evaluation: the loss, and what ``backward()`` was called on where that
-        is a multiple of it (else None).
-        """
+    def take(self) -> None:
+        """Called after each evaluation."""
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Divides by it in place."""
@@ -195,11 +201,13 @@ class Evaluator:
         #: What closures were seen to touch, and how each goes about it, by its code.
         self.touched = Touched()
         self.manners: dict[Hashable, Manner] = {}
+        self._counts: dict[Hashable, int] = {}
         self._tracked = {id(p) for p in parameters}
         self._last: weakref.ref[Tensor] | None = None
         self._called_backward = self._returned_share = False
         #: Of the gradients that closures' backward passes give, for the present measurement.
         self.scaling: Scaling | None = None
+        self._share = Multiple()
         #: How many times the curvature measured that of the closure is to be.
         self.times = 1.0
 
@@ -215,6 +223,7 @@ class Evaluator:
         *,
         values: bool = False,
         written: bool = False,
+        leaves: Sequence[Tensor] = (),
     ) -> Snapshot:
         """What an evaluation may change besides its result, as it is now.
 
@@ -222,6 +231,7 @@ class Evaluator:
             generators: of the user's own.
             values: copies of the gradients with it.
             written: copies of the parameters with it; also where a closure was seen to write them.
+            leaves: tensors whose gradients are kept, beside those that are known.
         """
         written = written or any(m.writes_parameters for m in self.manners.values())
         return Snapshot(
@@ -229,9 +239,9 @@ class Evaluator:
             self.modules,
             generators,
             values=values,
-            leaves=self.touched.leaves,
+            leaves=[*self.touched.leaves, *leaves],
             places=self.touched.places,
-            written=written,
+            written=[*(self.parameters if written else ()), *self.touched.written],
         )
 
     @contextmanager
@@ -253,9 +263,10 @@ class Evaluator:
     @contextmanager
     def looking(
         self, closure: Closure, before: Snapshot, again: bool = False, values: bool = True
-    ) -> Iterator[None]:
+    ) -> Iterator[FirstEvaluation | None]:
         """Inside, the one evaluation of a closure that isn't known yet is watched for what it
-        touches, which ``before`` then puts back too.
+        touches, which ``before`` then puts back too. So are the second, fourth, eighth and so on:
+        a closure may do something new. Gives what watches, where something does.
 
         Args:
             again: also if it is known.
@@ -264,13 +275,16 @@ class Evaluator:
         Raises:
             RuntimeError: as `FirstEvaluation`.
         """
-        if self.knows(closure) and not again:
-            yield
+        code = code_of(closure)
+        count = self._counts[code] = self._counts.get(code, 0) + 1
+        if code in self.manners and not again and count & (count - 1):
+            yield None
             return
         parts = (self.parameters, self.modules, before, self.touched)
+        values = values and (again or code not in self.manners)
         with FirstEvaluation(closure, *parts, values=values) as seen:
-            yield
-        self.manners[code_of(closure)] = replace(
+            yield seen
+        self.manners[code] = replace(
             seen.manner, calls_backward=self._called_backward, returns_share=self._returned_share
         )
 
@@ -307,7 +321,7 @@ class Evaluator:
         changes = not self.knows(closure_of) or self.manner(closure_of).changes_gradients
         loose = before if self.touched.loose else None
         heard = _Passes(self.parameters, self._tracked, changes, loose, marks)
-        heard.needed |= self.scaling is not None
+        heard.needed |= self.manner(closure_of).returns_share
         with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
             if marks is not None:
                 marks.set()
@@ -324,16 +338,17 @@ class Evaluator:
             self._returned_share = share
             if found is None:
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise ValueError(
+                    raise NoGradient(
                         "closure: no parameter got a gradient, and the loss it returned can't be "
                         "differentiated: does it depend on the tracked parameters?"
                     )
                 (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
                 found = _appeared(parameters)
                 if found is None:
-                    raise ValueError(NO_GRADIENT)
+                    raise NoGradient(NO_GRADIENT)
+            self._share.take(heard.root if share else None, loss)
             if self.scaling is not None:
-                self.scaling.take(heard.root if self._returned_share else None, loss)
+                self.scaling.take()
         torch.clear_autocast_cache()
         gradients = locals_of(found if heard.kept is None else heard.kept)
         self._check_dense(gradients)
@@ -347,8 +362,22 @@ class Evaluator:
                 raise RuntimeError(PRECOMPUTED)
             self._last = weakref.ref(loss)
 
+    def survey(self, closure: Closure, batch: Any) -> None:
+        """Evaluates a closure of a batch only to see what it touches; leaves no trace."""
+        before = self.snapshot(written=True)
+        try:
+            with aside(), self.looking(closure, before):
+                self.evaluate(partial(closure, batch), before)
+        finally:
+            before.restore()
+            before.restore_gradients()
+
     def loss(self, closure: Closure) -> Tensor:
-        """Returns the loss as it is now, detached, without a backward pass of ours."""
+        """Returns the loss as it is now, detached, without a backward pass of ours. Gradients are
+        cleared before: the closure may take its own.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
         with torch.enable_grad(), allowed():
             loss = closure()
         check_loss(loss)
@@ -461,10 +490,8 @@ class Evaluator:
                     del there
                     losses.append(loss)
                     before.restore()
-                    if self.scaling is None and self.manner(closure).returns_share:
-                        self.scaling = Multiple()  # from the next evaluation on it knows
             if self.manner(closure).writes_parameters:
-                before.keep_parameters()
+                before.notice_values(ParameterValues(self.parameters))
             once = self._checked(closure, before) if check else None
             if kept is not None and add is OWN and not self.manner(closure).calls_backward:
                 kept.cleared = True  # ours, so as if it had
@@ -515,14 +542,23 @@ class Evaluator:
         return True
 
     @property
+    def _divisor(self) -> Multiple | Scaling | None:
+        """What results are divided by."""
+        scaling = self.scaling
+        if self._returned_share and (scaling is None or scaling.gives_way):
+            return self._share
+        return scaling if scaling is not None and scaling.in_results else None
+
+    @property
     def is_scaled(self) -> bool:
         """Whether results aren't the gradients as the closure's backward pass gives them."""
-        return self.times != 1.0 or self.scaling is not None and self.scaling.in_results
+        return self.times != 1.0 or self._divisor is not None
 
     def scale_(self, gradients: Sequence[Tensor | None]) -> None:
         """Makes results of gradients, in place."""
-        if self.scaling is not None and self.scaling.in_results:
-            self.scaling.divide_(gradients)
+        divisor = self._divisor
+        if divisor is not None:
+            divisor.divide_(gradients)
         if self.times != 1.0:
             torch._foreach_mul_([g for g in gradients if g is not None], self.times)
 
@@ -560,7 +596,8 @@ class Evaluator:
         loss: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        manner, scaling = self.manner(closure), self.scaling
+        manner = self.manner(closure)
+        scaling = self._share if self._returned_share else self.scaling
         gradients = [None if g is None else g.detach() for g in gradients]
         gradients = gradients if scaling is None else scaling.divided(gradients)
         pairs = [(p.detach(), g) for p, g in zip(self.parameters, gradients, strict=True)]
@@ -582,8 +619,6 @@ class Evaluator:
                         s.add_(g, alpha=t / norm)
                         told += float((g.double() * (s.double() - p.double())).sum())
             before.restore()
-            for parameter in self.parameters:
-                parameter.grad = None
             with self.pointing_to(scratch):
                 return float(self.loss(closure)), told
 
@@ -739,7 +774,7 @@ class _Probe:
     def gradient(self) -> list[Tensor | None]:
         """The gradients at θ, which later evaluations don't overwrite."""
         if self._after is None:
-            self._after = self._evaluator.snapshot(values=True)
+            self._after = self._evaluator.snapshot(values=True, leaves=self._before.leaves)
         if self._evaluator.is_scaled or self._evaluator.manner(self._closure).changes_gradients:
             return list(self._g0)  # in memory of its own
         return locals_of(self._after.gradients)

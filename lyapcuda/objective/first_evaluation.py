@@ -21,9 +21,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lyapcuda.objective.attributes import AllAttributes, Place, Value, taken_back
+from lyapcuda.objective.attributes import AllAttributes, Place, Value, plain_names, taken_back
 from lyapcuda.objective.backward_passes import Outermost, listening
-from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.isolation import LooseBuffers, ParameterValues, Snapshot
 from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
 from lyapcuda.objective.reachable import instances_in, named_objects
 from lyapcuda.params.ranks import is_wrapper
@@ -37,6 +37,11 @@ PRECOMPUTED = (
     "several calls), so it isn't the loss at θ + q:\nrun the forward pass inside the closure "
     "(retain_graph=True won't help)"
 )
+
+
+#: Of parameters that aren't tracked, at most so many bytes are copied to see whether they are
+#: written to.
+_MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,15 @@ class Touched:
         leaves: tensors of theirs that get a gradient though they were frozen outside.
         loose: there are leaves that belong to no module: inputs, latent codes. Each evaluation
             looks for them, since they may be other ones at each.
-        places: plain attributes that an evaluation changes.
+        places: plain attributes of objects of which an evaluation changes some.
+        written: parameters that aren't tracked, but written to (a momentum encoder's).
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     loose: bool = False
     places: list[Place] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
 
 
 class FirstEvaluation(Outermost):
@@ -108,8 +115,12 @@ class FirstEvaluation(Outermost):
         self._known = {id(m): m for m in modules}
         self._touched = touched
         self._attributes: list[AllAttributes] = []
+        self._buffers: dict[int, set[int]] = {}
         self._leaves: dict[int, Tensor] = {}
         self._passes, self._epsilon = 0, 0.0
+        self._foreign: dict[int, Tensor] = {}  # in the place of buffers
+        self._frozen: list[ParameterValues] = []
+        self._room = _MOST_BYTES
         self._left: list[tuple[Tensor, int]] = []  # gradients after a pass, and their versions
         self._forward_writes = False
         self._sharded, self._values = any_sharded(parameters), values
@@ -137,6 +148,9 @@ class FirstEvaluation(Outermost):
         self._stack.close()
         changes = [change for values in self._attributes for change in values.changed()]
         self._before.notice_attributes(taken_back(changes))
+        written = [p for values in self._frozen for p in values.changed()]
+        for values in self._frozen if written else ():
+            self._before.notice_values(values.only(written))
         lost = [place for place, value in changes if value is not None and value.is_lost]
         if kind is not None:
             return
@@ -154,12 +168,16 @@ class FirstEvaluation(Outermost):
             )
         if not self._passes:  # gradients by torch.autograd.grad
             self._forward_writes = self._where() != self._lie
-        self._learn([place for place, _ in changes])
+        self._learn([place for place, _ in changes], written)
 
-    def _learn(self, changed: list[Place]) -> None:
+    def _learn(self, changed: list[Place], written: list[Tensor]) -> None:
         touched = self._touched
         known = {id(m) for m in touched.modules}
         touched.modules += [m for m in self._known.values() if id(m) not in known]
+        if self._foreign:
+            touched.modules.append(LooseBuffers(self._foreign.values()))
+        there = {id(p) for p in touched.written}
+        touched.written += [p for p in written if id(p) not in there]
         held = {id(p) for m in self._known.values() for p in m._parameters.values()}
         for leaf in self._leaves.values():
             if id(leaf) not in held:
@@ -167,7 +185,17 @@ class FirstEvaluation(Outermost):
             elif all(leaf is not other for other in touched.leaves):
                 touched.leaves.append(leaf)
         there = {(id(p.holder), p.name) for p in touched.places}
-        touched.places += [p for p in changed if (id(p.holder), p.name) not in there]
+        # Others of the same object may change at a later evaluation.
+        holders = {id(p.holder): (p.holder, p.called.rpartition(".")[0]) for p in changed}
+        places = changed + [
+            Place(holder, name, f"{called}.{name}")
+            for holder, called in holders.values()
+            for name in plain_names(holder)
+        ]
+        for place in places:
+            if (id(place.holder), place.name) not in there:
+                there.add((id(place.holder), place.name))
+                touched.places.append(place)
         self.manner = Manner(
             changes_gradients=self._passes > 0 and not _same(self._left, self._gradients()),
             writes_parameters=self._forward_writes,
@@ -187,8 +215,17 @@ class FirstEvaluation(Outermost):
     # --- what it sees ----------------------------------------------------------------------------
 
     def _runs(self, module: nn.Module, _: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() != self._thread:
+            return
+        if id(module) not in self._known:
             self._add(module)
+            return
+        ours = self._buffers.get(id(module), ())
+        foreign = [b for b in module._buffers.values() if b is not None and id(b) not in ours]
+        foreign = [b for b in foreign if id(b) not in self._foreign]
+        if foreign:  # functional_call has put the user's own tensors there
+            self._before.notice_modules([LooseBuffers(foreign)])
+            self._foreign.update((id(b), b) for b in foreign)
 
     def _add(self, module: nn.Module) -> None:
         new = [m for m in module.modules() if id(m) not in self._known]
@@ -201,6 +238,7 @@ class FirstEvaluation(Outermost):
         """Takes down the plain attributes of modules, and of their parameters."""
         holders: list[tuple[str, Any]] = []
         for module in modules:
+            self._buffers[id(module)] = {id(b) for b in module._buffers.values()}
             if _has_own_ways(module):
                 continue
             called = type(module).__name__
@@ -208,6 +246,20 @@ class FirstEvaluation(Outermost):
             own = ((f"{called}.{name}", p) for name, p in module._parameters.items())
             holders += [(name, p) for name, p in own if p is not None]
         self._attributes.append(AllAttributes(holders))
+        if self._values:
+            self._keep(modules)
+
+    def _keep(self, modules: list[nn.Module]) -> None:
+        """Takes down the values of parameters that aren't tracked, as far as there is room."""
+        others = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+        kept = []
+        for p in sorted(others.values(), key=lambda p: p.numel()):
+            size = p.numel() * p.element_size()
+            if id(p) in self._tracked or type(p) is not nn.Parameter or size > self._room:
+                continue
+            self._room -= size
+            kept.append(p)
+        self._frozen.append(ParameterValues(kept))
 
     def _steps(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -224,6 +276,10 @@ class FirstEvaluation(Outermost):
         if not self._passes:
             now = self._where()
             self._forward_writes, self._lie = now != self._lie, now
+        self.see(roots)
+
+    def see(self, roots: Sequence[Any]) -> None:
+        """Looks at the graphs of losses that are about to be differentiated."""
         parallel = any(isinstance(m, DataParallel) for m in self._known.values())
         for root in roots:
             if not parallel and precomputed(root, self._parameters, self._start):

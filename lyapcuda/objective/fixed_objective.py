@@ -19,6 +19,7 @@ from lyapcuda.objective.batch_weights import BatchWeights, Undecided, Weighed, W
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
 from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.first_evaluation import FirstEvaluation
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.memory import free_bytes
@@ -340,8 +341,9 @@ class FixedObjective:
         before: Snapshot,
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
     ) -> GradientGraph:
-        with self.evaluator.looking(self.closure, before):
-            return GradientGraph(closure, self.evaluator.parameters, take)
+        with self.evaluator.looking(self.closure, before) as seen:
+            look = None if seen is None else partial(_shown, seen)
+            return GradientGraph(closure, self.evaluator.parameters, take, look)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[Snapshot]:
@@ -365,3 +367,9 @@ def _into(total: Sequence[Tensor], loss: Tensor, rows: Sequence[Tensor | None]) 
     for out, row in zip(total, rows, strict=True):
         out.zero_() if row is None else out.copy_(row.detach())
     return loss
+
+
+def _shown(seen: FirstEvaluation, loss: Tensor) -> Sequence[Tensor]:
+    """For `GradientGraph`: shows what watches the loss; there are no further leaves."""
+    seen.see([loss])
+    return ()

@@ -114,7 +114,12 @@ class Unscaled:
         self._entry["found_inf_per_device"] = self._found
         self._entry["stage"] = OptState.UNSCALED
 
-    def take(self, root: Any, loss: Any) -> None:
+    @property
+    def gives_way(self) -> bool:
+        """A closure may scale a share of its loss; not where the scaler is told what overflows."""
+        return self._entry is None
+
+    def take(self) -> None:
         """After a backward pass: the scale of the first one; the same tensor at the same version in
         the others.
 

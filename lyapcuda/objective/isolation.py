@@ -22,7 +22,9 @@ from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
 
 __all__ = [
+    "LooseBuffers",
     "LooseParameters",
+    "ParameterValues",
     "Snapshot",
     "States",
     "TrackedGradients",
@@ -99,6 +101,14 @@ class LooseParameters(nn.Module):
 
     def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
         return iter(self._loose)
+
+
+class LooseBuffers(nn.Module):
+    """Tensors that stand in for a module's buffers (functional_call), as if they were buffers."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._buffers.update((str(i), tensor) for i, tensor in enumerate(tensors))
 
 
 def untracked(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -271,10 +281,12 @@ class _OtherGradients:
         for tensor in tensors:
             self.notice(tensor)
 
-    def notice(self, tensor: Tensor) -> None:
-        """Adds one, unless it is there already."""
-        if id(tensor) not in self._held:
+    def notice(self, tensor: Tensor) -> bool:
+        """Adds one, unless it is there already; returns whether it did."""
+        new = id(tensor) not in self._held
+        if new:
             self._held[id(tensor)] = tensor, tensor.grad, _value_of(tensor.grad)
+        return new
 
     def restore(self) -> None:
         for tensor, gradient, value in self._held.values():
@@ -283,16 +295,39 @@ class _OtherGradients:
             tensor.grad = gradient
 
 
-class _ParameterValues:
-    """Where parameters lie, and their values: for closures whose forward pass writes them."""
+class ParameterValues:
+    """Where parameters lie, and their values: for closures whose forward pass writes them.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: which.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._held = [(p, p.data, p.data.clone()) for p in parameters]
 
+    def only(self, parameters: Sequence[Tensor]) -> ParameterValues:
+        """Those of some of them."""
+        chosen, some = {id(p) for p in parameters}, ParameterValues(())
+        some._held = [held for held in self._held if id(held[0]) in chosen]
+        return some
+
+    def changed(self) -> list[Tensor]:
+        """Which lie elsewhere now, or have other values."""
+        return [
+            p
+            for p, place, value in self._held
+            if p.data_ptr() != place.data_ptr() or not _equal(p.data, value)
+        ]
+
     def restore(self) -> None:
+        """Puts them back, bitwise."""
         for parameter, place, value in self._held:
             place.copy_(value)
             parameter.data = place
+
+
+def _equal(some: Tensor, others: Tensor) -> bool:
+    return some.shape == others.shape and bool(((some == others) | (some != some)).all())
 
 
 class Snapshot:
@@ -308,7 +343,7 @@ class Snapshot:
         values: keep copies of the tracked gradients as well.
         leaves: other tensors whose gradients are kept.
         places: plain attributes that are kept.
-        written: keep the tracked parameters' values as well.
+        written: parameters whose values are kept as well.
     """
 
     def __init__(
@@ -320,7 +355,7 @@ class Snapshot:
         values: bool = False,
         leaves: Iterable[Tensor] = (),
         places: Iterable[Place] = (),
-        written: bool = False,
+        written: Sequence[Tensor] = (),
     ) -> None:
         if capturing():
             raise RuntimeError(
@@ -332,9 +367,11 @@ class Snapshot:
         self._others = _OtherGradients(chain(untracked(parameters, modules), leaves))
         self._states = States(parameters, modules, generators)
         self._attributes = [AttributeValues(places)] if places else []
-        self._values = _ParameterValues(parameters) if written else None
+        self._values = [ParameterValues(written)] if written else []
         #: Buffers of modules that were noticed later.
         self._later: list[_Buffers] = []
+        #: Leaves that were kept, or noticed later.
+        self.leaves: list[Tensor] = list(leaves)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -343,7 +380,8 @@ class Snapshot:
 
     def notice(self, leaf: Tensor) -> None:
         """Keeps the gradient of another tensor too, as it is now; unless it is kept already."""
-        self._others.notice(leaf)
+        if self._others.notice(leaf):
+            self.leaves.append(leaf)
 
     def notice_modules(self, modules: Sequence[nn.Module]) -> None:
         """Keeps the buffers of modules, and their parameters' gradients, too."""
@@ -351,10 +389,9 @@ class Snapshot:
         for parameter in untracked(self._parameters, modules):
             self._others.notice(parameter)
 
-    def keep_parameters(self) -> None:
-        """Keeps the tracked parameters' values too, as they are now; unless they are kept."""
-        if self._values is None:
-            self._values = _ParameterValues(self._parameters)
+    def notice_values(self, values: ParameterValues) -> None:
+        """Keeps parameters' values too."""
+        self._values.append(values)
 
     def notice_attributes(self, values: AttributeValues) -> None:
         """Keeps plain attributes too."""
@@ -369,8 +406,8 @@ class Snapshot:
         self._others.restore()
         for attributes in self._attributes:
             attributes.restore()
-        if self._values is not None:
-            self._values.restore()
+        for values in self._values:
+            values.restore()
 
     def restore_gradients(self) -> None:
         """The tracked parameters' gradients, bitwise."""

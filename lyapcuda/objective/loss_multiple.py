@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Multiple", "is_multiple"]
+__all__ = ["AsItIs", "Multiple", "is_multiple"]
 
 # Functions that take a loss to a multiple of it, or to another type.
 _FACTORS = ("MulBackward", "DivBackward", "ToCopyBackward", "ViewBackward", "SqueezeBackward")
@@ -48,19 +48,10 @@ class Multiple:
     """The factor between what ``backward()`` was called on and the loss, taken out of gradients.
 
     It stays on the device.
-
-    Args:
-        in_results: False leaves it in, for a step that doesn't depend on it (gain/h times g); only
-            the check of the gradient takes it out.
     """
 
-    def __init__(self, in_results: bool = True) -> None:
-        self.in_results = in_results
+    def __init__(self) -> None:
         self._factor: Tensor | None = None
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss itself: where the closure leaves ``backward()`` to us there is no factor."""
-        return loss
 
     def take(self, root: Any, loss: Any) -> None:
         """After a backward pass: what it was called on, None for the loss itself, and the loss."""
@@ -84,3 +75,23 @@ class Multiple:
         copies = [None if g is None else g.detach().clone() for g in gradients]
         self.divide_(copies)
         return copies
+
+
+class AsItIs:
+    """Leaves the factor in: for a step that doesn't depend on it (gain/h times g)."""
+
+    in_results = gives_way = False
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss itself."""
+        return loss
+
+    def take(self) -> None:
+        """Nothing to take down."""
+
+    def divide_(self, gradients: Sequence[Tensor | None]) -> None:
+        """Leaves them."""
+
+    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns them."""
+        return list(gradients)

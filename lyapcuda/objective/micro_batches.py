@@ -223,6 +223,8 @@ def _accumulated(
     check: bool,
     further: Further | None,
 ) -> Measured:
+    if not evaluator.knows(closure):
+        evaluator.survey(closure, micro.batches[0])
     before = evaluator.snapshot()
     tracked, others = evaluator.parameters, untracked(evaluator.parameters, evaluator.modules)
     # Theirs are added to, as in a plain backward(); the tracked ones' are replaced.

@@ -44,6 +44,8 @@ class _NumPyState:
             _NumPyState._last = self._bits, self._state
 
     def restore(self) -> None:
+        if self._bits is None:  # the bits of later states may be these again, with another number
+            _NumPyState._last = None, None
         if self._bits is None or _twister() != self._bits:
             np.random.set_state(self._state)
 
