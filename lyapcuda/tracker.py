@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -17,7 +18,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lyapcuda import ops
-from lyapcuda.arguments import choice, described, fraction, positive, proper_fraction, whole
+from lyapcuda.arguments import (
+    choice,
+    described,
+    fraction,
+    positive,
+    proper_fraction,
+    users_level,
+    whole,
+)
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.dynamics.options import AUTO, GrowthOptions, Tolerance
 from lyapcuda.dynamics.refinement import check_room
@@ -33,7 +42,16 @@ from lyapcuda.history import CurvatureHistory, Ring
 from lyapcuda.objective.attached import StepHook
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.entry import entry_point
-from lyapcuda.objective.evaluator import OWN, Add, Closure, Evaluator, Further, Gradients, Probe
+from lyapcuda.objective.evaluator import (
+    OWN,
+    Add,
+    Closure,
+    Evaluator,
+    Further,
+    Gradients,
+    NoGradient,
+    Probe,
+)
 from lyapcuda.objective.exact_products import ONE_PROCESS, ExactEvaluator
 from lyapcuda.objective.first_evaluation import Touched
 from lyapcuda.objective.grad_scaler import Unscaled
@@ -562,13 +580,19 @@ class CurvatureTracker:
                 del hooks[number]
         return optimizer.register_step_pre_hook(StepHook(self, self._notice, measure, scaler))
 
+    @entry_point
     def step_inside(
         self, closure: Closure, measure: Closure | None, scaler: torch.amp.GradScaler | None
     ) -> Tensor | None:
         """A step inside of an optimizer's: ``.grad`` is what the closure makes of it, and where it
-        leaves ``backward()`` to us, its gradient.
+        leaves ``backward()`` to us, its gradient. A closure that gives no gradient at all is
+        evaluated as without us, with a UserWarning.
         """
-        return self._take_step(closure, measure, None, scaler, leave=True, add=OWN)
+        try:
+            return self._take_step(closure, measure, None, scaler, leave=True, add=OWN)
+        except NoGradient as error:
+            warnings.warn(f"nothing was measured: {error}", stacklevel=users_level())
+        return closure()
 
     def _notice(self, parameters: Iterable[Tensor]) -> None:
         """Takes down whose gradients to put back; groups may be added to an optimizer later."""

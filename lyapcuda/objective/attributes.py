@@ -100,8 +100,11 @@ class Value:
         elif self._members is not None:
             members = [member.put_back() for member in self._members]
             if isinstance(value, dict):
-                value.clear()
-                dict.update(value, zip(self._keys, members, strict=True))
+                if list(value) != self._keys or any(
+                    a is not b for a, b in zip(value.values(), members, strict=True)
+                ):
+                    value.clear()
+                    value.update(zip(self._keys, members, strict=True))
             elif isinstance(value, list):
                 value[:] = members
             elif isinstance(value, set | deque):

@@ -30,6 +30,7 @@ from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
 from lyapcuda.objective.pointing import aside, pointing
 from lyapcuda.objective.reachable import code_of
+from lyapcuda.objective.running_modules import RunningModules
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.ranks import is_wrapper
 from lyapcuda.params.shards import any_sharded, locals_of, reset
@@ -278,7 +279,8 @@ class Evaluator:
         code = code_of(closure)
         count = self._counts[code] = self._counts.get(code, 0) + 1
         if code in self.manners and not again and count & (count - 1):
-            yield None
+            with RunningModules(self.modules, before):
+                yield None
             return
         parts = (self.parameters, self.modules, before, self.touched)
         values = values and (again or code not in self.manners)
@@ -302,7 +304,7 @@ class Evaluator:
         seen to change ``.grad`` after its backward pass, the gradients are as that pass left them.
 
         Args:
-            before: takes on the leaves that are found only now.
+            before: takes on the leaves that it finds in the graph.
             marks: gradients that stand in for those that were there.
             of: the user's closure, where that is another one.
 
@@ -317,11 +319,10 @@ class Evaluator:
         # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
         torch.clear_autocast_cache()
         closure_of = closure if of is None else of
-        # (One that isn't known yet may change them.)
-        changes = not self.knows(closure_of) or self.manner(closure_of).changes_gradients
-        loose = before if self.touched.loose else None
-        heard = _Passes(self.parameters, self._tracked, changes, loose, marks)
-        heard.needed |= self.manner(closure_of).returns_share
+        changes = self.manner(closure_of).changes_gradients
+        heard = _Passes(self.parameters, self._tracked, changes, before, marks)
+        known = self.knows(closure_of)
+        heard.needed |= not known or self.manner(closure_of).returns_share
         with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
             if marks is not None:
                 marks.set()
@@ -333,7 +334,7 @@ class Evaluator:
             found = _appeared(parameters)
             self._called_backward = found is not None
             share = self.manner(closure_of).returns_share
-            if not self.knows(closure_of):
+            if not known:
                 share = heard.count == 1 and is_multiple(heard.root, loss)
             self._returned_share = share
             if found is None:
@@ -474,15 +475,19 @@ class Evaluator:
         kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
         kept = kept if kept is not None and kept.any else None
         marks = None if kept is None else Marks(self.parameters, kept)
-        found, losses, new = [], [], check or not self.knows(closure)
+        found, losses, known = [], [], self.knows(closure)
         try:
             # θ last: that evaluation leaves what training expects.
             with pointing(self.parameters, self.modules) if copies else nullcontext() as hold:
                 for copy in copies:
                     hold(copy)
-                    with self.looking(closure, before, new, check):
-                        loss, there = self.evaluate(closure, before, marks)
-                    new, marks = False, None if marks is None or marks.told else marks
+                    first = not found  # it shows what the others touch
+                    with self.looking(closure, before, check, check) if first else nullcontext():
+                        loss, there = self.evaluate(closure, before if first else None, marks)
+                    if first and not known and self.manner(closure).changes_gradients:
+                        before.restore()  # it has changed these already
+                        loss, there = self.evaluate(closure)
+                    marks = None if marks is None or marks.told else marks
                     # θ + q is no longer needed, so its gradient takes its place. By reference it
                     # wouldn't be safe: storage may be used again (DDP's buckets, a closure that
                     # writes .grad), and memory would hold one gradient more for every copy.
@@ -496,8 +501,10 @@ class Evaluator:
             if kept is not None and add is OWN and not self.manner(closure).calls_backward:
                 kept.cleared = True  # ours, so as if it had
             apart = kept is not None and self._is_apart(closure, kept)
-            with aside() if apart else nullcontext(), self.looking(closure, before, new, check):
-                loss0, g0 = self.evaluate(closure, before)
+            first = not copies
+            look = self.looking(closure, before, check, check) if first else nullcontext()
+            with aside() if apart else nullcontext(), look:
+                loss0, g0 = self.evaluate(closure, before if first else None)
             if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
             if self.is_scaled:
@@ -575,17 +582,25 @@ class Evaluator:
                 ranks average gradients: the loss is one rank's own), or is another each time.
         """
         with aside():
-            loss, gradients = self.evaluate(closure, before)
-            once = Fingerprint.of(loss, gradients)
-            try:
-                if not self.averages:
+            loss, gradients = self.evaluate(closure)
+            complaint: RuntimeError | None = None
+            if not self.averages:
+                try:
                     self._check_along(closure, before, loss, gradients)
-            except RuntimeError:
-                before.restore()  # another function each time explains it better
-                first = Fingerprint.of(*self.evaluate(closure, before))
+                except RuntimeError as error:
+                    complaint = error
                 before.restore()
-                check_same(first, Fingerprint.of(*self.evaluate(closure, before)))
-                raise
+                told = [held.now() for held in self.touched.floats]
+                loss, gradients = self.evaluate(closure)
+                pairs = zip(self.touched.floats, told, strict=True)
+                # At one θ a value that is only replaced stays the same.
+                self.touched.warn(held.name for held, value in pairs if held.now() != value)
+            # Of two in a row, so that a closure that alternates is found too.
+            once = Fingerprint.of(loss, gradients)
+            if complaint is not None:  # another function each time explains it better
+                before.restore()
+                check_same(once, Fingerprint.of(*self.evaluate(closure)))
+                raise complaint
         before.restore()
         return once
 
@@ -643,7 +658,7 @@ class _Passes(Outermost):
     Args:
         parameters, tracked: the tracked ones, and their ids.
         keep: copy the gradients after each pass, before the closure changes them.
-        before: takes on the leaves that are found; None where there are none beside modules'.
+        before: takes on the leaves that are found.
         marks: are read before the first pass.
     """
 
@@ -785,7 +800,7 @@ class _Probe:
         self._before.restore()
         with pointing(self._evaluator.parameters, self._evaluator.modules) as hold:
             hold(copy)
-            loss, there = self._evaluator.evaluate(self._closure, self._before)
+            loss, there = self._evaluator.evaluate(self._closure)
             self.gradients = moved(there, copy)
         if self._evaluator.is_scaled:
             self._evaluator.scale_(self.gradients)

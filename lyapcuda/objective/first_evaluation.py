@@ -6,26 +6,26 @@ What can't be put back is refused by name, before it changes where that is possi
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lyapcuda.objective.attributes import AllAttributes, Place, Value, plain_names, taken_back
+from lyapcuda.arguments import users_level
+from lyapcuda.objective.attributes import AllAttributes, Place, plain_names, taken_back
 from lyapcuda.objective.backward_passes import Outermost, listening
+from lyapcuda.objective.counters import Held, held_in
 from lyapcuda.objective.isolation import LooseBuffers, ParameterValues, Snapshot
 from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
 from lyapcuda.objective.reachable import instances_in, named_objects
+from lyapcuda.objective.running_modules import RunningModules
 from lyapcuda.params.ranks import is_wrapper
 from lyapcuda.params.shards import any_sharded
 
@@ -70,17 +70,29 @@ class Touched:
     Attributes:
         modules: that ran, or that a closure refers to, with their children.
         leaves: tensors of theirs that get a gradient though they were frozen outside.
-        loose: there are leaves that belong to no module: inputs, latent codes. Each evaluation
-            looks for them, since they may be other ones at each.
         places: plain attributes of objects of which an evaluation changes some.
         written: parameters that aren't tracked, but written to (a momentum encoder's).
+        named: what a warning has named.
+        floats: of the user's own, that the first evaluation has written.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
-    loose: bool = False
     places: list[Place] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
+    named: set[str] = field(default_factory=set)
+    floats: list[Held] = field(default_factory=list)
+
+    def warn(self, names: Iterable[str]) -> None:
+        """Says once what of the user's own is changed by each evaluation and isn't put back."""
+        new = [name for name in dict.fromkeys(names) if name not in self.named]
+        self.named.update(new)
+        if new:
+            warnings.warn(
+                f"closure: it changes {', '.join(new[:3])}, also when it is evaluated at θ + q, "
+                "which isn't put back: do that where lyapcuda.at_a_copy() is false",
+                stacklevel=users_level(),
+            )
 
 
 class FirstEvaluation(Outermost):
@@ -112,13 +124,12 @@ class FirstEvaluation(Outermost):
         super().__init__()
         self._closure, self._parameters, self._before = closure, parameters, before
         self._tracked = {id(p) for p in parameters}
-        self._known = {id(m): m for m in modules}
+        self._running = RunningModules(modules, before, self._hold)
+        self._known, self._foreign = self._running.known, self._running.foreign
         self._touched = touched
         self._attributes: list[AllAttributes] = []
-        self._buffers: dict[int, set[int]] = {}
         self._leaves: dict[int, Tensor] = {}
         self._passes, self._epsilon = 0, 0.0
-        self._foreign: dict[int, Tensor] = {}  # in the place of buffers
         self._frozen: list[ParameterValues] = []
         self._room = _MOST_BYTES
         self._left: list[tuple[Tensor, int]] = []  # gradients after a pass, and their versions
@@ -131,21 +142,26 @@ class FirstEvaluation(Outermost):
     def __enter__(self) -> FirstEvaluation:
         self._stack = ExitStack()
         self._hold(list(self._known.values()))
-        self._plain: list[tuple[str, Value, Any, str | int]] = []
+        self._plain: list[Held] = []
         for name, value in named_objects(self._closure):
             for _, module in instances_in(name, value, nn.Module):
-                self._add(module)
-            self._plain += _counted(name, value)
+                self._running.add(module)
+            self._plain += held_in(name, value)
         self._start = torch.autograd._get_sequence_nr()
         self._lie = self._where()
-        if not _compiles():  # a global hook has compiled modules compiled again
-            self._stack.enter_context(_removing(register_module_forward_pre_hook(self._runs)))
-        self._stack.enter_context(_removing(register_optimizer_step_pre_hook(self._steps)))
+        self._stack.enter_context(self._running)
+        self._stack.callback(register_optimizer_step_pre_hook(self._steps).remove)
         self._stack.enter_context(listening(self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._stack.close()
+        try:
+            self._end(kind)
+        finally:  # it is part of a cycle, and lives on for a while
+            self._attributes, self._frozen, self._left, self._leaves = [], [], [], {}
+
+    def _end(self, kind: type[BaseException] | None) -> None:
         changes = [change for values in self._attributes for change in values.changed()]
         self._before.notice_attributes(taken_back(changes))
         written = [p for values in self._frozen for p in values.changed()]
@@ -179,11 +195,11 @@ class FirstEvaluation(Outermost):
         there = {id(p) for p in touched.written}
         touched.written += [p for p in written if id(p) not in there]
         held = {id(p) for m in self._known.values() for p in m._parameters.values()}
-        for leaf in self._leaves.values():
-            if id(leaf) not in held:
-                touched.loose = True
-            elif all(leaf is not other for other in touched.leaves):
-                touched.leaves.append(leaf)
+        leaves = {id(leaf) for leaf in touched.leaves}
+        # (Inputs and codes, of no module, may be others at each step, which looks for them.)
+        touched.leaves += [
+            leaf for i, leaf in self._leaves.items() if i in held and i not in leaves
+        ]
         there = {(id(p.holder), p.name) for p in touched.places}
         # Others of the same object may change at a later evaluation.
         holders = {id(p.holder): (p.holder, p.called.rpartition(".")[0]) for p in changed}
@@ -201,44 +217,20 @@ class FirstEvaluation(Outermost):
             writes_parameters=self._forward_writes,
             epsilon=self._epsilon,
         )
-        counts = [name for name, value, holder, key in self._plain if _grew(value, holder, key)]
-        if counts:
-            warnings.warn(
-                f"closure: it changes {', '.join(counts[:3])}, also when it is evaluated at θ + q, "
-                "which isn't put back: do that where lyapcuda.at_a_copy() is false",
-                stacklevel=2,
-            )
+        changed = [held for held in self._plain if held.is_changed()]
+        touched.warn(held.name for held in changed if not held.may_be_overwritten)
+        #: Floats that were written: of sums, and of values that are only the last.
+        touched.floats = [held for held in changed if held.may_be_overwritten]
 
     def _gradients(self) -> list[tuple[Tensor, int]]:
         return [(p.grad, p.grad._version) for p in self._parameters if p.grad is not None]
 
     # --- what it sees ----------------------------------------------------------------------------
 
-    def _runs(self, module: nn.Module, _: Any) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        if id(module) not in self._known:
-            self._add(module)
-            return
-        ours = self._buffers.get(id(module), ())
-        foreign = [b for b in module._buffers.values() if b is not None and id(b) not in ours]
-        foreign = [b for b in foreign if id(b) not in self._foreign]
-        if foreign:  # functional_call has put the user's own tensors there
-            self._before.notice_modules([LooseBuffers(foreign)])
-            self._foreign.update((id(b), b) for b in foreign)
-
-    def _add(self, module: nn.Module) -> None:
-        new = [m for m in module.modules() if id(m) not in self._known]
-        if new:
-            self._before.notice_modules(new)
-            self._known.update((id(m), m) for m in new)
-            self._hold(new)
-
     def _hold(self, modules: list[nn.Module]) -> None:
         """Takes down the plain attributes of modules, and of their parameters."""
         holders: list[tuple[str, Any]] = []
         for module in modules:
-            self._buffers[id(module)] = {id(b) for b in module._buffers.values()}
             if _has_own_ways(module):
                 continue
             called = type(module).__name__
@@ -313,13 +305,6 @@ class FirstEvaluation(Outermost):
 F64 = torch.float64
 
 
-def _compiles() -> bool:
-    """Whether torch.compile was called in this process."""
-    module = sys.modules.get("torch._dynamo.eval_frame")
-    backends = getattr(module, "cached_backends", {})
-    return any(backend is not None for backend in backends.values())
-
-
 def _has_own_ways(module: nn.Module) -> bool:
     """Whether a module keeps state in attributes that aren't to be touched."""
     return (
@@ -329,48 +314,8 @@ def _has_own_ways(module: nn.Module) -> bool:
     )
 
 
-class _removing:
-    """Removes a hook at the end."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-
 def _same(some: list[tuple[Tensor, int]], others: list[tuple[Tensor, int]]) -> bool:
     """Whether they are the same tensors at the same versions."""
     return len(some) == len(others) and all(
         a is b and v == w for (a, v), (b, w) in zip(some, others, strict=True)
     )
-
-
-# --- the user's own containers and counters ------------------------------------------------------
-
-_CONTAINERS = (list, dict, set, deque)
-
-
-def _counted(name: str, value: Any) -> list[tuple[str, Value, Any, str | int]]:
-    """What of an object may count evaluations: a container, or attributes that are such or ints."""
-    if isinstance(value, _CONTAINERS):
-        return [(name, Value(len(value)), value, "")]
-    if isinstance(value, nn.Module | Tensor | torch.Generator) or callable(value):
-        return []
-    if type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins", "random"):
-        return []
-    there = getattr(value, "__dict__", None) or {}
-    found = []
-    for key, held in list(there.items()):
-        if isinstance(held, _CONTAINERS):
-            found.append((f"{name}.{key}", Value(len(held)), held, ""))
-        elif isinstance(held, int) and not isinstance(held, bool):
-            found.append((f"{name}.{key}", Value(held), there, key))
-    return found
-
-
-def _grew(before: Value, holder: Any, key: str | int) -> bool:
-    return before.differs(holder.get(key) if key else len(holder))

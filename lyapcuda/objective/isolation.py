@@ -288,6 +288,10 @@ class _OtherGradients:
             self._held[id(tensor)] = tensor, tensor.grad, _value_of(tensor.grad)
         return new
 
+    def gradient_of(self, tensor: Tensor) -> Tensor | None:
+        """The gradient itself, of one that is there."""
+        return self._held[id(tensor)][1]
+
     def restore(self) -> None:
         for tensor, gradient, value in self._held.values():
             if gradient is not None:
@@ -370,8 +374,9 @@ class Snapshot:
         self._values = [ParameterValues(written)] if written else []
         #: Buffers of modules that were noticed later.
         self._later: list[_Buffers] = []
-        #: Leaves that were kept, or noticed later.
+        #: Leaves that were kept, or noticed later; whether the latter's gradients are then cleared.
         self.leaves: list[Tensor] = list(leaves)
+        self.clears = False
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -382,6 +387,12 @@ class Snapshot:
         """Keeps the gradient of another tensor too, as it is now; unless it is kept already."""
         if self._others.notice(leaf):
             self.leaves.append(leaf)
+            if self.clears:
+                leaf.grad = None
+
+    def gradient_of(self, leaf: Tensor) -> Tensor | None:
+        """The gradient that was kept of a leaf that was noticed."""
+        return self._others.gradient_of(leaf)
 
     def notice_modules(self, modules: Sequence[nn.Module]) -> None:
         """Keeps the buffers of modules, and their parameters' gradients, too."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes, Undecided, Weighed, Weighing
 from lyapcuda.objective.evaluator import Add, Closure, Evaluator, Further, Gradients
-from lyapcuda.objective.isolation import TrackedGradients, untracked
+from lyapcuda.objective.isolation import Snapshot, TrackedGradients, untracked
 from lyapcuda.objective.splitting import batch_size
 
 __all__ = ["Measured", "MicroBatches", "accumulated", "beside"]
@@ -126,8 +126,17 @@ class _Average:
     """Gradients added up in the batches' order, each weighted by its batch's share."""
 
     def __init__(self, tensors: Sequence[Tensor], onto: Sequence[Tensor | None]) -> None:
-        self._tensors, self._onto = tensors, onto
+        self._tensors, self._onto = list(tensors), list(onto)
+        self._loose: list[Tensor] = []
         self._total: list[Tensor | None] = [None] * len(tensors)
+
+    def extend(self, tensors: Sequence[Tensor], before: Snapshot) -> None:
+        """Takes more of them, found since; ``before`` has what was in their ``.grad``."""
+        for tensor in tensors[len(self._loose) :]:
+            self._loose.append(tensor)
+            self._tensors.append(tensor)
+            self._onto.append(before.gradient_of(tensor))
+            self._total.append(None)
 
     def add(self, weight: float, last: bool = False) -> None:
         """Takes what is in ``.grad`` now, and clears that. Nothing of it for a weight of 0."""
@@ -226,7 +235,9 @@ def _accumulated(
     if not evaluator.knows(closure):
         evaluator.survey(closure, micro.batches[0])
     before = evaluator.snapshot()
-    tracked, others = evaluator.parameters, untracked(evaluator.parameters, evaluator.modules)
+    tracked = evaluator.parameters
+    others = [*untracked(tracked, evaluator.modules), *before.leaves]
+    others = list({id(leaf): leaf for leaf in others}.values())
     # Theirs are added to, as in a plain backward(); the tracked ones' are replaced.
     average = _Average([*tracked, *others], [None] * len(tracked) + [p.grad for p in others])
     weighing = Weighing(micro.weights, single=len(micro.batches) == 1)
@@ -236,10 +247,12 @@ def _accumulated(
     try:
         for parameter in others:
             parameter.grad = None
+        before.clears, known = True, len(before.leaves)
         for i, batch in enumerate(micro.batches[:-1]):
             one = weighing(batch, micro.lengths[i])
             with evaluator.looking(closure, before):
                 value = evaluator.evaluate(partial(one.loss, closure), before, of=closure)[0]
+            average.extend(before.leaves[known:], before)
             share = shares.of(one, i)
             average.add(share)
             if share:  # what counts nothing may be NaN

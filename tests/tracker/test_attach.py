@@ -153,7 +153,7 @@ def test_wrappers_that_hand_the_closure_on_are_undone(wrappers):
 
     def attach(optimizer, model):
         nonlocal tracker
-        tracker = lyapcuda.CurvatureTracker(model)
+        tracker = lyapcuda.CurvatureTracker(model, debug=False)
         tracker.attach(optimizer)
 
     (plain, once), (tracked, twice) = run(make), run(make, attach)
@@ -203,7 +203,7 @@ def test_hooks_that_nobody_calls_yet_see_the_first_step_too():
 
 def test_attached_again_it_takes_the_place_of_what_was_before():
     model = net()
-    optimizer, tracker = sgd(model), lyapcuda.CurvatureTracker(model)
+    optimizer, tracker = sgd(model), lyapcuda.CurvatureTracker(model, debug=False)
     parts = []
 
     def part():
@@ -253,7 +253,7 @@ def test_under_sam_it_measures_before_the_optimizer_moves(kind, every):
         return kind(model.parameters(), lr=0.1)
 
     def attach(optimizer, model):
-        attached.append(lyapcuda.CurvatureTracker(model, every=every))
+        attached.append(lyapcuda.CurvatureTracker(model, every=every, debug=False))
         attached[0].attach(optimizer)
 
     def measure(model):
@@ -261,7 +261,7 @@ def test_under_sam_it_measures_before_the_optimizer_moves(kind, every):
         if not attached:
             return
         if not at_theta:
-            at_theta.append(lyapcuda.CurvatureTracker(model, every=every))
+            at_theta.append(lyapcuda.CurvatureTracker(model, every=every, debug=False))
         elif attached[0].calls > at_theta[0].calls - 1:
             at_theta[0].step(lambda: loss_of(model))
 
@@ -455,7 +455,7 @@ def test_compiled_training_steps_are_what_they_are_without():
     for compiled in (False, True):
         wrap = torch.compile(backend="eager") if compiled else lambda function: function
         models = [net() for _ in range(4)]
-        tracker, attached = (lyapcuda.CurvatureTracker(m) for m in models[:2])
+        tracker, attached = (lyapcuda.CurvatureTracker(m, debug=False) for m in models[:2])
         plain, watched = sgd(models[0]), sgd(models[1])
         attached.attach(watched)
         own = lyapcuda.LyapunovSGD(models[2].parameters())
@@ -494,7 +494,7 @@ def test_a_compiled_model_in_the_closure_stays_compiled():
 
     model = net()
     compiled = torch.compile(model, backend=backend)
-    tracker = lyapcuda.CurvatureTracker(model)
+    tracker = lyapcuda.CurvatureTracker(model, debug=False)
     tracker.step(lambda: nn.functional.cross_entropy(compiled(_X), _Y))
     assert runs == 2
 

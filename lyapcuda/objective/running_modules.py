@@ -1,0 +1,103 @@
+"""Modules that run in an evaluation, seen as they run: what they hold is kept before it changes.
+
+Without this, what isn't in one tree with a tracked parameter would stay hidden (an encoder, the
+other network of a GAN).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lyapcuda.objective.isolation import LooseBuffers, Snapshot
+
+__all__ = ["RunningModules"]
+
+
+class RunningModules:
+    """A context in which modules that run in this thread are noticed.
+
+    Args:
+        modules: those that are known.
+        before: takes on the others, with their children, and tensors in the place of buffers.
+        found: called with those that are new.
+
+    Attributes:
+        known: all of them, by id.
+        foreign: tensors that ``functional_call`` has put in the place of buffers, by id.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        before: Snapshot,
+        found: Callable[[list[nn.Module]], None] | None = None,
+    ) -> None:
+        self.known = {id(m): m for m in modules}
+        self.foreign: dict[int, Tensor] = {}
+        self._before, self._found = before, found
+        self._thread = threading.get_ident()
+        self._own = {id(m): _ids(m) for m in modules if m._buffers}
+        self._handle: RemovableHandle | None = None
+
+    def __enter__(self) -> RunningModules:
+        if not _compiles():  # a global hook has compiled modules compiled again
+            self._handle = register_module_forward_pre_hook(self._runs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def add(self, module: nn.Module) -> None:
+        """Notices a module and its children."""
+        new = [m for m in module.modules() if id(m) not in self.known]
+        if not new:
+            return
+        self._before.notice_modules(new)
+        self.known.update((id(m), m) for m in new)
+        self._own.update((id(m), _ids(m)) for m in new if m._buffers)
+        if self._found is not None:
+            self._found(new)
+
+    def _runs(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        if id(module) not in self.known and not _is_swapped():
+            self.add(module)
+        if module._buffers:
+            own = self._own.get(id(module), ())
+            there = {id(b): b for b in module._buffers.values() if b is not None}
+            new = {i: b for i, b in there.items() if i not in own and i not in self.foreign}
+            if new:
+                self._before.notice_modules([LooseBuffers(new.values())])
+                self.foreign.update(new)
+
+
+def _is_swapped() -> bool:
+    """Whether this is within ``functional_call``, where modules hold tensors not their own."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_functional_call" and code.co_filename.endswith("stateless.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(b) for b in module._buffers.values()}
+
+
+def _compiles() -> bool:
+    """Whether torch.compile was called in this process."""
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    backends = getattr(module, "cached_backends", {})
+    return any(backend is not None for backend in backends.values())
