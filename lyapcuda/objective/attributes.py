@@ -35,7 +35,8 @@ class Value:
 
     Args:
         value: a tensor's numbers and the members of lists, tuples, dictionaries, sets and deques
-            are kept beside the object; of anything else the object alone.
+            are kept beside the object; of anything else the object alone. So of parameters, which
+            are no state of an attribute's (an RNN lists its own).
     """
 
     def __init__(self, value: Any, depth: int = _DEPTH) -> None:
@@ -43,7 +44,9 @@ class Value:
         self._kept: Tensor | None = None
         self._version = 0
         self._members: list[Value] | None = None
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and _is_trained(value):
+            pass
+        elif isinstance(value, Tensor):
             self._version = value._version if not value.is_inference() else 0
             if value.layout is torch.strided and not value.is_meta and _bytes(value) <= _MOST_BYTES:
                 self._kept = value.detach().clone()
@@ -62,6 +65,8 @@ class Value:
     def is_changed(self) -> bool:
         """Whether the object's contents have changed."""
         value = self.value
+        if isinstance(value, Tensor) and _is_trained(value):
+            return False
         if isinstance(value, Tensor):
             if not value.is_inference() and value._version != self._version:
                 return True
@@ -176,6 +181,10 @@ def taken_back(changed: Iterable[tuple[Place, Value | None]]) -> AttributeValues
     some = AttributeValues(())
     some._values = list(changed)
     return some
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or tensor.is_leaf and tensor.requires_grad
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -22,7 +22,7 @@ from lyapcuda.arguments import users_level
 from lyapcuda.objective.attributes import AllAttributes, Place, plain_names, taken_back
 from lyapcuda.objective.backward_passes import Outermost, listening
 from lyapcuda.objective.counters import Held, held_in
-from lyapcuda.objective.isolation import LooseBuffers, ParameterValues, Snapshot
+from lyapcuda.objective.isolation import LooseBuffers, LooseParameters, ParameterValues, Snapshot
 from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
 from lyapcuda.objective.reachable import instances_in, named_objects
 from lyapcuda.objective.running_modules import RunningModules
@@ -309,7 +309,9 @@ def _has_own_ways(module: nn.Module) -> bool:
     """Whether a module keeps state in attributes that aren't to be touched."""
     return (
         is_wrapper(module)
-        or isinstance(module, torch.jit.ScriptModule | DataParallel)
+        or isinstance(
+            module, torch.jit.ScriptModule | DataParallel | LooseBuffers | LooseParameters
+        )
         or type(module).__module__.startswith(("torch._dynamo", "torch.distributed", "torch.fx"))
     )
 
