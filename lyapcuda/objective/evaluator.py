@@ -408,7 +408,9 @@ class Evaluator:
                 untouched = all(
                     p.grad is g and (g is None or g._version == v) for (g, v), p in pairs
                 )
-                if not heard.count and untouched and isinstance(loss, Tensor):
+                # (DDP's forward pass may move gradients to other buckets.)
+                ours = not heard.count and (untouched or self.averages)
+                if ours and isinstance(loss, Tensor):
                     for parameter in self.parameters if add is OWN else ():
                         parameter.grad = None
                     (loss if self.scaling is None else self.scaling.scaled(loss)).backward()

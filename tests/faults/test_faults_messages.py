@@ -105,7 +105,7 @@ def entries() -> Iterator[Entry]:
     yield Entry("CurvatureTracker", "params", tracker, "module optimizer")
     yield Entry("HessianOperator", "params", lambda v: operator(loss, v), "module optimizer")
     yield Entry("eigsh", "params", lambda v: eigsh(loss, v), "module optimizer")
-    yield Entry("LyapunovSGD", "params", sgd, "empty")  # (torch.optim says what is wrong)
+    yield Entry("LyapunovSGD", "params", sgd, "empty tensors")  # (torch.optim says what is wrong)
     # The closure, and what it returns.
     for where, call in {
         "CurvatureTracker.step": measured.step,
@@ -145,20 +145,20 @@ def entries() -> Iterator[Entry]:
         "CurvatureTracker",
         lambda **options: tracker(_PARAMS, **options),
         f"{names} history seed model mode",
-        "model:module,empty",
+        "model:module,empty,tensor,tensors",
     )
     names = "gain k every momentum weight_decay max_lr perturbation estimate ema warmup_tol seed"
     yield from by_name(
         "LyapunovSGD",
         lambda **options: sgd(_PARAMS, **options),
         f"{names} warmup_iterations",
-        "estimate:None",
+        "estimate:None gain:None",
     )
     yield from by_name(
         "HessianOperator",
         lambda **options: operator(loss, _MODEL, **options),
         "mode difference perturbation select weight_decay model",
-        "model:module,empty",
+        "model:module,empty,tensor,tensors",
     )
     yield from by_name(
         "eigsh",
