@@ -151,9 +151,9 @@ class CurvatureTracker:
         history: how many measurements `history` can look back on, kept on the device; 0 for none.
         seed: of the random first q; the global random states are not touched.
         model: modules and tensors whose buffers, and whose gradients, are put back between
-            evaluations, beside what the first evaluation was seen to touch: modules that ran,
-            tensors that got a gradient, plain attributes that changed. Needed only for what runs
-            later than that, or inside compiled functions.
+            evaluations, beside what these are seen to touch: modules that run, tensors that get a
+            gradient, plain attributes that change. Needed only for what runs inside compiled
+            functions.
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
@@ -166,7 +166,7 @@ class CurvatureTracker:
             what it costs.
         debug: whether closures are checked: that they are the same function twice (not another
             minibatch), and that the loss changes along the gradient as that says (not where ranks
-            average gradients). Takes three evaluations more and waits for the device. None: at the
+            average gradients). Takes four evaluations more and waits for the device. None: at the
             first measurement. True: at each. False: never.
 
     Raises:
