@@ -665,8 +665,11 @@ class CurvatureTracker:
         if self._found_evaluator is None:
             modules = [*self._find_modules(), LooseParameters(self._beside.values())]
             names = [p.name for p in self._layout.parameters]
-            of = ExactEvaluator if self._options.exact else Evaluator
-            self._found_evaluator = of(self._tensors, names, modules)
+            if self._options.exact:
+                self._found_evaluator = ExactEvaluator(self._tensors, names, modules)
+            else:
+                by_hand = self._process_group is not None
+                self._found_evaluator = Evaluator(self._tensors, names, modules, by_hand=by_hand)
             self._found_evaluator.touched = self._touched
         return self._found_evaluator
 

@@ -7,11 +7,10 @@ and accumulation inside the closure work.
 
 from __future__ import annotations
 
-import math
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lyapcuda.arguments import described
-from lyapcuda.objective.backward_passes import Outermost, listening
+from lyapcuda.objective.backward_passes import listening
 from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Manner, Touched
+from lyapcuda.objective.heard_passes import HeardPasses, Marks
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import ParameterValues, Snapshot, TrackedGradients
-from lyapcuda.objective.loss_graph import leaves_of
 from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
 from lyapcuda.objective.pointing import aside, pointing
@@ -43,7 +42,6 @@ __all__ = [
     "Evaluator",
     "Further",
     "Gradients",
-    "Marks",
     "NoGradient",
     "Probe",
     "check_loss",
@@ -135,9 +133,6 @@ NO_GRADIENT = (
     "or do they belong to another model?"
 )
 
-#: How many gradients stand in for all of them.
-_MARKS = 8
-
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
 
 
@@ -187,6 +182,7 @@ class Evaluator:
         parameters: leaf tensors that require a gradient.
         names: the parameters' names, for messages.
         modules: whose buffers (and other parameters' gradients) are put back.
+        by_hand: closures average gradients over ranks themselves, after their backward pass.
 
     Example:
         >>> p = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -196,9 +192,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], names: Sequence[str], modules: Sequence[nn.Module] = ()
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        modules: Sequence[nn.Module] = (),
+        *,
+        by_hand: bool = False,
     ) -> None:
         self.parameters, self.names, self._given = parameters, names, list(modules)
+        self._by_hand = by_hand
         #: What closures were seen to touch, and how each goes about it, by its code.
         self.touched = Touched()
         self.manners: dict[Hashable, Manner] = {}
@@ -279,7 +281,7 @@ class Evaluator:
         code = code_of(closure)
         count = self._counts[code] = self._counts.get(code, 0) + 1
         if code in self.manners and not again and count & (count - 1):
-            with RunningModules(self.modules, before):
+            with RunningModules(self.modules, before, compiled=self.touched.compiled):
                 yield None
             return
         parts = (self.parameters, self.modules, before, self.touched)
@@ -287,7 +289,10 @@ class Evaluator:
         with FirstEvaluation(closure, *parts, values=values) as seen:
             yield seen
         self.manners[code] = replace(
-            seen.manner, calls_backward=self._called_backward, returns_share=self._returned_share
+            seen.manner,
+            calls_backward=self._called_backward,
+            changes_gradients=seen.manner.changes_gradients and not self._by_hand,
+            returns_share=self._returned_share,
         )
 
     def evaluate(
@@ -320,7 +325,7 @@ class Evaluator:
         torch.clear_autocast_cache()
         closure_of = closure if of is None else of
         changes = self.manner(closure_of).changes_gradients
-        heard = _Passes(self.parameters, self._tracked, changes, before, marks)
+        heard = HeardPasses(self.parameters, self._tracked, changes, before, marks)
         known = self.knows(closure_of)
         heard.needed |= not known or self.manner(closure_of).returns_share
         with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
@@ -369,6 +374,9 @@ class Evaluator:
         try:
             with aside(), self.looking(closure, before):
                 self.evaluate(partial(closure, batch), before)
+        except BaseException:
+            reset(self.modules)
+            raise
         finally:
             before.restore()
             before.restore_gradients()
@@ -398,7 +406,7 @@ class Evaluator:
         """
         before = self.snapshot(values=True)
         there = [(p.grad, None if p.grad is None else p.grad._version) for p in self.parameters]
-        heard = _Passes(self.parameters, self._tracked)
+        heard = HeardPasses(self.parameters, self._tracked)
         try:
             with torch.enable_grad(), allowed(), _named_errors(), listening(heard):
                 torch.clear_autocast_cache()
@@ -574,7 +582,8 @@ class Evaluator:
     @property
     def averages(self) -> bool:
         """Whether gradients are averaged over ranks as they come."""
-        return any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
+        wrapped = any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
+        return wrapped or self._by_hand
 
     def _checked(self, closure: Closure, before: Snapshot) -> Fingerprint:
         """Evaluates at θ for a check alone, and returns what the next evaluation has to agree with.
@@ -587,8 +596,23 @@ class Evaluator:
             loss, gradients = self.evaluate(closure)
             complaint: RuntimeError | None = None
             if not self.averages:
+                scaling = self._share if self._returned_share else self.scaling
+                if scaling is not None:
+                    gradients = scaling.divided(gradients)
+
+                def loss_at(copies: Sequence[Tensor]) -> float:
+                    before.restore()
+                    with self.pointing_to(copies):
+                        return float(self.loss(closure))
+
                 try:
-                    self._check_along(closure, before, loss, gradients)
+                    check_own_gradient(
+                        loss_at,
+                        float(loss),
+                        self.parameters,
+                        gradients,
+                        self.manner(closure).epsilon,
+                    )
                 except RuntimeError as error:
                     complaint = error
                 before.restore()
@@ -605,149 +629,6 @@ class Evaluator:
                 raise complaint
         before.restore()
         return once
-
-    def _check_along(
-        self,
-        closure: Closure,
-        before: Snapshot,
-        loss: Tensor,
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        manner = self.manner(closure)
-        scaling = self._share if self._returned_share else self.scaling
-        gradients = [None if g is None else g.detach() for g in gradients]
-        gradients = gradients if scaling is None else scaling.divided(gradients)
-        pairs = [(p.detach(), g) for p, g in zip(self.parameters, gradients, strict=True)]
-        with torch.no_grad():
-            square = sum(float(g.double().square().sum()) for _, g in pairs if g is not None)
-            extent = sum(float(p.double().square().sum()) for p, g in pairs if g is not None)
-        norm = math.sqrt(square) if square > 0 else 0.0
-        if not math.isfinite(norm) or norm == 0.0:
-            return
-        scratch = [torch.empty_like(p) for p, _ in pairs]
-
-        def at(t: float) -> tuple[float, float]:
-            """The loss at θ + t·g/‖g‖, and what the gradient says it has changed by."""
-            told = 0.0
-            with torch.no_grad():
-                for (p, g), s in zip(pairs, scratch, strict=True):
-                    s.copy_(p)
-                    if g is not None:
-                        s.add_(g, alpha=t / norm)
-                        told += float((g.double() * (s.double() - p.double())).sum())
-            before.restore()
-            with self.pointing_to(scratch):
-                return float(self.loss(closure)), told
-
-        def slope(t: float) -> tuple[float, float, float, float]:
-            (up, more), (down, less) = at(t), at(-t)
-            middle = float(loss)
-            return (
-                up - down,
-                more - less,
-                abs(0.5 * (up + down) - middle),
-                max(abs(up), abs(down), abs(middle)),
-            )
-
-        own = max(torch.finfo(p.dtype).eps for p, _ in pairs)
-        epsilon = max(own, manner.epsilon)
-        check_own_gradient(slope, own**0.4 * max(math.sqrt(extent), 1e-3), epsilon)
-
-
-class _Passes(Outermost):
-    """Hears the backward passes of one evaluation.
-
-    Args:
-        parameters, tracked: the tracked ones, and their ids.
-        keep: copy the gradients after each pass, before the closure changes them.
-        before: takes on the leaves that are found.
-        marks: are read before the first pass.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        tracked: set[int] = frozenset(),
-        keep: bool = False,
-        before: Snapshot | None = None,
-        marks: Marks | None = None,
-    ) -> None:
-        super().__init__()
-        self._parameters, self._tracked, self._keep = parameters, tracked, keep
-        self._before, self._marks = before, marks
-        self.needed = keep or before is not None or marks is not None
-        self.count, self.root = 0, None
-        self.kept: list[Tensor | None] | None = None
-
-    def listening(self) -> AbstractContextManager[None]:
-        """A context in which it listens, where there is anything to hear."""
-        return listening(self) if self.needed else nullcontext()
-
-    def begins(self, roots: Sequence[Any]) -> None:
-        self.root = roots[0] if len(roots) == 1 else None
-        if self._marks is not None:
-            self._marks.read()
-        if self._before is not None:
-            for root in roots:
-                for leaf in leaves_of(root):
-                    if id(leaf) not in self._tracked:
-                        self._before.notice(leaf)
-
-    def ended(self) -> None:
-        self.count += 1
-        if self._keep:
-            self.kept = [
-                None if g is None else g.detach().clone() for g in map(_GRAD, self._parameters)
-            ]
-
-
-class Marks:
-    """Stand-ins for gradients that are there, to see whether a closure clears them first.
-
-    A few small ones: they cost nothing, and whether they are still there tells for all.
-
-    Args:
-        parameters: the tracked ones.
-        kept: their gradients; takes on what was told.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], kept: TrackedGradients) -> None:
-        pairs = zip(parameters, kept.gradients, strict=True)
-        there = sorted(
-            ((p, g) for p, g in pairs if g is not None), key=lambda pair: pair[0].numel()
-        )
-        self._kept, self._some = kept, there[:_MARKS]
-        self._set: list[tuple[Tensor, Tensor, int]] = []
-        self.told = False
-
-    def set(self) -> None:
-        """Puts them in place."""
-        for parameter, gradient in self._some:
-            mark = gradient.detach().clone()
-            parameter.grad = mark
-            self._set.append((parameter, mark, mark._version))
-
-    def around(self, closure: Closure) -> Closure:
-        """The closure, which leaves ``backward()`` to us, with them set and read."""
-
-        def marked() -> Tensor | float:
-            self.set()
-            loss = closure()
-            self.read()
-            return loss
-
-        return marked
-
-    def read(self) -> None:
-        """Before the first backward pass: sees which are still there, and takes them away."""
-        if self.told:
-            return
-        self.told = True
-        left = [p.grad is mark and mark._version == v for p, mark, v in self._set]
-        for parameter, mark, _ in self._set:
-            if parameter.grad is mark:
-                parameter.grad = None
-        self._kept.cleared = True if not any(left) else False if not all(left) else None
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from lyapcuda.objective.evaluator import (
     Evaluator,
     Further,
     Gradients,
-    Marks,
     check_same,
     moved,
 )
+from lyapcuda.objective.heard_passes import Marks
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import Snapshot, States, TrackedGradients
 from lyapcuda.objective.loss_graph import graph_nodes, unproven

@@ -25,7 +25,7 @@ from lyapcuda.objective.counters import Held, held_in
 from lyapcuda.objective.isolation import LooseBuffers, LooseParameters, ParameterValues, Snapshot
 from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
 from lyapcuda.objective.reachable import instances_in, named_objects
-from lyapcuda.objective.running_modules import RunningModules
+from lyapcuda.objective.running_modules import RunningModules, is_compiled
 from lyapcuda.params.ranks import is_wrapper
 from lyapcuda.params.shards import any_sharded
 
@@ -72,6 +72,7 @@ class Touched:
         leaves: tensors of theirs that get a gradient though they were frozen outside.
         places: plain attributes of objects of which an evaluation changes some.
         written: parameters that aren't tracked, but written to (a momentum encoder's).
+        compiled: some of it is torch.compile's.
         named: what a warning has named.
         floats: of the user's own, that the first evaluation has written.
     """
@@ -80,6 +81,7 @@ class Touched:
     leaves: list[Tensor] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
+    compiled: bool = False
     named: set[str] = field(default_factory=set)
     floats: list[Held] = field(default_factory=list)
 
@@ -124,7 +126,7 @@ class FirstEvaluation(Outermost):
         super().__init__()
         self._closure, self._parameters, self._before = closure, parameters, before
         self._tracked = {id(p) for p in parameters}
-        self._running = RunningModules(modules, before, self._hold)
+        self._running = RunningModules(modules, before, self._hold, compiled=touched.compiled)
         self._known, self._foreign = self._running.known, self._running.foreign
         self._touched = touched
         self._attributes: list[AllAttributes] = []
@@ -147,6 +149,7 @@ class FirstEvaluation(Outermost):
             for _, module in instances_in(name, value, nn.Module):
                 self._running.add(module)
             self._plain += held_in(name, value)
+            self._running.compiled |= is_compiled(value)
         self._start = torch.autograd._get_sequence_nr()
         self._lie = self._where()
         self._stack.enter_context(self._running)
@@ -188,6 +191,7 @@ class FirstEvaluation(Outermost):
 
     def _learn(self, changed: list[Place], written: list[Tensor]) -> None:
         touched = self._touched
+        touched.compiled = self._running.compiled
         known = {id(m) for m in touched.modules}
         touched.modules += [m for m in self._known.values() if id(m) not in known]
         if self._foreign:

@@ -44,6 +44,7 @@ def named_objects(closure: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             if isinstance(value, ModuleType | type | BuiltinFunctionType):
                 continue
             if isinstance(value, FunctionType | MethodType | functools.partial):
+                yield name, value
                 root = (getattr(value, "__module__", None) or "").split(".")[0]
                 if depth and root not in _LIBRARIES:
                     left.append((value, depth - 1))

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lyapcuda.objective.isolation import LooseBuffers, Snapshot
 
-__all__ = ["RunningModules"]
+__all__ = ["RunningModules", "is_compiled"]
 
 
 class RunningModules:
@@ -28,6 +28,7 @@ class RunningModules:
         modules: those that are known.
         before: takes on the others, with their children, and tensors in the place of buffers.
         found: called with those that are new.
+        compiled: the closure calls functions of torch.compile's: as if a module were compiled.
 
     Attributes:
         known: all of them, by id.
@@ -39,16 +40,20 @@ class RunningModules:
         modules: Sequence[nn.Module],
         before: Snapshot,
         found: Callable[[list[nn.Module]], None] | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.known = {id(m): m for m in modules}
         self.foreign: dict[int, Tensor] = {}
-        self._before, self._found = before, found
+        self._before, self._found, self.compiled = before, found, compiled
         self._thread = threading.get_ident()
         self._own = {id(m): _ids(m) for m in modules if m._buffers}
         self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> RunningModules:
-        if not _compiles():  # a global hook has compiled modules compiled again
+        # A hook of all modules would have compiled ones compiled again.
+        self.compiled = self.compiled or any(map(is_compiled, self.known.values()))
+        if not self.compiled:
             self._handle = register_module_forward_pre_hook(self._runs)
         return self
 
@@ -96,8 +101,9 @@ def _ids(module: nn.Module) -> set[int]:
     return {id(b) for b in module._buffers.values()}
 
 
-def _compiles() -> bool:
-    """Whether torch.compile was called in this process."""
-    module = sys.modules.get("torch._dynamo.eval_frame")
-    backends = getattr(module, "cached_backends", {})
-    return any(backend is not None for backend in backends.values())
+def is_compiled(function: Any) -> bool:
+    """Whether a module or function is torch.compile's."""
+    if isinstance(function, nn.Module):
+        compiled = function.__dict__.get("_compiled_call_impl") is not None
+        return compiled or type(function).__name__ == "OptimizedModule"
+    return hasattr(function, "_torchdynamo_orig_callable")
