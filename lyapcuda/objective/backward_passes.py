@@ -78,14 +78,14 @@ def listening(listener: Listener) -> Iterator[None]:
     for a while.
     """
     global _real
-    with _lock:
-        if not _listeners:
-            _real, torch.autograd.backward = torch.autograd.backward, _heard_backward
-        _listeners.append(listener)
     try:
+        with _lock:
+            if torch.autograd.backward is not _heard_backward:
+                _real, torch.autograd.backward = torch.autograd.backward, _heard_backward
+            _listeners.append(listener)
         yield
     finally:
         with _lock:
             _listeners[:] = [other for other in _listeners if other is not listener]
-            if not _listeners:
+            if not _listeners and torch.autograd.backward is _heard_backward:
                 torch.autograd.backward = _real

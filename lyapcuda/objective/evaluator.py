@@ -233,10 +233,11 @@ class Evaluator:
         Args:
             generators: of the user's own.
             values: copies of the gradients with it.
-            written: copies of the parameters with it; also where a closure was seen to write them.
+            written: a closure may write to the parameters: where they lie, and copies of few. Where
+                one was seen to, copies of all are taken anyway.
             leaves: tensors whose gradients are kept, beside those that are known.
         """
-        written = written or any(m.writes_parameters for m in self.manners.values())
+        known = any(manner.writes_parameters for manner in self.manners.values())
         return Snapshot(
             self.parameters,
             self.modules,
@@ -244,7 +245,8 @@ class Evaluator:
             values=values,
             leaves=[*self.touched.leaves, *leaves],
             places=self.touched.places,
-            written=[*(self.parameters if written else ()), *self.touched.written],
+            written=[*(self.parameters if known else ()), *self.touched.written],
+            looked_at=self.parameters if written and not known else (),
         )
 
     @contextmanager
@@ -484,8 +486,9 @@ class Evaluator:
         before = self.snapshot(written=not copies and not self.knows(closure))
         kept = TrackedGradients(self.parameters, self.modules) if add and leave else None
         kept = kept if kept is not None and kept.any else None
-        marks = None if kept is None else Marks(self.parameters, kept)
-        found, losses, known = [], [], self.knows(closure)
+        # (DDP's forward pass moves what is in .grad, marks too.)
+        marks = None if kept is None or self.averages else Marks(self.parameters, kept)
+        found, losses, changes = [], [], self.manner(closure).changes_gradients
         try:
             # θ last: that evaluation leaves what training expects.
             with pointing(self.parameters, self.modules) if copies else nullcontext() as hold:
@@ -494,7 +497,7 @@ class Evaluator:
                     first = not found  # it shows what the others touch
                     with self.looking(closure, before, check, check) if first else nullcontext():
                         loss, there = self.evaluate(closure, before if first else None, marks)
-                    if first and not known and self.manner(closure).changes_gradients:
+                    if first and self.manner(closure).changes_gradients and not changes:
                         before.restore()  # it has changed these already
                         loss, there = self.evaluate(closure)
                     marks = None if marks is None or marks.told else marks

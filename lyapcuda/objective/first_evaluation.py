@@ -161,8 +161,10 @@ class FirstEvaluation(Outermost):
         self._stack.close()
         try:
             self._end(kind)
-        finally:  # it is part of a cycle, and lives on for a while
+        finally:  # nothing large outlives this
             self._attributes, self._frozen, self._left, self._leaves = [], [], [], {}
+            self._running.end()
+            del self._before, self._stack
 
     def _end(self, kind: type[BaseException] | None) -> None:
         changes = [change for values in self._attributes for change in values.changed()]
@@ -251,7 +253,8 @@ class FirstEvaluation(Outermost):
         kept = []
         for p in sorted(others.values(), key=lambda p: p.numel()):
             size = p.numel() * p.element_size()
-            if id(p) in self._tracked or type(p) is not nn.Parameter or size > self._room:
+            plain = type(p) is nn.Parameter and p.layout is torch.strided and not p.is_meta
+            if id(p) in self._tracked or not plain or p.is_quantized or size > self._room:
                 continue
             self._room -= size
             kept.append(p)
@@ -297,13 +300,12 @@ class FirstEvaluation(Outermost):
             return []
         if not self._values:
             return [(p.data_ptr(), p._version) for p in self._parameters]
-        sums = [torch.stack([p.sum(dtype=F64), p.double().square().sum()]) for p in self._tensors()]
-        told = torch.stack([s.cpu() for s in sums]).nan_to_num().tolist()
+        norm = torch.linalg.vector_norm
+        held = [p.detach() for p in self._parameters]
+        sums = [torch.stack([p.sum(dtype=F64), norm(p, dtype=F64)]).cpu() for p in held]
+        told = torch.stack(sums).nan_to_num().tolist()
         lie = [(p.data_ptr(), p._version) for p in self._parameters]
         return [(*where, *values) for where, values in zip(lie, told, strict=True)]
-
-    def _tensors(self) -> list[Tensor]:
-        return [p.detach() for p in self._parameters]
 
 
 F64 = torch.float64

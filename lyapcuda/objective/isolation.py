@@ -7,6 +7,7 @@ tensors that aren't tracked, and the plain attributes that an evaluation was see
 from __future__ import annotations
 
 import gc
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -86,6 +87,10 @@ _PLAIN = (Tensor, nn.Parameter)
 def _has(modules: Sequence[nn.Module], kind: type) -> bool:
     """Whether one of them may be of a kind; there are few types among many modules."""
     return any(issubclass(t, kind) for t in set(map(type, modules)))
+
+
+#: Parameters that a closure may turn out to write to are copied up to so many bytes.
+_LOOKED_AT = 2**24
 
 
 def _value_of(tensor: Tensor | None) -> Tensor | None:
@@ -304,10 +309,12 @@ class ParameterValues:
 
     Args:
         parameters: which.
+        most: keep values of so many bytes at most, else only where they lie.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._held = [(p, p.data, p.data.clone()) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], most: float = math.inf) -> None:
+        kept = sum(p.numel() * p.element_size() for p in parameters) <= most
+        self._held = [(p, p.data, p.data.clone() if kept else None) for p in parameters]
 
     def only(self, parameters: Sequence[Tensor]) -> ParameterValues:
         """Those of some of them."""
@@ -320,13 +327,14 @@ class ParameterValues:
         return [
             p
             for p, place, value in self._held
-            if p.data_ptr() != place.data_ptr() or not _equal(p.data, value)
+            if p.data_ptr() != place.data_ptr() or value is not None and not _equal(p.data, value)
         ]
 
     def restore(self) -> None:
         """Puts them back, bitwise."""
         for parameter, place, value in self._held:
-            place.copy_(value)
+            if value is not None:
+                place.copy_(value)
             parameter.data = place
 
 
@@ -348,6 +356,8 @@ class Snapshot:
         leaves: other tensors whose gradients are kept.
         places: plain attributes that are kept.
         written: parameters whose values are kept as well.
+        looked_at: parameters of which it isn't known whether they are written to: values are kept
+            of few, of more where they lie.
     """
 
     def __init__(
@@ -360,6 +370,7 @@ class Snapshot:
         leaves: Iterable[Tensor] = (),
         places: Iterable[Place] = (),
         written: Sequence[Tensor] = (),
+        looked_at: Sequence[Tensor] = (),
     ) -> None:
         if capturing():
             raise RuntimeError(
@@ -372,6 +383,8 @@ class Snapshot:
         self._states = States(parameters, modules, generators)
         self._attributes = [AttributeValues(places)] if places else []
         self._values = [ParameterValues(written)] if written else []
+        if looked_at:
+            self._values.append(ParameterValues(looked_at, _LOOKED_AT))
         #: Buffers of modules that were noticed later.
         self._later: list[_Buffers] = []
         #: Leaves that were kept, or noticed later; whether the latter's gradients are then cleared.

@@ -99,12 +99,17 @@ class _Slope:
                 if g is not None:
                     copy.add_(g, alpha=t / self.norm)
                     # (16 bits don't show all of the way.)
-                    told += float((g.double() * (copy.double() - p.double())).sum())
+                    way = copy.to(_wide(p), copy=True).sub_(p).mul_(g)
+                    told += float(way.sum(dtype=torch.float64))
         return self._loss_at(self._copies), told
 
 
 def _square(tensor: Tensor) -> Tensor:
-    return tensor.double().square().sum()
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _complaint(share: float) -> str:

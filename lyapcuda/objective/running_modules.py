@@ -61,6 +61,11 @@ class RunningModules:
         if self._handle is not None:
             self._handle.remove()
 
+    def end(self) -> None:
+        """Lets go of what it was given."""
+        self._found = None
+        del self._before
+
     def add(self, module: nn.Module) -> None:
         """Notices a module and its children."""
         new = [m for m in module.modules() if id(m) not in self.known]

@@ -94,10 +94,16 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_of_the_state(backend, k, w
 
     def broken():
         loss = closure()
+        handle = theta.register_hook(spoil)
         loss.backward()
-        if spoilt and hit[at_a_copy()]:
-            theta.grad[2] = bad
+        handle.remove()
         return loss
+
+    def spoil(gradient):
+        gradient = gradient.clone()
+        if spoilt and hit[at_a_copy()]:
+            gradient[2] = bad
+        return gradient
 
     tracker = lyapcuda.CurvatureTracker([theta], k=k, momentum=0.5)
     twin = lyapcuda.CurvatureTracker([theta], k=k, momentum=0.5)
