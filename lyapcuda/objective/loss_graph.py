@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lyapcuda.objective import tf32
 from lyapcuda.objective.backward_passes import listening
@@ -47,8 +48,8 @@ _WRONG = ("WeightNormInterface", "CompiledFunction", "CheckpointFunction")
 
 
 def graph_nodes(loss: Any) -> Iterator[Any]:
-    """Every node of autograd's graph of a loss (none, where it is no tensor or has no graph)."""
-    start = getattr(loss, "grad_fn", None)
+    """Every node of autograd's graph of a loss, or of an edge (none, where it has no graph)."""
+    start = loss.node if isinstance(loss, GradientEdge) else getattr(loss, "grad_fn", None)
     nodes, seen = [start] if start is not None else [], set()
     while nodes:
         node = nodes.pop()
