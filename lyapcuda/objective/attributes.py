@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["AllAttributes", "AttributeValues", "Place", "Value", "plain_names", "taken_back"]
+__all__ = [
+    "AllAttributes",
+    "AttributeValues",
+    "Place",
+    "Value",
+    "plain_names",
+    "same_bits",
+    "taken_back",
+]
 
 #: Tensors in plain attributes up to so many bytes are copied to be compared and put back.
 _MOST_BYTES = 2**26
@@ -48,7 +57,8 @@ class Value:
             pass
         elif isinstance(value, Tensor):
             self._version = value._version if not value.is_inference() else 0
-            if value.layout is torch.strided and not value.is_meta and _bytes(value) <= _MOST_BYTES:
+            plain = value.layout is torch.strided and not value.is_meta and not _is_wrapped(value)
+            if plain and _bytes(value) <= _MOST_BYTES:
                 self._kept = value.detach().clone()
         elif depth and isinstance(value, list | tuple | dict | set | deque):
             self._keys = list(value) if isinstance(value, dict) else None
@@ -71,9 +81,7 @@ class Value:
             if not value.is_inference() and value._version != self._version:
                 return True
             kept = self._kept
-            return kept is not None and not (
-                kept.shape == value.shape and torch.equal(*map(_bits, (kept, value.detach())))
-            )
+            return kept is not None and not same_bits(kept, value.detach())
         if self._members is None:
             return False
         if isinstance(value, dict):
@@ -187,11 +195,26 @@ def _is_trained(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or tensor.is_leaf and tensor.requires_grad
 
 
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in others: a DTensor's, those within torch.func's functions,
+    which can't be copied once these have ended.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or is_traceable_wrapper_subclass(tensor)
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def same_bits(some: Tensor, others: Tensor) -> bool:
+    """Whether two tensors agree in shape, type and every bit; for types that have no comparison
+    too (8-bit floats). Waits for the device.
+    """
+    alike = some.shape == others.shape and some.dtype == others.dtype
+    return alike and torch.equal(_bits(some), _bits(others))
+
+
 def _bits(tensor: Tensor) -> Tensor:
-    """A tensor that equals another where all bits agree, NaNs too."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.nan_to_num(real) if real.is_floating_point() else real
+    plain = tensor.int_repr() if tensor.is_quantized else tensor.resolve_conj().resolve_neg()
+    return plain.reshape(-1).contiguous().view(torch.uint8)

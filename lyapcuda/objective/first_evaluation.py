@@ -251,7 +251,8 @@ class FirstEvaluation(Outermost):
         kept = []
         for p in sorted(others.values(), key=lambda p: p.numel()):
             size = p.numel() * p.element_size()
-            if id(p) in self._tracked or type(p) is not nn.Parameter or size > self._room:
+            plain = type(p) is nn.Parameter and not p.is_meta  # (meta: offloaded elsewhere)
+            if id(p) in self._tracked or not plain or size > self._room:
                 continue
             self._room -= size
             kept.append(p)

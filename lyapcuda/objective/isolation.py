@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.arguments import described
-from lyapcuda.objective.attributes import AttributeValues, Place
+from lyapcuda.objective.attributes import AttributeValues, Place, same_bits
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
@@ -320,7 +320,7 @@ class ParameterValues:
         return [
             p
             for p, place, value in self._held
-            if p.data_ptr() != place.data_ptr() or not _equal(p.data, value)
+            if p.data_ptr() != place.data_ptr() or not same_bits(p.data, value)
         ]
 
     def restore(self) -> None:
@@ -328,10 +328,6 @@ class ParameterValues:
         for parameter, place, value in self._held:
             place.copy_(value)
             parameter.data = place
-
-
-def _equal(some: Tensor, others: Tensor) -> bool:
-    return some.shape == others.shape and bool(((some == others) | (some != some)).all())
 
 
 class Snapshot:
