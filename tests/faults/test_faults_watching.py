@@ -2,8 +2,10 @@
 error says why not, before anything has changed.
 """
 
+import copy
 import gc
 import warnings
+import weakref
 from itertools import chain
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lyapcuda
+from lyapcuda.objective.isolation import Snapshot
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
@@ -586,3 +589,86 @@ def test_backward_adds_what_loss_backward_would(every, set_to_none):
                 optimizer.zero_grad(set_to_none=set_to_none)
         runs.append(bits(model))
     assert same(*runs)
+
+
+# --- what torch allows, and a watcher could stumble over -----------------------------------------
+
+
+def from_an_edge(model):
+    def closure():
+        loss = loss_of(model)
+        torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones(()))
+        return loss.detach()
+
+    return closure
+
+
+def beside_offloaded(model):
+    model[1].elsewhere = nn.Linear(3, 3, device="meta").requires_grad_(False)
+    return lambda: loss_of(model)
+
+
+def beside_eight_bits(model):
+    model[1].scale = torch.ones(3).to(torch.float8_e4m3fn)
+    model[1].table = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    return lambda: loss_of(model)
+
+
+@pytest.mark.parametrize("made", [from_an_edge, beside_offloaded, beside_eight_bits])
+def test_edges_meta_tensors_and_types_without_a_comparison_are_no_obstacle(made):
+    model = net()
+    closure = made(model)
+    tracked = [p for p in model.parameters() if p.requires_grad]
+    tracker = lyapcuda.CurvatureTracker(tracked)
+    for _ in range(3):
+        tracker.step(closure)
+    assert torch.isfinite(tracker.h)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_ensemble_under_vmap_trains_bitwise_as_without(device):
+    def trained(watched):
+        torch.manual_seed(0)
+        models = [nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))] * 2
+        p, b = torch.func.stack_module_state(models)
+        base = copy.deepcopy(models[0]).to(device)
+        optimizer = torch.optim.SGD(p.values(), 0.1)
+        tracker = lyapcuda.CurvatureTracker(list(p.values()))
+
+        def closure():
+            def out(p, b):
+                return torch.func.functional_call(base, (p, b), (X,))
+
+            return torch.func.vmap(out)(p, b).square().mean()
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            if watched:
+                tracker.backward(closure)
+            else:
+                closure().backward()
+            optimizer.step()
+        return [*p.values(), *b.values()]
+
+    assert same(trained(True), trained(False))
+
+
+def test_what_was_kept_is_let_go_of_without_the_garbage_collector(monkeypatch):
+    kept = []
+
+    class Noted(Snapshot):
+        def __init__(self, *args, **options):
+            kept.append(weakref.ref(self))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("lyapcuda.objective.evaluator.Snapshot", Noted)
+    model = net()
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            tracker.step(lambda: loss_of(model))
+        assert len(kept) >= 4 and not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
