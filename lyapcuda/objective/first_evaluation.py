@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lyapcuda.arguments import users_level
@@ -131,6 +132,7 @@ class FirstEvaluation(Outermost):
         self._touched = touched
         self._attributes: list[AllAttributes] = []
         self._leaves: dict[int, Tensor] = {}
+        self._reached: dict[int, Tensor | Optimizer] = {}  # from the closure, by id
         self._passes, self._epsilon = 0, 0.0
         self._frozen: list[ParameterValues] = []
         self._room = _MOST_BYTES
@@ -146,12 +148,16 @@ class FirstEvaluation(Outermost):
         self._hold(list(self._known.values()))
         self._plain: list[Held] = []
         for name, value in named_objects(self._closure):
-            for _, module in instances_in(name, value, nn.Module):
-                self._running.add(module)
+            for _, found in instances_in(name, value, nn.Module | Tensor | Optimizer):
+                if isinstance(found, nn.Module):
+                    self._running.add(found)
+                else:
+                    self._reached[id(found)] = found
             self._plain += held_in(name, value)
             self._running.compiled |= is_compiled(value)
         self._start = torch.autograd._get_sequence_nr()
         self._lie = self._where()
+        self._before_it = self._earlier()
         self._stack.enter_context(self._running)
         self._stack.callback(register_optimizer_step_pre_hook(self._steps).remove)
         self._stack.enter_context(listening(self))
@@ -163,6 +169,7 @@ class FirstEvaluation(Outermost):
             self._end(kind)
         finally:  # it is part of a cycle, and lives on for a while
             self._attributes, self._frozen, self._left, self._leaves = [], [], [], {}
+            self._reached, self._before_it = {}, None
 
     def _end(self, kind: type[BaseException] | None) -> None:
         changes = [change for values in self._attributes for change in values.changed()]
@@ -258,9 +265,10 @@ class FirstEvaluation(Outermost):
             kept.append(p)
         self._frozen.append(ParameterValues(kept))
 
-    def _steps(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _steps(self, optimizer: Optimizer, *_: Any) -> None:
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if threading.get_ident() != self._thread and theirs.isdisjoint(self._tracked):
+        elsewhere = threading.get_ident() != self._thread or self._made_here(optimizer, theirs)
+        if elsewhere and theirs.isdisjoint(self._tracked):
             return
         where = "in a hook of its backward() (post-accumulate-grad)" if self.is_inside else "in it"
         raise RuntimeError(
@@ -268,6 +276,21 @@ class FirstEvaluation(Outermost):
             "would train:\nreturn the loss from the closure, and step after the measurement; "
             "an optimizer in hooks can't be measured beside"
         )
+
+    def _made_here(self, optimizer: Optimizer, theirs: set[int]) -> bool:
+        """Whether the closure has made an optimizer, and what it steps, itself (an adversarial
+        perturbation): nothing of them outlives the evaluation.
+        """
+        held = {id(p) for m in self._known.values() for p in m._parameters.values()}
+        return id(optimizer) not in self._reached and theirs.isdisjoint(held | self._reached.keys())
+
+    def _earlier(self) -> list[Tensor] | None:
+        """What to judge by whether a part of the loss is from before; None: sequence numbers."""
+        parallel = any(isinstance(m, DataParallel) for m in self._known.values())
+        if not parallel and all(p.is_cpu for p in self._parameters):
+            return None
+        held = [value for m in self._known.values() for value in vars(m).values()]
+        return [t for t in (*self._reached.values(), *held) if isinstance(t, Tensor)]
 
     def begins(self, roots: Sequence[Any]) -> None:
         if not self._passes:
@@ -277,9 +300,8 @@ class FirstEvaluation(Outermost):
 
     def see(self, roots: Sequence[Any]) -> None:
         """Looks at the graphs of losses that are about to be differentiated."""
-        parallel = any(isinstance(m, DataParallel) for m in self._known.values())
         for root in roots:
-            if not parallel and precomputed(root, self._parameters, self._start):
+            if precomputed(root, self._parameters, self._start, self._before_it):
                 raise RuntimeError(PRECOMPUTED)
             self._epsilon = max(self._epsilon, loss_epsilon(root))
             for leaf in leaves_of(root):

@@ -69,13 +69,26 @@ def _is_leaf(node: Any) -> bool:
     return node.name().endswith("AccumulateGrad")
 
 
-def precomputed(loss: Any, parameters: Sequence[Tensor], start: int) -> bool:
+def precomputed(
+    loss: Any,
+    parameters: Sequence[Tensor],
+    start: int,
+    earlier: Sequence[Tensor] | None = None,
+) -> bool:
     """Whether a part of a loss that depends on the parameters was computed before.
 
     Args:
         start: the sequence number that autograd had for this thread's next function.
+        earlier: tensors that were there before; only what they were computed by then counts. For
+            graphs that other threads have a share in, which have numbers of their own: of several
+            devices, and of gradients on an accelerator, where each device has a thread.
     """
-    nodes = [n for n in graph_nodes(loss) if not _is_leaf(n) and n._sequence_nr() < start]
+    there = None if earlier is None else {n for tensor in earlier for n in graph_nodes(tensor)}
+    nodes = [
+        n
+        for n in graph_nodes(loss)
+        if not _is_leaf(n) and (n._sequence_nr() < start if there is None else n in there)
+    ]
     ours, seen = {id(p) for p in parameters}, set(nodes)
     while nodes:
         for following, _ in nodes.pop().next_functions:

@@ -4,6 +4,7 @@ error says why not, before anything has changed.
 
 import copy
 import gc
+import threading
 import warnings
 import weakref
 from itertools import chain
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import lyapcuda
 from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.loss_graph import precomputed
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
@@ -238,6 +240,23 @@ def test_a_frozen_part_computed_before_is_fine():
     assert all(p.grad is None for p in body.parameters())
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_graph_of_several_threads_is_judged_by_what_was_there_before(kept):
+    """As on a GPU, where the graph of a gradient is made in the device's own thread."""
+    model = net()
+    for _ in range(20):
+        loss_of(model)
+    start = torch.autograd._get_sequence_nr()
+    made = []
+    thread = threading.Thread(target=lambda: made.append(model[:2](X)))
+    thread.start()
+    thread.join()
+    loss = model[2](made[0]).sum()
+    parameters = list(model.parameters())
+    assert precomputed(loss, parameters, start)  # by the numbers alone
+    assert precomputed(loss, parameters, start, made if kept else [X]) == kept
+
+
 # --- closures that train -------------------------------------------------------------------------
 
 
@@ -263,6 +282,34 @@ def clamping(model, _):
     for p in model.parameters():
         p.data.clamp_(-0.1, 0.1)
     return loss
+
+
+def adversarial(model):
+    shift = torch.zeros_like(X).requires_grad_()
+    inner = torch.optim.SGD([shift], lr=0.1, momentum=0.5, maximize=True)
+    for _ in range(2):
+        (shift.grad,) = torch.autograd.grad(cross_entropy(model(X + shift), Y), shift)
+        inner.step()
+    return cross_entropy(model(X + shift.detach()), Y)
+
+
+def test_an_optimizer_that_the_closure_makes_for_its_own_tensors_may_step():
+    model = net()
+    before = bits(model)
+    # (An adversarial example isn't differentiated through, so the loss changes otherwise.)
+    tracker = followed(model, lambda: adversarial(model), steps=4, debug=False)
+    assert torch.isfinite(tracker.h) and same(before, bits(model))
+
+
+def test_a_step_on_tensors_of_the_closures_outside_is_an_error():
+    model, shift = net(), torch.zeros_like(X).requires_grad_()
+
+    def closure():
+        torch.optim.SGD([shift], lr=0.1).step()
+        return cross_entropy(model(X + shift), Y)
+
+    with pytest.raises(RuntimeError, match=r"SGD\.step\(\) is called in it"):
+        followed(model, closure, steps=1)
 
 
 @pytest.mark.parametrize("how", [stepping, updating, clamping])
