@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,13 +65,37 @@ class Manner:
     epsilon: float = 0.0
 
 
+class Living:
+    """Objects in order, each once, as long as somebody else holds them: modules and tensors may be
+    made anew at each step.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, members: Iterable[Any]) -> None:
+        """Takes on those that aren't there."""
+        for member in members:
+            if member not in self:
+                self._references[id(member)] = weakref.ref(member)
+
+    def __contains__(self, member: Any) -> bool:
+        reference = self._references.get(id(member))
+        return reference is not None and reference() is member
+
+    def __iter__(self) -> Iterator[Any]:
+        members = [reference() for reference in self._references.values()]
+        return iter([member for member in members if member is not None])
+
+
 @dataclass
 class Touched:
     """What closures were seen to touch beside the parameters.
 
     Attributes:
         modules: that ran, or that a closure refers to, with their children.
-        leaves: tensors of theirs that get a gradient though they were frozen outside.
+        foreign: tensors that were put in the place of buffers.
+        leaves: tensors of modules that get a gradient though they were frozen outside.
         places: plain attributes of objects of which an evaluation changes some.
         written: parameters that aren't tracked, but written to (a momentum encoder's).
         compiled: some of it is torch.compile's.
@@ -78,10 +103,11 @@ class Touched:
         floats: of the user's own, that the first evaluation has written.
     """
 
-    modules: list[nn.Module] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
+    modules: Living = field(default_factory=Living)
+    foreign: Living = field(default_factory=Living)
+    leaves: Living = field(default_factory=Living)
     places: list[Place] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
+    written: Living = field(default_factory=Living)
     compiled: bool = False
     named: set[str] = field(default_factory=set)
     floats: list[Held] = field(default_factory=list)
@@ -199,18 +225,13 @@ class FirstEvaluation(Outermost):
     def _learn(self, changed: list[Place], written: list[Tensor]) -> None:
         touched = self._touched
         touched.compiled = self._running.compiled
-        known = {id(m) for m in touched.modules}
-        touched.modules += [m for m in self._known.values() if id(m) not in known]
-        if self._foreign:
-            touched.modules.append(LooseBuffers(self._foreign.values()))
-        there = {id(p) for p in touched.written}
-        touched.written += [p for p in written if id(p) not in there]
+        touched.modules.add(m for m in self._known.values() if not isinstance(m, _OUR_OWN))
+        touched.foreign.add(self._foreign.values())
+        touched.written.add(written)
         held = {id(p) for m in self._known.values() for p in m._parameters.values()}
-        leaves = {id(leaf) for leaf in touched.leaves}
         # (Inputs and codes, of no module, may be others at each step, which looks for them.)
-        touched.leaves += [
-            leaf for i, leaf in self._leaves.items() if i in held and i not in leaves
-        ]
+        touched.leaves.add(leaf for i, leaf in self._leaves.items() if i in held)
+        touched.places = [p for p in touched.places if p.holder is not None]
         there = {(id(p.holder), p.name) for p in touched.places}
         # Others of the same object may change at a later evaluation.
         holders = {id(p.holder): (p.holder, p.called.rpartition(".")[0]) for p in changed}
@@ -330,15 +351,14 @@ class FirstEvaluation(Outermost):
 
 
 F64 = torch.float64
+_OUR_OWN = LooseBuffers | LooseParameters
 
 
 def _has_own_ways(module: nn.Module) -> bool:
     """Whether a module keeps state in attributes that aren't to be touched."""
     return (
         is_wrapper(module)
-        or isinstance(
-            module, torch.jit.ScriptModule | DataParallel | LooseBuffers | LooseParameters
-        )
+        or isinstance(module, torch.jit.ScriptModule | DataParallel | _OUR_OWN)
         or type(module).__module__.startswith(("torch._dynamo", "torch.distributed", "torch.fx"))
     )
 

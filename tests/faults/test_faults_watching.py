@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lyapcuda
+from lyapcuda.objective.attributes import Value
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.loss_graph import precomputed
 
@@ -719,3 +720,49 @@ def test_what_was_kept_is_let_go_of_without_the_garbage_collector(monkeypatch):
         assert len(kept) >= 4 and not any(ref() is not None for ref in kept)
     finally:
         gc.enable()
+
+
+def test_modules_and_buffers_made_at_each_step_are_not_kept():
+    model, other = net(), net(2)
+    other.calls = 0
+    made = weakref.WeakSet()
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    scaled = Scaled()
+
+    def closure():
+        teacher, scale = copy.deepcopy(other), torch.ones(3)
+        teacher.calls += 1
+        if not lyapcuda.at_a_copy():
+            made.add(teacher)
+        out = torch.func.functional_call(scaled, {"scale": scale}, (model(X),))
+        return (out - teacher(X)).square().mean()
+
+    tracker = followed(model, closure, steps=5)
+    gc.collect()
+    assert not made and not list(tracker._touched.foreign)
+
+
+def test_long_lists_beside_what_changes_are_put_back():
+    model = net()
+    model.seen, model.data = 0, [torch.zeros(2) for _ in range(1000)]
+    first = list(model.data)
+
+    def closure():
+        model.seen += 1
+        model.data.append(None)
+        return loss_of(model)
+
+    value = Value(model.data)
+    model.data.reverse()
+    assert value.differs(model.data) and value.put_back() is model.data
+    assert all(a is b for a, b in zip(model.data, first, strict=True))
+    followed(model, closure, steps=3)
+    assert len(model.data) == 1000 and model.seen == 0
