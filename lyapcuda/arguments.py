@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OURS = re.compile(r"(lyapcuda|torch)\b").match
+_OURS = re.compile(r"(lyapcuda|torch|contextlib)\b").match
 #: Characters of a value in a message.
 _ROOM = 60
 _PLAIN = (str, bytes, Real, complex, type(None), torch.dtype, torch.device)

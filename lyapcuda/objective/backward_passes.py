@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 __all__ = ["Listener", "Outermost", "listening"]
 
@@ -61,7 +62,7 @@ _real = torch.autograd.backward
 
 @functools.wraps(_real)
 def _heard_backward(tensors: Any, *args: Any, **options: Any) -> None:
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    roots = [tensors] if isinstance(tensors, Tensor | GradientEdge) else list(tensors)
     heard = tuple(_listeners)
     for listener in heard:
         listener.before(roots)

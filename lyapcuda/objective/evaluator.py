@@ -24,7 +24,7 @@ from lyapcuda.objective.backward_passes import listening
 from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Manner, Touched
 from lyapcuda.objective.heard_passes import HeardPasses, Marks
 from lyapcuda.objective.interrupts import allowed
-from lyapcuda.objective.isolation import ParameterValues, Snapshot, TrackedGradients
+from lyapcuda.objective.isolation import LooseBuffers, ParameterValues, Snapshot, TrackedGradients
 from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
 from lyapcuda.objective.pointing import aside, pointing
@@ -218,7 +218,9 @@ class Evaluator:
     def modules(self) -> list[nn.Module]:
         """Those whose buffers, and whose other parameters' gradients, are put back."""
         known = {id(m) for m in self._given}
-        return [*self._given, *(m for m in self.touched.modules if id(m) not in known)]
+        others = [m for m in self.touched.modules if id(m) not in known]
+        foreign = list(self.touched.foreign)
+        return [*self._given, *others, *([LooseBuffers(foreign)] if foreign else ())]
 
     def snapshot(
         self,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lyapcuda.arguments import users_level
@@ -63,13 +65,37 @@ class Manner:
     epsilon: float = 0.0
 
 
+class Living:
+    """Objects in order, each once, as long as somebody else holds them: modules and tensors may be
+    made anew at each step.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, members: Iterable[Any]) -> None:
+        """Takes on those that aren't there."""
+        for member in members:
+            if member not in self:
+                self._references[id(member)] = weakref.ref(member)
+
+    def __contains__(self, member: Any) -> bool:
+        reference = self._references.get(id(member))
+        return reference is not None and reference() is member
+
+    def __iter__(self) -> Iterator[Any]:
+        members = [reference() for reference in self._references.values()]
+        return iter([member for member in members if member is not None])
+
+
 @dataclass
 class Touched:
     """What closures were seen to touch beside the parameters.
 
     Attributes:
         modules: that ran, or that a closure refers to, with their children.
-        leaves: tensors of theirs that get a gradient though they were frozen outside.
+        foreign: tensors that were put in the place of buffers.
+        leaves: tensors of modules that get a gradient though they were frozen outside.
         places: plain attributes of objects of which an evaluation changes some.
         written: parameters that aren't tracked, but written to (a momentum encoder's).
         compiled: some of it is torch.compile's.
@@ -77,10 +103,11 @@ class Touched:
         floats: of the user's own, that the first evaluation has written.
     """
 
-    modules: list[nn.Module] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
+    modules: Living = field(default_factory=Living)
+    foreign: Living = field(default_factory=Living)
+    leaves: Living = field(default_factory=Living)
     places: list[Place] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
+    written: Living = field(default_factory=Living)
     compiled: bool = False
     named: set[str] = field(default_factory=set)
     floats: list[Held] = field(default_factory=list)
@@ -131,6 +158,7 @@ class FirstEvaluation(Outermost):
         self._touched = touched
         self._attributes: list[AllAttributes] = []
         self._leaves: dict[int, Tensor] = {}
+        self._reached: dict[int, Tensor | Optimizer] = {}  # from the closure, by id
         self._passes, self._epsilon = 0, 0.0
         self._frozen: list[ParameterValues] = []
         self._room = _MOST_BYTES
@@ -146,12 +174,16 @@ class FirstEvaluation(Outermost):
         self._hold(list(self._known.values()))
         self._plain: list[Held] = []
         for name, value in named_objects(self._closure):
-            for _, module in instances_in(name, value, nn.Module):
-                self._running.add(module)
+            for _, found in instances_in(name, value, nn.Module | Tensor | Optimizer):
+                if isinstance(found, nn.Module):
+                    self._running.add(found)
+                else:
+                    self._reached[id(found)] = found
             self._plain += held_in(name, value)
             self._running.compiled |= is_compiled(value)
         self._start = torch.autograd._get_sequence_nr()
         self._lie = self._where()
+        self._before_it = self._earlier()
         self._stack.enter_context(self._running)
         self._stack.callback(register_optimizer_step_pre_hook(self._steps).remove)
         self._stack.enter_context(listening(self))
@@ -163,8 +195,7 @@ class FirstEvaluation(Outermost):
             self._end(kind)
         finally:  # nothing large outlives this
             self._attributes, self._frozen, self._left, self._leaves = [], [], [], {}
-            self._running.end()
-            del self._before, self._stack
+            self._reached, self._before_it = {}, None
 
     def _end(self, kind: type[BaseException] | None) -> None:
         changes = [change for values in self._attributes for change in values.changed()]
@@ -194,18 +225,13 @@ class FirstEvaluation(Outermost):
     def _learn(self, changed: list[Place], written: list[Tensor]) -> None:
         touched = self._touched
         touched.compiled = self._running.compiled
-        known = {id(m) for m in touched.modules}
-        touched.modules += [m for m in self._known.values() if id(m) not in known]
-        if self._foreign:
-            touched.modules.append(LooseBuffers(self._foreign.values()))
-        there = {id(p) for p in touched.written}
-        touched.written += [p for p in written if id(p) not in there]
+        touched.modules.add(m for m in self._known.values() if not isinstance(m, _OUR_OWN))
+        touched.foreign.add(self._foreign.values())
+        touched.written.add(written)
         held = {id(p) for m in self._known.values() for p in m._parameters.values()}
-        leaves = {id(leaf) for leaf in touched.leaves}
         # (Inputs and codes, of no module, may be others at each step, which looks for them.)
-        touched.leaves += [
-            leaf for i, leaf in self._leaves.items() if i in held and i not in leaves
-        ]
+        touched.leaves.add(leaf for i, leaf in self._leaves.items() if i in held)
+        touched.places = [p for p in touched.places if p.holder is not None]
         there = {(id(p.holder), p.name) for p in touched.places}
         # Others of the same object may change at a later evaluation.
         holders = {id(p.holder): (p.holder, p.called.rpartition(".")[0]) for p in changed}
@@ -260,9 +286,10 @@ class FirstEvaluation(Outermost):
             kept.append(p)
         self._frozen.append(ParameterValues(kept))
 
-    def _steps(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _steps(self, optimizer: Optimizer, *_: Any) -> None:
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if threading.get_ident() != self._thread and theirs.isdisjoint(self._tracked):
+        elsewhere = threading.get_ident() != self._thread or self._made_here(optimizer, theirs)
+        if elsewhere and theirs.isdisjoint(self._tracked):
             return
         where = "in a hook of its backward() (post-accumulate-grad)" if self.is_inside else "in it"
         raise RuntimeError(
@@ -270,6 +297,21 @@ class FirstEvaluation(Outermost):
             "would train:\nreturn the loss from the closure, and step after the measurement; "
             "an optimizer in hooks can't be measured beside"
         )
+
+    def _made_here(self, optimizer: Optimizer, theirs: set[int]) -> bool:
+        """Whether the closure has made an optimizer, and what it steps, itself (an adversarial
+        perturbation): nothing of them outlives the evaluation.
+        """
+        held = {id(p) for m in self._known.values() for p in m._parameters.values()}
+        return id(optimizer) not in self._reached and theirs.isdisjoint(held | self._reached.keys())
+
+    def _earlier(self) -> list[Tensor] | None:
+        """What to judge by whether a part of the loss is from before; None: sequence numbers."""
+        parallel = any(isinstance(m, DataParallel) for m in self._known.values())
+        if not parallel and all(p.is_cpu for p in self._parameters):
+            return None
+        held = [value for m in self._known.values() for value in vars(m).values()]
+        return [t for t in (*self._reached.values(), *held) if isinstance(t, Tensor)]
 
     def begins(self, roots: Sequence[Any]) -> None:
         if not self._passes:
@@ -279,9 +321,8 @@ class FirstEvaluation(Outermost):
 
     def see(self, roots: Sequence[Any]) -> None:
         """Looks at the graphs of losses that are about to be differentiated."""
-        parallel = any(isinstance(m, DataParallel) for m in self._known.values())
         for root in roots:
-            if not parallel and precomputed(root, self._parameters, self._start):
+            if precomputed(root, self._parameters, self._start, self._before_it):
                 raise RuntimeError(PRECOMPUTED)
             self._epsilon = max(self._epsilon, loss_epsilon(root))
             for leaf in leaves_of(root):
@@ -309,15 +350,14 @@ class FirstEvaluation(Outermost):
 
 
 F64 = torch.float64
+_OUR_OWN = LooseBuffers | LooseParameters
 
 
 def _has_own_ways(module: nn.Module) -> bool:
     """Whether a module keeps state in attributes that aren't to be touched."""
     return (
         is_wrapper(module)
-        or isinstance(
-            module, torch.jit.ScriptModule | DataParallel | LooseBuffers | LooseParameters
-        )
+        or isinstance(module, torch.jit.ScriptModule | DataParallel | _OUR_OWN)
         or type(module).__module__.startswith(("torch._dynamo", "torch.distributed", "torch.fx"))
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.arguments import described
-from lyapcuda.objective.attributes import AttributeValues, Place
+from lyapcuda.objective.attributes import AttributeValues, Place, same_bits
 from lyapcuda.objective.interrupts import deferred
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.shards import any_sharded, reshard
@@ -327,7 +327,9 @@ class ParameterValues:
         return [
             p
             for p, place, value in self._held
-            if p.data_ptr() != place.data_ptr() or value is not None and not _equal(p.data, value)
+            if p.data_ptr() != place.data_ptr()
+            or value is not None
+            and not same_bits(p.data, value)
         ]
 
     def restore(self) -> None:
@@ -336,10 +338,6 @@ class ParameterValues:
             if value is not None:
                 place.copy_(value)
             parameter.data = place
-
-
-def _equal(some: Tensor, others: Tensor) -> bool:
-    return some.shape == others.shape and bool(((some == others) | (some != some)).all())
 
 
 class Snapshot:

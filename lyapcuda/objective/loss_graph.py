@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lyapcuda.objective import tf32
 from lyapcuda.objective.backward_passes import listening
@@ -47,8 +48,8 @@ _WRONG = ("WeightNormInterface", "CompiledFunction", "CheckpointFunction")
 
 
 def graph_nodes(loss: Any) -> Iterator[Any]:
-    """Every node of autograd's graph of a loss (none, where it is no tensor or has no graph)."""
-    start = getattr(loss, "grad_fn", None)
+    """Every node of autograd's graph of a loss, or of an edge (none, where it has no graph)."""
+    start = loss.node if isinstance(loss, GradientEdge) else getattr(loss, "grad_fn", None)
     nodes, seen = [start] if start is not None else [], set()
     while nodes:
         node = nodes.pop()
@@ -68,13 +69,26 @@ def _is_leaf(node: Any) -> bool:
     return node.name().endswith("AccumulateGrad")
 
 
-def precomputed(loss: Any, parameters: Sequence[Tensor], start: int) -> bool:
+def precomputed(
+    loss: Any,
+    parameters: Sequence[Tensor],
+    start: int,
+    earlier: Sequence[Tensor] | None = None,
+) -> bool:
     """Whether a part of a loss that depends on the parameters was computed before.
 
     Args:
         start: the sequence number that autograd had for this thread's next function.
+        earlier: tensors that were there before; only what they were computed by then counts. For
+            graphs that other threads have a share in, which have numbers of their own: of several
+            devices, and of gradients on an accelerator, where each device has a thread.
     """
-    nodes = [n for n in graph_nodes(loss) if not _is_leaf(n) and n._sequence_nr() < start]
+    there = None if earlier is None else {n for tensor in earlier for n in graph_nodes(tensor)}
+    nodes = [
+        n
+        for n in graph_nodes(loss)
+        if not _is_leaf(n) and (n._sequence_nr() < start if there is None else n in there)
+    ]
     ours, seen = {id(p) for p in parameters}, set(nodes)
     while nodes:
         for following, _ in nodes.pop().next_functions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator
+from itertools import islice
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -83,7 +84,8 @@ def instances_in(name: str, value: Any, kind: type[Kind]) -> Iterator[tuple[str,
         yield name, value
         return
     if isinstance(value, dict):
-        inside = [(f"{name}[{key!r:.20}]", member) for key, member in value.items()]
+        some = islice(value.items(), _MOST)
+        inside = [(f"{name}[{key!r:.20}]", member) for key, member in some]
     elif isinstance(value, list | tuple):
         inside = [(f"{name}[{i}]", member) for i, member in enumerate(value[:_MOST])]
     else:

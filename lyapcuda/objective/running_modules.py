@@ -9,10 +9,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -60,11 +63,7 @@ class RunningModules:
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             self._handle.remove()
-
-    def end(self) -> None:
-        """Lets go of what it was given."""
-        self._found = None
-        del self._before
+        self._found = None  # who is told holds this: what was kept would outlive the evaluation
 
     def add(self, module: nn.Module) -> None:
         """Notices a module and its children."""
@@ -80,11 +79,18 @@ class RunningModules:
     def _runs(self, module: nn.Module, _: Any) -> None:
         if threading.get_ident() != self._thread:
             return
+        # Within torch.func's functions tensors stand for others, and can't be kept as they are.
+        inside = torch._C._functorch.peek_interpreter_stack() is not None
+        with temporarily_clear_interpreter_stack() if inside else nullcontext():
+            self._notice(module)
+
+    def _notice(self, module: nn.Module) -> None:
         if id(module) not in self.known and not _is_swapped():
             self.add(module)
         if module._buffers:
             own = self._own.get(id(module), ())
-            there = {id(b): b for b in module._buffers.values() if b is not None}
+            held = (_innermost(b) for b in module._buffers.values() if b is not None)
+            there = {id(b): b for b in held}
             new = {i: b for i, b in there.items() if i not in own and i not in self.foreign}
             if new:
                 self._before.notice_modules([LooseBuffers(new.values())])
@@ -100,6 +106,13 @@ def _is_swapped() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    """The tensor that one within torch.func's functions stands for."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _ids(module: nn.Module) -> set[int]:

@@ -2,8 +2,11 @@
 error says why not, before anything has changed.
 """
 
+import copy
 import gc
+import threading
 import warnings
+import weakref
 from itertools import chain
 
 import pytest
@@ -12,6 +15,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lyapcuda
+from lyapcuda.objective.attributes import Value
+from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.loss_graph import precomputed
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
@@ -235,6 +241,23 @@ def test_a_frozen_part_computed_before_is_fine():
     assert all(p.grad is None for p in body.parameters())
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_graph_of_several_threads_is_judged_by_what_was_there_before(kept):
+    """As on a GPU, where the graph of a gradient is made in the device's own thread."""
+    model = net()
+    for _ in range(20):
+        loss_of(model)
+    start = torch.autograd._get_sequence_nr()
+    made = []
+    thread = threading.Thread(target=lambda: made.append(model[:2](X)))
+    thread.start()
+    thread.join()
+    loss = model[2](made[0]).sum()
+    parameters = list(model.parameters())
+    assert precomputed(loss, parameters, start)  # by the numbers alone
+    assert precomputed(loss, parameters, start, made if kept else [X]) == kept
+
+
 # --- closures that train -------------------------------------------------------------------------
 
 
@@ -260,6 +283,34 @@ def clamping(model, _):
     for p in model.parameters():
         p.data.clamp_(-0.1, 0.1)
     return loss
+
+
+def adversarial(model):
+    shift = torch.zeros_like(X).requires_grad_()
+    inner = torch.optim.SGD([shift], lr=0.1, momentum=0.5, maximize=True)
+    for _ in range(2):
+        (shift.grad,) = torch.autograd.grad(cross_entropy(model(X + shift), Y), shift)
+        inner.step()
+    return cross_entropy(model(X + shift.detach()), Y)
+
+
+def test_an_optimizer_that_the_closure_makes_for_its_own_tensors_may_step():
+    model = net()
+    before = bits(model)
+    # (An adversarial example isn't differentiated through, so the loss changes otherwise.)
+    tracker = followed(model, lambda: adversarial(model), steps=4, debug=False)
+    assert torch.isfinite(tracker.h) and same(before, bits(model))
+
+
+def test_a_step_on_tensors_of_the_closures_outside_is_an_error():
+    model, shift = net(), torch.zeros_like(X).requires_grad_()
+
+    def closure():
+        torch.optim.SGD([shift], lr=0.1).step()
+        return cross_entropy(model(X + shift), Y)
+
+    with pytest.raises(RuntimeError, match=r"SGD\.step\(\) is called in it"):
+        followed(model, closure, steps=1)
 
 
 @pytest.mark.parametrize("how", [stepping, updating, clamping])
@@ -586,3 +637,132 @@ def test_backward_adds_what_loss_backward_would(every, set_to_none):
                 optimizer.zero_grad(set_to_none=set_to_none)
         runs.append(bits(model))
     assert same(*runs)
+
+
+# --- what torch allows, and a watcher could stumble over -----------------------------------------
+
+
+def from_an_edge(model):
+    def closure():
+        loss = loss_of(model)
+        torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones(()))
+        return loss.detach()
+
+    return closure
+
+
+def beside_offloaded(model):
+    model[1].elsewhere = nn.Linear(3, 3, device="meta").requires_grad_(False)
+    return lambda: loss_of(model)
+
+
+def beside_eight_bits(model):
+    model[1].scale = torch.ones(3).to(torch.float8_e4m3fn)
+    model[1].table = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    return lambda: loss_of(model)
+
+
+@pytest.mark.parametrize("made", [from_an_edge, beside_offloaded, beside_eight_bits])
+def test_edges_meta_tensors_and_types_without_a_comparison_are_no_obstacle(made):
+    model = net()
+    closure = made(model)
+    tracked = [p for p in model.parameters() if p.requires_grad]
+    tracker = lyapcuda.CurvatureTracker(tracked)
+    for _ in range(3):
+        tracker.step(closure)
+    assert torch.isfinite(tracker.h)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_ensemble_under_vmap_trains_bitwise_as_without(device):
+    def trained(watched):
+        torch.manual_seed(0)
+        models = [nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))] * 2
+        p, b = torch.func.stack_module_state(models)
+        base = copy.deepcopy(models[0]).to(device)
+        optimizer = torch.optim.SGD(p.values(), 0.1)
+        tracker = lyapcuda.CurvatureTracker(list(p.values()))
+
+        def closure():
+            def out(p, b):
+                return torch.func.functional_call(base, (p, b), (X,))
+
+            return torch.func.vmap(out)(p, b).square().mean()
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            if watched:
+                tracker.backward(closure)
+            else:
+                closure().backward()
+            optimizer.step()
+        return [*p.values(), *b.values()]
+
+    assert same(trained(True), trained(False))
+
+
+def test_what_was_kept_is_let_go_of_without_the_garbage_collector(monkeypatch):
+    kept = []
+
+    class Noted(Snapshot):
+        def __init__(self, *args, **options):
+            kept.append(weakref.ref(self))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("lyapcuda.objective.evaluator.Snapshot", Noted)
+    model = net()
+    tracker = lyapcuda.CurvatureTracker(model.parameters())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            tracker.step(lambda: loss_of(model))
+        assert len(kept) >= 4 and not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_modules_and_buffers_made_at_each_step_are_not_kept():
+    model, other = net(), net(2)
+    other.calls = 0
+    made = weakref.WeakSet()
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    scaled = Scaled()
+
+    def closure():
+        teacher, scale = copy.deepcopy(other), torch.ones(3)
+        teacher.calls += 1
+        if not lyapcuda.at_a_copy():
+            made.add(teacher)
+        out = torch.func.functional_call(scaled, {"scale": scale}, (model(X),))
+        return (out - teacher(X)).square().mean()
+
+    tracker = followed(model, closure, steps=5)
+    gc.collect()
+    assert not made and not list(tracker._touched.foreign)
+
+
+def test_long_lists_beside_what_changes_are_put_back():
+    model = net()
+    model.seen, model.data = 0, [torch.zeros(2) for _ in range(1000)]
+    first = list(model.data)
+
+    def closure():
+        model.seen += 1
+        model.data.append(None)
+        return loss_of(model)
+
+    value = Value(model.data)
+    model.data.reverse()
+    assert value.differs(model.data) and value.put_back() is model.data
+    assert all(a is b for a, b in zip(model.data, first, strict=True))
+    followed(model, closure, steps=3)
+    assert len(model.data) == 1000 and model.seen == 0
