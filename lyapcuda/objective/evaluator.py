@@ -25,6 +25,7 @@ from lyapcuda.objective.first_evaluation import PRECOMPUTED, FirstEvaluation, Ma
 from lyapcuda.objective.heard_passes import HeardPasses, Marks
 from lyapcuda.objective.interrupts import allowed
 from lyapcuda.objective.isolation import LooseBuffers, ParameterValues, Snapshot, TrackedGradients
+from lyapcuda.objective.lightning_logs import log_at_theta_alone
 from lyapcuda.objective.loss_multiple import Multiple, is_multiple
 from lyapcuda.objective.own_gradient import check_own_gradient
 from lyapcuda.objective.pointing import aside, pointing
@@ -213,6 +214,7 @@ class Evaluator:
         self._share = Multiple()
         #: How many times the curvature measured that of the closure is to be.
         self.times = 1.0
+        log_at_theta_alone()
 
     @property
     def modules(self) -> list[nn.Module]:

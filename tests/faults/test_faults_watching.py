@@ -4,7 +4,9 @@ error says why not, before anything has changed.
 
 import copy
 import gc
+import sys
 import threading
+import types
 import warnings
 import weakref
 from itertools import chain
@@ -438,6 +440,37 @@ def test_a_metric_in_the_closure_counts_once(how):
         watched_run(way, model, closure)
         totals.append((float(metric.total), metric.rows))
     assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("how", ["step", "backward"])
+def test_what_lightning_logs_in_the_closure_is_logged_once(how, monkeypatch):
+    """Its trainer adds it up where no module holds it."""
+    logged = []
+
+    class LightningModule(nn.Module):
+        def log(self, name, value):
+            logged.append((name, value))
+
+        def log_dict(self, values):
+            logged.extend(values.items())
+
+    lightning = types.ModuleType("lightning.pytorch")
+    lightning.LightningModule = LightningModule
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", lightning)
+    runs = []
+    for way in ("plain", how):
+        logged.clear()
+        model, module = net(), LightningModule()
+
+        def closure(model=model, module=module):
+            loss = cross_entropy(model(X), Y)
+            module.log("loss", loss.item())
+            module.log_dict({"rows": len(X)})
+            return loss
+
+        watched_run(way, model, closure)
+        runs.append(list(logged))
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("how", WAYS)
