@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lyapcuda.params.flat import pieces_of, squared_norm
+
 __all__ = ["check_own_gradient"]
 
 # The loss's change may be off by so much of what the gradient says.
@@ -78,7 +80,7 @@ class _Slope:
             (p.detach(), None if g is None else g.detach())
             for p, g in zip(parameters, gradients, strict=True)
         ]
-        squares = [(float(_square(g)), float(_square(p))) for p, g in self._pairs if g is not None]
+        squares = [(squared_norm(g), squared_norm(p)) for p, g in self._pairs if g is not None]
         self.norm, self.extent = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
         self._copies = [torch.empty_like(p) for p, _ in self._pairs]
 
@@ -99,12 +101,13 @@ class _Slope:
                 if g is not None:
                     copy.add_(g, alpha=t / self.norm)
                     # (16 bits don't show all of the way.)
-                    told += float((g.double() * (copy.double() - p.double())).sum())
+                    told += float(
+                        sum(
+                            (slope.double() * (there.double() - here.double())).sum()
+                            for slope, there, here in pieces_of(g, copy, p)
+                        )
+                    )
         return self._loss_at(self._copies), told
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return tensor.double().square().sum()
 
 
 def _complaint(share: float) -> str:
