@@ -21,8 +21,8 @@ class Listener(Protocol):
     def before(self, roots: Sequence[Any]) -> None:
         """Called with what ``torch.autograd.backward`` was called on."""
 
-    def after(self) -> None:
-        """Called once it has returned; not where it raised."""
+    def after(self, *, failed: bool = False) -> None:
+        """Called once it has returned; ``failed``: once it has raised."""
 
 
 class Outermost:
@@ -48,10 +48,10 @@ class Outermost:
                 self.begins(roots)
             self._depth += 1
 
-    def after(self) -> None:
+    def after(self, *, failed: bool = False) -> None:
         if threading.get_ident() == self._thread:
             self._depth -= 1
-            if not self._depth:
+            if not self._depth and not failed:
                 self.ended()
 
 
@@ -66,7 +66,12 @@ def _heard_backward(tensors: Any, *args: Any, **options: Any) -> None:
     heard = tuple(_listeners)
     for listener in heard:
         listener.before(roots)
-    _real(roots, *args, **options)
+    try:
+        _real(roots, *args, **options)
+    except BaseException:
+        for listener in heard:
+            listener.after(failed=True)
+        raise
     for listener in heard:
         listener.after()
 

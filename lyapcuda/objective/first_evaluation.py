@@ -28,6 +28,7 @@ from lyapcuda.objective.isolation import LooseBuffers, LooseParameters, Paramete
 from lyapcuda.objective.loss_graph import leaves_of, loss_epsilon, precomputed
 from lyapcuda.objective.reachable import instances_in, named_objects
 from lyapcuda.objective.running_modules import RunningModules, is_compiled
+from lyapcuda.params.flat import squared_norm
 from lyapcuda.params.ranks import is_wrapper
 from lyapcuda.params.shards import any_sharded
 
@@ -341,15 +342,13 @@ class FirstEvaluation(Outermost):
             return []
         if not self._values:
             return [(p.data_ptr(), p._version) for p in self._parameters]
-        norm = torch.linalg.vector_norm
-        held = [p.detach() for p in self._parameters]
-        sums = [torch.stack([p.sum(dtype=F64), norm(p, dtype=F64)]).cpu() for p in held]
-        told = torch.stack(sums).nan_to_num().tolist()
-        lie = [(p.data_ptr(), p._version) for p in self._parameters]
-        return [(*where, *values) for where, values in zip(lie, told, strict=True)]
+        # (As text: NaN is itself.)
+        return [
+            (p.data_ptr(), p._version, float(p.sum(dtype=torch.float64)).hex(), norm.hex())
+            for p, norm in ((p.detach(), squared_norm(p.detach())) for p in self._parameters)
+        ]
 
 
-F64 = torch.float64
 _OUR_OWN = LooseBuffers | LooseParameters
 
 

@@ -200,7 +200,7 @@ class _Watcher:
             self.roots += 1
             self.sighting.see(loss)
 
-    def after(self) -> None:
+    def after(self, *, failed: bool = False) -> None:
         pass
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lyapcuda.params.flat import pieces_of, squared_norm
+
 __all__ = ["check_own_gradient"]
 
 # The loss's change may be off by so much of what the gradient says.
@@ -78,7 +80,7 @@ class _Slope:
             (p.detach(), None if g is None else g.detach())
             for p, g in zip(parameters, gradients, strict=True)
         ]
-        squares = [(float(_square(g)), float(_square(p))) for p, g in self._pairs if g is not None]
+        squares = [(squared_norm(g), squared_norm(p)) for p, g in self._pairs if g is not None]
         self.norm, self.extent = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
         self._copies = [torch.empty_like(p) for p, _ in self._pairs]
 
@@ -99,17 +101,13 @@ class _Slope:
                 if g is not None:
                     copy.add_(g, alpha=t / self.norm)
                     # (16 bits don't show all of the way.)
-                    way = copy.to(_wide(p), copy=True).sub_(p).mul_(g)
-                    told += float(way.sum(dtype=torch.float64))
+                    told += float(
+                        sum(
+                            (slope.double() * (there.double() - here.double())).sum()
+                            for slope, there, here in pieces_of(g, copy, p)
+                        )
+                    )
         return self._loss_at(self._copies), told
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _complaint(share: float) -> str:

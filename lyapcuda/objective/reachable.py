@@ -18,18 +18,23 @@ _DEPTH, _MOST = 4, 200
 _LIBRARIES = ("torch", "numpy", "lyapcuda")
 
 
-def code_of(function: Callable[..., Any]) -> Hashable:
+def code_of(function: Callable[..., Any], depth: int = _DEPTH) -> Hashable:
     """What tells one closure's text from another's: a loop that makes it anew gives the same."""
     if isinstance(function, functools.partial):
         arguments = (*function.args, *function.keywords.values())
-        codes = tuple(code_of(a) for a in arguments if callable(a))
-        return (code_of(function.func), *codes) if codes else code_of(function.func)
+        codes = tuple(code_of(a, depth) for a in arguments if callable(a))
+        return (code_of(function.func, depth), *codes) if codes else code_of(function.func, depth)
     if isinstance(function, MethodType):
-        return code_of(function.__func__)
+        return code_of(function.__func__, depth)
     wrapped = getattr(function, "__wrapped__", None)
     if callable(wrapped):
-        return code_of(wrapped)
-    return getattr(function, "__code__", type(function))
+        return code_of(wrapped, depth)
+    code = getattr(function, "__code__", type(function))
+    # What a decorator has wrapped tells its closures apart, whose own text is one.
+    inside = [value for _, value in _cells(function)] if depth else []
+    kinds = FunctionType | MethodType | functools.partial
+    codes = tuple(code_of(value, depth - 1) for value in inside if isinstance(value, kinds))
+    return (code, *codes) if codes else code
 
 
 def named_objects(closure: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
@@ -63,11 +68,7 @@ def _referred(function: Any) -> Iterator[tuple[str, Any]]:
         yield function.__name__, function.__func__
     elif isinstance(function, FunctionType):
         code = function.__code__
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                yield name, cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
+        yield from _cells(function)
         names = code.co_varnames[: code.co_argcount]
         defaults = function.__defaults__ or ()
         yield from zip(names[len(names) - len(defaults) :], defaults, strict=True)
@@ -76,6 +77,16 @@ def _referred(function: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, there[name]) for name in code.co_names if name in there)
     elif callable(function):
         yield "self", function
+
+
+def _cells(function: Any) -> Iterator[tuple[str, Any]]:
+    """The variables of functions around a function that it uses."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
 
 
 def instances_in(name: str, value: Any, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -38,8 +38,12 @@ _LINE = 64
 
 def squared_norm(tensor: Tensor) -> float:
     """Σ x² in float64, on the host; a piece at a time, so that no copy of the whole is made."""
-    pieces = tensor.reshape(-1).split(1 << 18)
-    return float(sum(float(piece.double().square().sum()) for piece in pieces))
+    return float(sum(piece.double().square().sum() for (piece,) in pieces_of(tensor)))
+
+
+def pieces_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat pieces of tensors of one shape, side by side."""
+    return zip(*(tensor.reshape(-1).split(1 << 18) for tensor in tensors), strict=True)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -799,3 +799,27 @@ def test_long_lists_beside_what_changes_are_put_back():
     assert all(a is b for a, b in zip(model.data, first, strict=True))
     followed(model, closure, steps=3)
     assert len(model.data) == 1000 and model.seen == 0
+
+
+def test_closures_of_one_decorator_are_told_apart():
+    model = net()
+
+    def decorated(closure):
+        def inner():
+            return closure()
+
+        return inner
+
+    def plain():
+        return loss_of(model)
+
+    def own():
+        loss = loss_of(model)
+        (loss / 4).backward()
+        return loss
+
+    tracker = followed(model, decorated(plain), steps=20)
+    h = float(tracker.h)
+    for _ in range(5):
+        tracker.step(decorated(own))
+    assert float(tracker.h) == pytest.approx(h, rel=0.05)
