@@ -120,7 +120,7 @@ class Touched:
         if new:
             warnings.warn(
                 f"closure: it changes {', '.join(new[:3])}, also when it is evaluated at θ + q, "
-                "which isn't put back: do that where lyapcuda.at_a_copy() is false",
+                "which isn't put back: work on a copy, or where lyapcuda.at_a_copy() is false",
                 stacklevel=users_level(),
             )
 

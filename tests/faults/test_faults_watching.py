@@ -4,6 +4,7 @@ error says why not, before anything has changed.
 
 import copy
 import gc
+import math
 import sys
 import threading
 import types
@@ -20,6 +21,7 @@ import lyapcuda
 from lyapcuda.objective.attributes import Value
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.loss_graph import precomputed
+from lyapcuda.objective.own_gradient import check_own_gradient
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
@@ -126,6 +128,19 @@ def test_a_loss_with_its_own_gradient_passes(act, dtype):
         for factor in (1e-6, 1.0, 1e6):
             closure = lambda f=factor: f * cross_entropy(model(x), Y)  # noqa: E731
             followed(model, closure, 2, debug=True)
+
+
+@pytest.mark.parametrize("frequency", [11500.0, 12000.0, 12500.0, 22500.0, 23000.0])
+def test_a_loss_that_bends_within_its_noise_passes(frequency):
+    """Under autocast a net with BatchNorm of few samples bends within every distance asked."""
+    theta = torch.tensor([10.0])
+
+    def loss_at(copies):
+        return 5.0 + 0.5 * math.sin(frequency * (float(copies[0]) - 10.0))
+
+    check_own_gradient(loss_at, 5.0, [theta], [torch.tensor([0.5 * frequency])], 2.0**-7)
+    with pytest.raises(RuntimeError, match="0 times as much as its gradient says"):
+        check_own_gradient(lambda _: 5.0, 5.0, [theta], [torch.tensor([frequency])], 2.0**-7)
 
 
 def test_debug_looks_each_time():
