@@ -306,11 +306,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, copy):
         nonlocal calls
         loss = truth.closure()
         loss.backward()
-        if poisoned and calls % 4 == copy:
-            next(truth.model.parameters()).grad.view(-1)[3] = bad
         calls += 1
         return loss
 
+    def poison(gradient):
+        gradient = gradient.clone()
+        if poisoned and calls % 4 == copy:
+            gradient.view(-1)[3] = bad
+        return gradient
+
+    next(truth.model.parameters()).register_hook(poison)
     tracker = lyapcuda.CurvatureTracker(truth.model.parameters(), k=3)
     for _ in range(3):
         tracker.step(closure)
