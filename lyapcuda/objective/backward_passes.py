@@ -55,7 +55,8 @@ class Outermost:
                 self.ended()
 
 
-_lock = threading.Lock()
+# Of one thread again and again: a Ctrl-C just before it is let go of must not lock that out.
+_lock = threading.RLock()
 _listeners: list[Listener] = []
 _real = torch.autograd.backward
 

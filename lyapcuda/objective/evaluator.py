@@ -334,7 +334,7 @@ class Evaluator:
         heard = HeardPasses(self.parameters, self._tracked, changes, before, marks)
         known = self.knows(closure_of)
         heard.needed |= not known or self.manner(closure_of).returns_share
-        with torch.enable_grad(), allowed(), heard.listening(), _named_errors():
+        with torch.enable_grad(), heard.listening(), _named_errors(), allowed():
             if marks is not None:
                 marks.set()
             loss = closure()
@@ -414,7 +414,7 @@ class Evaluator:
         there = [(p.grad, None if p.grad is None else p.grad._version) for p in self.parameters]
         heard = HeardPasses(self.parameters, self._tracked)
         try:
-            with torch.enable_grad(), allowed(), _named_errors(), listening(heard):
+            with torch.enable_grad(), listening(heard), _named_errors(), allowed():
                 torch.clear_autocast_cache()
                 loss = closure()
                 check_loss(loss)
