@@ -19,7 +19,6 @@ __all__ = [
     "Value",
     "plain_names",
     "same_bits",
-    "taken_back",
 ]
 
 #: Tensors in plain attributes up to so many bytes are copied to be compared and put back.
@@ -169,6 +168,13 @@ class AttributeValues:
                 there = vars(holder)
                 self._values.append((holder, name, Value(there[name]) if name in there else None))
 
+    @classmethod
+    def before(cls, changed: Iterable[tuple[Place, Value | None]]) -> AttributeValues:
+        """Those that `AllAttributes.changed` has found to change, as they were."""
+        some = cls(())
+        some._values = [(place.holder, place.name, value) for place, value in changed]
+        return some
+
     def restore(self) -> None:
         """Puts them back."""
         for holder, name, value in self._values:
@@ -202,13 +208,6 @@ class AllAttributes:
                 if value is None or name not in there or value.differs(there[name]):
                     found.append((Place(holder, name, f"{called}.{name}"), value))
         return found
-
-
-def taken_back(changed: Iterable[tuple[Place, Value | None]]) -> AttributeValues:
-    """What puts back the changes that `AllAttributes.changed` has found."""
-    some = AttributeValues(())
-    some._values = [(place.holder, place.name, value) for place, value in changed]
-    return some
 
 
 def _are(some: list[Any], others: list[Any]) -> bool:

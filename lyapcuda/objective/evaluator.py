@@ -47,6 +47,7 @@ __all__ = [
     "Probe",
     "check_loss",
     "check_same",
+    "copied",
     "lacks_any",
     "moved",
 ]
@@ -71,7 +72,7 @@ class Gradients:
     copies: list[list[Tensor | None]]
     loss0: Tensor
     losses: list[Tensor]
-    leave: Callable[[], None] = _nothing
+    leave: Callable[[], object] = _nothing
 
     def of(self, first: int, count: int) -> Gradients:
         """Those of ``count`` copies from the ``first`` on."""
@@ -118,9 +119,6 @@ class Scaling(Protocol):
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Divides by it in place."""
-
-    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns quotients, in memory of their own."""
 
 
 #: Is handed what was found, and a way to evaluate at further copies.
@@ -202,6 +200,8 @@ class Evaluator:
     ) -> None:
         self.parameters, self.names, self._given = parameters, names, list(modules)
         self._by_hand = by_hand
+        #: Whether gradients are averaged over ranks as they come.
+        self.averages = by_hand or any_sharded(parameters) or any(map(is_wrapper, modules))
         #: What closures were seen to touch, and how each goes about it, by its code.
         self.touched = Touched()
         self.manners: dict[Hashable, Manner] = {}
@@ -219,9 +219,11 @@ class Evaluator:
     @property
     def modules(self) -> list[nn.Module]:
         """Those whose buffers, and whose other parameters' gradients, are put back."""
+        others, foreign = list(self.touched.modules), list(self.touched.foreign)
+        if not others and not foreign:
+            return self._given
         known = {id(m) for m in self._given}
-        others = [m for m in self.touched.modules if id(m) not in known]
-        foreign = list(self.touched.foreign)
+        others = [m for m in others if id(m) not in known]
         return [*self._given, *others, *([LooseBuffers(foreign)] if foreign else ())]
 
     def snapshot(
@@ -329,11 +331,11 @@ class Evaluator:
             parameter.grad = None
         # Inside the user's autocast, cast weights are cached by tensor: they would be those of θ.
         torch.clear_autocast_cache()
-        closure_of = closure if of is None else of
-        changes = self.manner(closure_of).changes_gradients
+        seen = self.manners.get(code_of(closure if of is None else of))
+        manner = Manner() if seen is None else seen
+        changes = manner.changes_gradients
         heard = HeardPasses(self.parameters, self._tracked, changes, before, marks)
-        known = self.knows(closure_of)
-        heard.needed |= not known or self.manner(closure_of).returns_share
+        heard.needed |= seen is None or manner.returns_share
         with torch.enable_grad(), heard.listening(), _named_errors(), allowed():
             if marks is not None:
                 marks.set()
@@ -344,8 +346,8 @@ class Evaluator:
                 marks.read()
             found = _appeared(parameters)
             self._called_backward = found is not None
-            share = self.manner(closure_of).returns_share
-            if not known:
+            share = manner.returns_share
+            if seen is None:
                 share = heard.count == 1 and is_multiple(heard.root, loss)
             self._returned_share = share
             if found is None:
@@ -364,8 +366,7 @@ class Evaluator:
         torch.clear_autocast_cache()
         gradients = locals_of(found if heard.kept is None else heard.kept)
         self._check_dense(gradients)
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        return value.reshape(()), gradients
+        return _detached(loss), gradients
 
     def _check_new(self, loss: Tensor | float) -> None:
         """Raises where the last call returned this very tensor."""
@@ -396,8 +397,7 @@ class Evaluator:
         with torch.enable_grad(), allowed():
             loss = closure()
         check_loss(loss)
-        exact = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-        return exact.detach().reshape(())
+        return _detached(loss, torch.float64)
 
     def run(self, closure: Closure, add: Add = True) -> Tensor:
         """Evaluates a closure as training would: its gradient is added to what is there, unless it
@@ -430,12 +430,15 @@ class Evaluator:
                     (loss if self.scaling is None else self.scaling.scaled(loss)).backward()
                 torch.clear_autocast_cache()
         except BaseException:
-            reset(self.modules)
-            before.restore()
-            before.restore_gradients()
+            self._undo(before)
             raise
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        return value.reshape(())
+        return _detached(loss)
+
+    def _undo(self, before: Snapshot) -> None:
+        """Puts everything back after an exception."""
+        reset(self.modules)
+        before.restore()
+        before.restore_gradients()
 
     def _check_dense(self, gradients: Sequence[Tensor | None]) -> None:
         present = [g for g in gradients if g is not None] if lacks_any(gradients) else gradients
@@ -527,31 +530,26 @@ class Evaluator:
             if self.is_scaled:
                 for copy in found:
                     self.scale_(copy)
-                g0 = [None if g is None else g.detach().clone() for g in g0]
+                g0 = copied(g0)
                 self.scale_(g0)
             elif apart:
-                g0 = [None if g is None else g.clone() for g in g0]
+                g0 = copied(g0)
             result = Gradients(g0, found, loss0, losses)
             if further is not None:
                 probe = _Probe(self, closure, before, g0)
                 further(result, probe)
                 probe.end()
         except BaseException:
-            reset(self.modules)
-            before.restore()
-            before.restore_gradients()
+            self._undo(before)
             raise
         if not leave or apart:
             before.restore()
             before.restore_gradients()
         if apart:
-            return replace(result, leave=lambda: self._run_again(closure))
+            return replace(result, leave=partial(self.run, closure))
         if kept is not None and not kept.cleared:
             return replace(result, leave=kept.accumulate)
         return result
-
-    def _run_again(self, closure: Closure) -> None:
-        self.run(closure)
 
     def _is_apart(self, closure: Closure, kept: TrackedGradients) -> bool:
         """Whether training's own evaluation has to be one of its own, on the gradients that were
@@ -560,9 +558,7 @@ class Evaluator:
         if kept.cleared:
             return False
         if kept.cleared is None and not self.manner(closure).calls_backward:
-            return bool(self.averages) or any(
-                p._post_accumulate_grad_hooks for p in self.parameters
-            )
+            return self.averages or any(p._post_accumulate_grad_hooks for p in self.parameters)
         return True
 
     @property
@@ -586,12 +582,6 @@ class Evaluator:
         if self.times != 1.0:
             torch._foreach_mul_([g for g in gradients if g is not None], self.times)
 
-    @property
-    def averages(self) -> bool:
-        """Whether gradients are averaged over ranks as they come."""
-        wrapped = any_sharded(self.parameters) or any(is_wrapper(m) for m in self._given)
-        return wrapped or self._by_hand
-
     def _checked(self, closure: Closure, before: Snapshot) -> Fingerprint:
         """Evaluates at θ for a check alone, and returns what the next evaluation has to agree with.
 
@@ -605,7 +595,8 @@ class Evaluator:
             if not self.averages:
                 scaling = self._share if self._returned_share else self.scaling
                 if scaling is not None:
-                    gradients = scaling.divided(gradients)
+                    gradients = copied(gradients)
+                    scaling.divide_(gradients)
 
                 def loss_at(copies: Sequence[Tensor]) -> float:
                     before.restore()
@@ -713,6 +704,17 @@ def check_same(once: Fingerprint, again: Fingerprint, epsilon: float = 0.0) -> N
             f"closure: two evaluations at the same θ gave {difference}; expected the same loss and "
             f"gradient every time: {ADVICE}"
         )
+
+
+def copied(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients in memory of their own."""
+    return [None if g is None else g.detach().clone() for g in gradients]
+
+
+def _detached(loss: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """A loss that a closure returned, 0-dim; ``dtype``: of one that is a number."""
+    value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=dtype)
+    return value.detach().reshape(())
 
 
 @torch.no_grad()

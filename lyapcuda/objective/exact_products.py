@@ -25,6 +25,7 @@ from lyapcuda.objective.evaluator import (
     Further,
     Gradients,
     check_same,
+    copied,
     moved,
 )
 from lyapcuda.objective.heard_passes import Marks
@@ -125,7 +126,7 @@ class ExactEvaluator(Evaluator):
                 found.append(moved(parts, copy))
                 del parts
             if self.is_scaled:
-                g0 = [None if g is None else g.detach().clone() for g in g0]
+                g0 = copied(g0)
                 for parts in (*found, g0):
                     self.scale_(parts)
             result = Gradients(g0, found, graph.loss, [graph.loss] * len(copies))

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lyapcuda.arguments import users_level
-from lyapcuda.objective.attributes import AllAttributes, Place, plain_names, taken_back
+from lyapcuda.objective.attributes import AllAttributes, AttributeValues, Place, plain_names
 from lyapcuda.objective.backward_passes import Outermost, listening
 from lyapcuda.objective.counters import Held, held_in
 from lyapcuda.objective.isolation import LooseBuffers, LooseParameters, ParameterValues, Snapshot
@@ -40,7 +40,6 @@ PRECOMPUTED = (
     "several calls), so it isn't the loss at θ + q:\nrun the forward pass inside the closure "
     "(retain_graph=True won't help)"
 )
-
 
 #: Of parameters that aren't tracked, at most so many bytes are copied to see whether they are
 #: written to.
@@ -200,7 +199,7 @@ class FirstEvaluation(Outermost):
 
     def _end(self, kind: type[BaseException] | None) -> None:
         changes = [change for values in self._attributes for change in values.changed()]
-        self._before.notice_attributes(taken_back(changes))
+        self._before.notice_attributes(AttributeValues.before(changes))
         written = [p for values in self._frozen for p in values.changed()]
         for values in self._frozen if written else ():
             self._before.notice_values(values.only(written))
@@ -226,10 +225,10 @@ class FirstEvaluation(Outermost):
     def _learn(self, changed: list[Place], written: list[Tensor]) -> None:
         touched = self._touched
         touched.compiled = self._running.compiled
-        touched.modules.add(m for m in self._known.values() if not isinstance(m, _OUR_OWN))
+        touched.modules.add(self._running.new)
         touched.foreign.add(self._foreign.values())
         touched.written.add(written)
-        held = {id(p) for m in self._known.values() for p in m._parameters.values()}
+        held = self._held()
         # (Inputs and codes, of no module, may be others at each step, which looks for them.)
         touched.leaves.add(leaf for i, leaf in self._leaves.items() if i in held)
         touched.places = [p for p in touched.places if p.holder is not None]
@@ -250,10 +249,10 @@ class FirstEvaluation(Outermost):
             writes_parameters=self._forward_writes,
             epsilon=self._epsilon,
         )
-        changed = [held for held in self._plain if held.is_changed()]
-        touched.warn(held.name for held in changed if not held.may_be_overwritten)
-        #: Floats that were written: of sums, and of values that are only the last.
-        touched.floats = [held for held in changed if held.may_be_overwritten]
+        counted = [held for held in self._plain if held.is_changed()]
+        touched.warn(held.name for held in counted if not held.may_be_overwritten)
+        # (Sums, and values that are only the last: the check tells.)
+        touched.floats = [held for held in counted if held.may_be_overwritten]
 
     def _gradients(self) -> list[tuple[Tensor, int]]:
         return [(p.grad, p.grad._version) for p in self._parameters if p.grad is not None]
@@ -303,8 +302,12 @@ class FirstEvaluation(Outermost):
         """Whether the closure has made an optimizer, and what it steps, itself (an adversarial
         perturbation): nothing of them outlives the evaluation.
         """
-        held = {id(p) for m in self._known.values() for p in m._parameters.values()}
-        return id(optimizer) not in self._reached and theirs.isdisjoint(held | self._reached.keys())
+        known = self._held() | self._reached.keys()
+        return id(optimizer) not in self._reached and theirs.isdisjoint(known)
+
+    def _held(self) -> set[int]:
+        """Ids of the parameters of all modules that are known."""
+        return {id(p) for m in self._known.values() for p in m._parameters.values()}
 
     def _earlier(self) -> list[Tensor] | None:
         """What to judge by whether a part of the loss is from before; None: sequence numbers."""

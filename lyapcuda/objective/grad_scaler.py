@@ -97,12 +97,6 @@ class Unscaled:
             before = self._found.get(device)
             self._found[device] = value if before is None else before + value
 
-    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns quotients, in memory of their own."""
-        copies = [None if g is None else g.detach().clone() for g in gradients]
-        self.divide_(copies)
-        return copies
-
     def finish_(self) -> None:
         """Does what ``scaler.unscale_(optimizer)`` would: divides what is in ``.grad``, and tells
         the scaler what overflowed in any of the measurement's gradients.

@@ -70,12 +70,6 @@ class Multiple:
             if gradient is not None:
                 gradient.mul_(inverse.to(gradient.device))  # (0-dim: keeps the gradient's type)
 
-    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns quotients, in memory of their own."""
-        copies = [None if g is None else g.detach().clone() for g in gradients]
-        self.divide_(copies)
-        return copies
-
 
 class AsItIs:
     """Leaves the factor in: for a step that doesn't depend on it (gain/h times g)."""
@@ -91,7 +85,3 @@ class AsItIs:
 
     def divide_(self, gradients: Sequence[Tensor | None]) -> None:
         """Leaves them."""
-
-    def divided(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns them."""
-        return list(gradients)

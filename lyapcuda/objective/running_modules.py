@@ -34,7 +34,7 @@ class RunningModules:
         compiled: the closure calls functions of torch.compile's: as if a module were compiled.
 
     Attributes:
-        known: all of them, by id.
+        known: all of them, by id; ``new``: those that weren't at first.
         foreign: tensors that ``functional_call`` has put in the place of buffers, by id.
     """
 
@@ -47,6 +47,7 @@ class RunningModules:
         compiled: bool = False,
     ) -> None:
         self.known = {id(m): m for m in modules}
+        self.new: list[nn.Module] = []
         self.foreign: dict[int, Tensor] = {}
         self._before, self._found, self.compiled = before, found, compiled
         self._thread = threading.get_ident()
@@ -72,6 +73,7 @@ class RunningModules:
             return
         self._before.notice_modules(new)
         self.known.update((id(m), m) for m in new)
+        self.new += new
         self._own.update((id(m), _ids(m)) for m in new if m._buffers)
         if self._found is not None:
             self._found(new)
