@@ -9,6 +9,7 @@ from lyapcuda.objective.pointing import at_a_copy
 from lyapcuda.objective.splitting import split_batch
 from lyapcuda.optim import LyapunovSGD
 from lyapcuda.params.ranks import RankError
+from lyapcuda.rate_cap import RateCap
 from lyapcuda.solvers.density import SpectralDensity, spectral_density
 from lyapcuda.solvers.eigsh import eigsh
 from lyapcuda.solvers.finite_scale import FiniteScale, finite_scale
@@ -31,6 +32,7 @@ __all__ = [
     "JsonlWriter",
     "LyapunovSGD",
     "RankError",
+    "RateCap",
     "SpectralDensity",
     "TensorBoardWriter",
     "TraceResult",

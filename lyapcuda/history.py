@@ -22,7 +22,7 @@ from lyapcuda.params.saved_state import require_entries, require_list
 
 __all__ = ["CurvatureHistory", "Ring"]
 
-#: Of each row, before the separations' scalars.
+#: Of each row, before the separations' scalars; the edge only where there is one.
 _OWN = ("step", "loss")
 
 
@@ -40,6 +40,7 @@ class CurvatureHistory:
         accepted: bool (n,), False where a loss or gradient wasn't finite: the values are then the
             ones of before. For "BE" both ends have to be.
         overwritten: how many older measurements the buffer no longer holds.
+        edge: float64 (n,), the tracker's ``edge`` at the rate of that step; None without one.
     """
 
     step: Tensor
@@ -55,6 +56,7 @@ class CurvatureHistory:
     beta: Tensor
     accepted: Tensor
     overwritten: int = 0
+    edge: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -64,7 +66,7 @@ class CurvatureHistory:
         out: dict[str, list[float | int | bool]] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "overwritten":
+            if field.name == "overwritten" or value is None:
                 continue
             if field.name == "interval":
                 out |= _spread("h_low", value[..., 0]) | _spread("h_high", value[..., 1])
@@ -88,13 +90,17 @@ class Ring:
         capacity: how many rows are kept.
         device: the tracker's.
         ends: of the spectrum, that it follows.
+        edge: whether `record` is given the edge, too.
     """
 
-    def __init__(self, capacity: int, device: torch.device, ends: Sequence[End]) -> None:
+    def __init__(
+        self, capacity: int, device: torch.device, ends: Sequence[End], edge: bool = False
+    ) -> None:
         self.capacity, self._ks = capacity, [end.k for end in ends]
+        self._own = len(_OWN) + edge
         self._fields = [scalar_fields(k) for k in self._ks]
         self._widths = [max(place.stop for place in fields.values()) for fields in self._fields]
-        self._width = len(_OWN) + sum(self._widths)
+        self._width = self._own + sum(self._widths)
         self._oldest = 0  # number of the first measurement that a loaded state still held
         self._clock = torch.zeros(1, dtype=torch.float64, device=device)
         self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
@@ -104,13 +110,14 @@ class Ring:
         """Counts a step, measured or not."""
         self._clock.add_(1.0)
 
-    def record(self, loss: Tensor, separations: Separations) -> None:
+    def record(self, loss: Tensor, separations: Separations, edge: Tensor | None = None) -> None:
         """Keeps what the separations' states hold now."""
         scalars = [
             state[:width].to(self._rows.device)
             for state, width in zip(separations.states, self._widths, strict=True)
         ]
-        row = torch.cat([self._clock, loss.to(self._rows).reshape(1), *scalars])
+        own = [loss] if edge is None else [loss, edge]
+        row = torch.cat([self._clock, *(x.to(self._rows).reshape(1) for x in own), *scalars])
         self._rows.index_copy_(0, self._recorded.remainder(self.capacity), row[None])
         self._recorded.add_(1)
 
@@ -130,7 +137,7 @@ class Ring:
         end = self.recorded
         rows = self._last(end - after).cpu()
         overwritten = end - after - len(rows)
-        tables = rows[:, len(_OWN) :].split(self._widths, 1)
+        tables = rows[:, self._own :].split(self._widths, 1)
 
         def parts(name: str) -> list[Tensor]:
             return [
@@ -149,6 +156,7 @@ class Ring:
             beta=per_value(torch.cat(parts("beta"), 1), 1),
             accepted=torch.cat(parts("accepted"), 1).bool().all(1),
             overwritten=max(overwritten, 0),
+            edge=rows[:, 2].clone() if self._own > len(_OWN) else None,
             h_error=per_value(values("error"), 1),
             rayleigh=per_value(rayleigh, 1),
             residual=per_value(residual, 1),

@@ -72,13 +72,16 @@ from lyapcuda.params.ranks import RankError, Ranks, is_wrapper
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import compute_epsilon
 from lyapcuda.params.wrapped_optimizers import attachable
+from lyapcuda.stability.alarm import EdgeAlarm
+from lyapcuda.stability.metric import Metric, Source
+from lyapcuda.stability.rules import known_rule
 
 __all__ = ["MODES", "CurvatureTracker"]
 
 #: How the curvature along q is found.
 MODES = ("difference", "exact")
 
-_FORMAT = 8
+_FORMAT = 9
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,16 @@ class CurvatureTracker:
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
+        optimizer: the one that trains the parameters (`attach` is something else): the eigenvalues are
+            then those of P⁻¹H, where P is its diagonal preconditioner, read from its state at every
+            measurement: Adam, AdamW, NAdam, RMSprop, Adagrad; for SGD P = 1. `edge` says how near
+            that is to the optimizer's threshold of stability. Before its first step there is no P:
+            `due` is False. Where rates or thresholds differ among its groups, P has them, over the
+            first group's. The weight decay of the loss is the optimizer's. Memory: one N-float
+            buffer more.
+        preconditioned: None: as the optimizer does. False: H itself, whatever the optimizer. A
+            function of a parameter that returns its diagonal of P (positive, of its shape), or a
+            sequence of these in the parameters' order: any other P.
         mode: "difference": of gradients at θ + q and at θ, which see the loss at the scale Δq.
             "exact": products H·q by double backward, in the graph of the gradient at θ: the Hessian
             at θ itself, of a ReLU net that of its linear piece. The closure is called once, and
@@ -194,6 +207,8 @@ class CurvatureTracker:
         process_group: dist.ProcessGroup | None = None,
         mode: str = "difference",
         debug: bool | None = None,
+        optimizer: Optimizer | None = None,
+        preconditioned: bool | Source | None = None,
     ) -> None:
         positive("perturbation", perturbation)
         positive("beta", beta)
@@ -216,7 +231,12 @@ class CurvatureTracker:
                 )
         self._chosen_modules = chosen_modules(model)
         self._own_modules = list(params.modules()) if isinstance(params, nn.Module) else []
-        self._layout = FlatLayout(params, weight_decay)
+        self._optimizer = None if optimizer is None else attachable(optimizer)
+        decays = None
+        if self._optimizer is not None and known_rule(self._optimizer) is not None:
+            decays = self._optimizer
+        self._layout = FlatLayout(params, weight_decay, decays)
+        self._given_metric = self._metric_of(preconditioned)
         if process_group is not None and self._layout.sharded:
             raise ValueError(
                 f"process_group={described(process_group)}: DTensor parameters have a mesh of "
@@ -240,6 +260,11 @@ class CurvatureTracker:
         self._options = GrowthOptions(
             estimate, perturbation, beta, momentum, ema, seed, tolerance, exact
         )
+        if self._given_metric is not None and momentum:
+            raise ValueError(
+                f"momentum={described(momentum)}: with an optimizer's metric the map has none; the "
+                "momentum of the optimizer is in its threshold (tracker.edge)"
+            )
         self._gradients = 0
         self._debug, self._process_group = debug, process_group
         self._checked = False
@@ -252,9 +277,22 @@ class CurvatureTracker:
         self._separations: Separations | None = None  # made at the first measurement
         self._calls = 0
         self._sizing = self._new_sizing()
-        self._history = Ring(history, self._layout.device, self._ends) if history else None
+        self._history = None
+        if history:
+            self._history = Ring(history, self._layout.device, self._ends, self.has_edge)
         self._hooks: dict[int, Callable[[CurvatureTracker], None]] = OrderedDict()
         self._load_hooks: dict[int, Callable[[], Callable[[], None]]] = OrderedDict()
+
+    def _metric_of(self, preconditioned: bool | Source | None) -> Metric | None:
+        """That of the optimizer, or of what the user gave; None for H itself."""
+        optimizer = self._optimizer
+        if preconditioned is False or (preconditioned is None and optimizer is None):
+            return None
+        if preconditioned is True and optimizer is None:
+            raise ValueError("preconditioned=True: pass the optimizer, too (optimizer=)")
+        if preconditioned is None or preconditioned is True:
+            return Metric(self._layout, optimizer)
+        return Metric(self._layout, preconditioned, optimizer)
 
     # --- measuring -------------------------------------------------------------------------------
 
@@ -451,6 +489,7 @@ class CurvatureTracker:
             self._after_gradient()
             return loss
         self.start()
+        self._refresh()
         before = self._before_exchange(bool(request.add))
         copies = self._separations.place()
         try:
@@ -467,7 +506,8 @@ class CurvatureTracker:
         evaluated.leave()
         self._after_gradient()
         if self._history is not None:
-            self._history.record(evaluated.loss, self._separations)
+            edge = self.edge if self.has_edge else None
+            self._history.record(evaluated.loss, self._separations, edge)
         with allowed():
             for hook in tuple(self._hooks.values()):
                 hook(self)
@@ -513,7 +553,9 @@ class CurvatureTracker:
             nonlocal totals
             if sizing.watches:
                 separations.suit(sizing.sighting.smooth)
-            beside = sizing.sums(found, len(copies)) if sizing.due else None
+            beside = None
+            if sizing.due:
+                beside = sizing.sums(found, len(copies), separations.displacement)
             separations.noise = sizing.noise
             totals = separations.advance(found.of(0, len(copies)), beside, probe)
 
@@ -537,7 +579,14 @@ class CurvatureTracker:
 
     def _new_sizing(self) -> Sizing:
         options, follows = self._options, self.which != "SA"
-        return Sizing(self._layout, options.perturbation, follows, options.exact, options.one_sided)
+        return Sizing(
+            self._layout,
+            options.perturbation,
+            follows,
+            options.exact,
+            options.one_sided,
+            self._metric,
+        )
 
     # --- inside an optimizer ---------------------------------------------------------------------
 
@@ -615,6 +664,45 @@ class CurvatureTracker:
         self._hooks[handle.id] = hook
         return handle
 
+    def on_edge(
+        self, callback: Callable[[CurvatureTracker], None], above: float = 1.0
+    ) -> RemovableHandle:
+        """Calls ``callback(tracker)`` after a measurement at which `edge` rises above a value.
+
+        Called again once the edge has been at or below it in between. One number is read back at
+        every measurement.
+
+        Args:
+            callback: takes the tracker. It runs before the optimizer's step that follows.
+            above: 1 is the edge of stability itself.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+
+        Raises:
+            RuntimeError: the tracker has no edge.
+
+        Example:
+            >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = torch.optim.SGD([theta], lr=0.3)  # stable up to 2/8
+            >>> tracker = CurvatureTracker([theta], optimizer=optimizer)
+            >>> warned = []
+            >>> handle = tracker.on_edge(lambda tracker: warned.append(tracker.calls))
+            >>> for _ in range(9):
+            ...     optimizer.zero_grad()
+            ...     loss = tracker.backward(lambda: theta[0].square() + 4.0 * theta[1].square())
+            ...     optimizer.step()
+            >>> warned, round(float(tracker.edge), 2)
+            ([2], 1.2)
+        """
+        if not callable(callback):
+            raise TypeError(f"callback={described(callback)}: expected a function of the tracker")
+        if above is None:
+            raise ValueError("above=None: expected a positive finite number")
+        positive("above", above)
+        self.require_edge()
+        return self.register_step_hook(EdgeAlarm(callback, above))
+
     def register_load_hook(self, hook: Callable[[], Callable[[], None]]) -> RemovableHandle:
         """Calls ``hook()`` before `load_state_dict` changes anything, and what that returns after.
 
@@ -654,10 +742,27 @@ class CurvatureTracker:
         ranks = self._layout.ranks
         if ranks is not None:
             ranks.agree(self._arguments(), self._layout.device)
-        separations = Separations(self._layout, self._ends, self._options)
+        self._refresh()
+        separations = Separations(self._layout, self._ends, self._options, self._metric)
         if ranks is not None:
             separations.replicate_(ranks)
         self._separations = separations
+
+    @property
+    def _metric(self) -> Metric | None:
+        """That in which separations are carried; None where it is the Euclidean one."""
+        metric = self._given_metric
+        return None if metric is None or metric.trivial else metric
+
+    def _refresh(self) -> None:
+        """Takes the optimizer's preconditioner as it is at present."""
+        if self._given_metric is None:
+            return
+        before = self._metric
+        self._given_metric.refresh()
+        if self._metric is not before and self._separations is not None:  # SGD's rates now differ
+            self._sizing, self._separations = self._new_sizing(), None
+            self.start()
 
     @property
     def _evaluator(self) -> Evaluator:
@@ -690,7 +795,7 @@ class CurvatureTracker:
         values = {"numel": self._layout.numel, "k": self.k, "every": self.every}
         values |= {"which": list(ENDS).index(self.which)}
         values |= {"estimate": ops.ESTIMATES.get(self.estimate), "iterations": self.iterations}
-        values |= {"tol": self.tol}
+        values |= {"tol": self.tol, "preconditioned": self._given_metric is not None}
         names = ("perturbation", "beta", "momentum", "ema", "seed")
         values |= {name: getattr(self._options, name) for name in names}
         return {name: -1.0 if value is None else float(value) for name, value in values.items()}
@@ -776,6 +881,65 @@ class CurvatureTracker:
         whole's. One-sided: its error is of first order in Δq.
         """
         return schwarz_quotient(self._values("rayleigh"), self._values("residual"))
+
+    @property
+    def edge(self) -> Tensor:
+        """How near the edge of stability: rate·h/threshold, 1 at the edge; 0-dim float64 on the
+        device, NaN at first.
+
+        h is the largest of the eigenvalues, of P⁻¹H, and the rate the optimizer's at present. The
+        threshold is that of its update on a quadratic loss: 2 for SGD, 2 + 2m with momentum m, and
+        so on (docs/decisions.md). Rates that differ between groups are part of P.
+
+        Raises:
+            RuntimeError: the tracker has no edge: it was made without ``optimizer``, say.
+        """
+        self.require_edge()
+        return self.edge_at(self.h.reshape(-1)[0])
+
+    def edge_at(self, h: Tensor) -> Tensor:
+        """The `edge` of another largest eigenvalue, a smoothed one say."""
+        self.require_edge()
+        if self._separations is None:
+            return torch.full_like(h, math.nan)
+        return self._given_metric.edge_of(h)
+
+    @property
+    def has_edge(self) -> bool:
+        """Whether there is an `edge`."""
+        return self._no_edge() is None
+
+    def require_edge(self) -> None:
+        """Raises a RuntimeError that says why there is no `edge`, where there is none."""
+        reason = self._no_edge()
+        if reason is not None:
+            raise RuntimeError(f"edge: {reason}")
+
+    def _no_edge(self) -> str | None:
+        """Why there is no `edge`; None where there is one."""
+        if self._optimizer is None:
+            return "this tracker knows no optimizer; CurvatureTracker(params, optimizer=optimizer)"
+        if self.which == "SA":
+            return 'which="SA" follows no largest eigenvalue; use "LA" or "BE"'
+        if self._given_metric is None:
+            return "preconditioned=False measures H itself, not what the optimizer sees of it"
+        if not self._given_metric.has_edge:
+            return f"the threshold of {described(self._optimizer)} isn't known"
+        return None
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The one whose preconditioner and rates are read, wrappers undone."""
+        return self._optimizer
+
+    @property
+    def gradient_curvature(self) -> Tensor:
+        """g·Hg/‖g‖², the curvature along the gradient g, of the last step; with an optimizer's P
+        along P⁻¹g, by uᵀHu/uᵀPu. 0-dim float64. NaN where it would have cost a gradient of its own:
+        it is free where ``tol`` took the gradient as a direction.
+        """
+        value = math.nan if self._separations is None else self._separations.along_gradient
+        return torch.tensor(value, dtype=torch.float64, device=self._layout.device)
 
     @property
     def h_error(self) -> Tensor:
@@ -879,7 +1043,11 @@ class CurvatureTracker:
 
     @property
     def due(self) -> bool:
-        """Whether the next step measures: every n-th, and the first."""
+        """Whether the next step measures: every n-th, and the first; none while the optimizer has no
+        preconditioner yet.
+        """
+        if self._given_metric is not None and not self._given_metric.ready:
+            return False
         return self._calls % self.every == 0 or self._separations is None
 
     @property
@@ -916,6 +1084,7 @@ class CurvatureTracker:
             "which": self.which,
             "estimate": self.estimate,
             "mode": self.mode,
+            "preconditioned": self._given_metric is not None,
             "sizes": [list(p.tensor.shape) for p in self._layout.parameters],
         }
 
@@ -924,7 +1093,7 @@ class CurvatureTracker:
 
         Raises:
             ValueError: it isn't a tracker's, or is of other parameters, another k, ``which``,
-                ``estimate`` or ``mode``; nothing has changed then.
+                ``estimate``, ``mode`` or preconditioner; nothing has changed then.
         """
         require_entries(state_dict, "format", of="a CurvatureTracker")
         saved = state_dict["format"]

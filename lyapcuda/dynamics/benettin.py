@@ -25,8 +25,9 @@ from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
+from lyapcuda.stability.metric import Metric
 
-__all__ = ["HOPELESS", "NOISY", "Benettin"]
+__all__ = ["HOPELESS", "NOISY", "Benettin", "realised"]
 
 #: With kinks, a share of the residual from which on further gradients lead astray: to a curvature
 #: at the scale Δq, which is larger than that at θ.
@@ -40,18 +41,29 @@ def _state_on(state: Tensor, device: torch.device) -> Tensor:
     return state if device == state.device else state.to(device)
 
 
+def realised(origin: Tensor, copy: Tensor, by: Tensor) -> Tensor:
+    """What z rounding has left in a copy at θ + by·z; 0 where ``by`` is."""
+    moved = copy.to(by.dtype) - origin.to(by.dtype)
+    return torch.where(by != 0, moved / by, 0.0)
+
+
 class _GroupPanels:
     """The panels of one group, k flat buffers each: q and d, with momentum p and the next p.
 
     In d lie, in turns, θ + q, the gradients there, and what the step makes of them; where products
     are exact, q (rounded to the parameters' dtype) and H·q in place of the first two. ``copies``:
-    these lie there instead.
+    these lie there instead. ``scales``: those of a metric.
     """
 
     def __init__(
-        self, group: FlatGroup, k: int, options: GrowthOptions, copies: Tensor | None = None
+        self,
+        group: FlatGroup,
+        k: int,
+        options: GrowthOptions,
+        copies: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
-        self.group = group
+        self.group, self.scales = group, scales
 
         def panel(dtype: torch.dtype = group.buffer_dtype) -> Tensor:
             return torch.zeros((k, group.length), dtype=dtype, device=group.device)
@@ -94,6 +106,10 @@ class Benettin:
     Ritz vectors at every step, which leaves their span alone: q_i then belongs to value i. The
     other estimates keep Benettin's own basis, whose exponents they are read from.
 
+    With a metric P the eigenvalues are those of P⁻¹H. Separations are then carried as z = P^(1/2)·q,
+    in whose coordinates the Hessian is S·H·S, S = P^(-1/2): all that follows from products of
+    separations stays as it is. A copy lies at θ + displacement·S·z, Δq away from θ.
+
     Args:
         layout: of the parameters.
         k: separations, 1 to 32.
@@ -101,6 +117,7 @@ class Benettin:
         options: of the map.
         copies: panels, one a group, in which the gradients at the copies outlast the step; None:
             they don't.
+        metric: of the optimizer, up to date at every `place`; None: the Euclidean one.
     """
 
     def __init__(
@@ -110,8 +127,10 @@ class Benettin:
         sign: int,
         options: GrowthOptions,
         copies: Sequence[Tensor | None] | None = None,
+        metric: Metric | None = None,
     ) -> None:
         self.layout, self.k, self._sign, self._seed = layout, k, sign, options.seed
+        self._metric = metric
         self._chosen, self.linear = options, options.exact
         # Whether `replace` was called since `place`; `first` as it would be without.
         self._refined, self._first = False, None
@@ -121,20 +140,20 @@ class Benettin:
             "realised": rounds,
             "rotate": options.of_quotients,
         }
+        none = [None] * len(layout.groups)
+        scales = none if metric is None else metric.buffers
         self._groups = [
-            _GroupPanels(group, k, options, panel)
-            for group, panel in zip(
-                layout.groups, copies or [None] * len(layout.groups), strict=True
-            )
+            _GroupPanels(group, k, options, panel, scale)
+            for group, panel, scale in zip(layout.groups, copies or none, scales, strict=True)
         ]
         self._copies = Copies(layout)
         if options.exact:
             size = options.perturbation or 1.0
         else:
             size = chosen_perturbation(layout, options.perturbation)
-        self._randomise(options.seed, size)
         # β = 0 measures and orthogonalises without a step: the first one, unless β is known.
         self.state = ops.new_state(layout.device, k, perturbation=size, beta=options.first_rate)
+        self._randomise(options.seed, size)
 
     def suit(self, smooth: bool) -> None:
         """Takes the estimate that suits the loss, unless the user chose one.
@@ -166,17 +185,24 @@ class Benettin:
 
     def _randomise(self, seed: int, size: float) -> None:
         """Fills every q_j with normal numbers of a generator of our own, of norm ``size``."""
-        squares = [0.0] * self.k
+        squares, displaced = [0.0] * self.k, [0.0] * self.k
         for number, part in enumerate(self._groups):
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
             for j, row in enumerate(part.q):
                 part.group.randomise_(row, generator)
+                if part.scales is not None:  # random in θ's coordinates: z = q/S
+                    row.mul_(part.scales != 0)
+                    displaced[j] += squared_norm(row)
+                    torch.where(part.scales != 0, row / part.scales, 0.0, out=row)
                 squares[j] += squared_norm(row)
-        total = torch.tensor(squares, dtype=torch.float64, device=self.layout.device)
-        squares = self.layout.reduce(total).tolist()
+        total = torch.tensor([squares, displaced], dtype=torch.float64, device=self.layout.device)
+        squares, displaced = self.layout.reduce(total).tolist()
         for part in self._groups:
             for row, square in zip(part.q, squares, strict=True):
                 row.mul_(size / math.sqrt(square))
+        if self._metric is not None:
+            ratios = [math.sqrt(s / d) for s, d in zip(squares, displaced, strict=True)]
+            self._field("displacement").copy_(torch.tensor(ratios, dtype=torch.float64))
 
     def _field(self, name: str, state: Tensor | None = None) -> Tensor:
         """One field of the state, a view."""
@@ -211,6 +237,7 @@ class Benettin:
                 _state_on(self.state, group.device),
                 p=part.p,
                 p_next=part.p_next,
+                metric=part.scales,
             )
         self._settle(self.state)
         return [list(copy) for copy in self._views()]
@@ -226,12 +253,12 @@ class Benettin:
     def sums(self) -> int:
         """Numbers that `measure` returns."""
         blocks = 2 + self._options["realised"] + bool(self._options["momentum"])
-        return (blocks * self.k) ** 2
+        return (blocks**2 + (self._metric is not None)) * self.k**2
 
     @torch.no_grad()
     def measure(self, found: Gradients) -> Tensor:
-        """Steps all copies along their gradients, to every d_j; returns the Gram matrix over this
-        rank's elements.
+        """Steps all copies along their gradients, to every d_j; returns the products over this
+        rank's elements: the Gram matrix, and with a metric that of the S·d_j, one after the other.
 
         Args:
             found: the gradients at the copies, or the exact products, where `place` wrote those.
@@ -257,13 +284,40 @@ class Benettin:
                 _state_on(self.state, group.device),
                 sign=self._sign,
                 weight_decay=group.weight_decay,
+                metric=part.scales,
                 **moved,
-            ).to(self.state.device)
-            total = gram if total is None else total + gram
+            )
+            products = self._with_displaced(gram, self._displaced(part)).to(self.state.device)
+            total = products if total is None else total + products
         return total
 
-    def conclude(self, gram: Tensor, losses: Tensor, coarse: bool = False) -> None:
-        """Takes the growth, by the Gram matrix over all elements, into the state.
+    def _displaced(self, part: _GroupPanels) -> Tensor | None:
+        """The Gram matrix of the S·d_j of one group; None without a metric."""
+        if part.scales is None:
+            return None
+        return ops.gram(part.d, part.d, weights=part.scales)
+
+    @staticmethod
+    def _with_displaced(gram: Tensor, displaced: Tensor | None) -> Tensor:
+        """Both as one vector, for one exchange."""
+        return torch.cat([x.reshape(-1) for x in (gram, displaced) if x is not None])
+
+    def _step_of(self, state: Tensor, products: Tensor, losses: Tensor) -> None:
+        """Has `benettin_` take the products of `measure`, over all elements, into a state."""
+        own = self.k**2 if self._metric is not None else 0
+        gram, displaced = products.split([len(products) - own, own])
+        rows = math.isqrt(len(gram))
+        ops.benettin_(
+            state,
+            gram.view(rows, rows),
+            losses,
+            self.k,
+            displaced=displaced.view(self.k, self.k) if own else None,
+            **self._options,
+        )
+
+    def conclude(self, products: Tensor, losses: Tensor, coarse: bool = False) -> None:
+        """Takes the growth, by what `measure` found over all elements, into the state.
 
         ``coarse``: the arithmetic asks for so large a Δq that each side of θ is some percent off,
         as for 16-bit parameters. Half of what two sides differ by then counts as error too.
@@ -276,7 +330,7 @@ class Benettin:
             self._field("refined").fill_(float(self._refined))
             if self._refined:
                 self._field("first").copy_(self._first)
-        ops.benettin_(self.state, gram, losses, self.k, **self._options)
+        self._step_of(self.state, products, losses)
         for name, value in (before or {}).items():  # of what wasn't accepted, nothing stays
             field = self._field(name)
             field.copy_(torch.where(self._field("accepted") > 0, field, value))
@@ -312,18 +366,18 @@ class Benettin:
         """Those at the copies, where they were, after `measure`; with ``copies`` of the user's."""
         return self._views()
 
-    def unsettled(self, gram: Tensor, losses: Tensor, tol: float, noise: float) -> Tensor:
+    def unsettled(self, products: Tensor, losses: Tensor, tol: float, noise: float) -> Tensor:
         """Whether `conclude` would accept the step; and whether it would leave a residual above
         tol·|h|, and further gradients may help. (2,) bool on the device.
 
         Args:
-            gram, losses: as for `conclude`.
+            products, losses: as for `conclude`.
             tol: of `lyapcuda.dynamics.options.Tolerance`.
             noise: of a gradient difference, its norm.
         """
         state = self.state.clone()
         self._field("refined", state).zero_()
-        ops.benettin_(state, gram, losses, self.k, **self._options)
+        self._step_of(state, products, losses)
         h, residual = self._field("h", state), self._field("residual", state)
         self._first = self._field("first", state)
         large = residual > torch.hypot(tol * h, NOISY * noise / self._field("perturbation"))
@@ -342,12 +396,15 @@ class Benettin:
                 torch.mul(part.q, times, out=rows).div_(here)
                 continue
             theta = part.segments(group.tensors)
-            for q, row in zip(part.q, rows, strict=True):
+            displacements = self._field("displacement", state)
+            for q, row, displacement in zip(part.q, rows, displacements, strict=True):
                 for origin, offset in zip(theta, group.offsets, strict=True):
                     span = slice(offset, offset + origin.numel())
-                    wide = origin.reshape(-1).to(q.dtype)
-                    there = (wide + q[span] * times).to(group.dtype)
-                    row[span] = (there.to(q.dtype) - wide) / here
+                    by = displacement.to(q.dtype)
+                    by = by if part.scales is None else part.scales[span] * by
+                    wide, z = origin.reshape(-1), q[span] * times
+                    copy = (wide.to(q.dtype) + z * by).to(group.dtype)
+                    row[span] = realised(wide, copy, by) / here
 
     @torch.no_grad()
     def replace(
@@ -368,7 +425,7 @@ class Benettin:
             vv, vy, yy: the rows' products with each other, over all elements.
 
         Returns:
-            The Gram matrix for `conclude`.
+            The products for `conclude`.
         """
         device, momentum = self.state.device, float(self._options["momentum"])
         for part, q, y in zip(self._groups, vectors.panels, products.panels, strict=True):
@@ -389,10 +446,14 @@ class Benettin:
         blocks = [0, 1, 0] if self._options["realised"] else [0, 1]
         sums = {(0, 0): vv, (0, 1): vy, (1, 0): vy.T, (1, 1): yy}
         gram = torch.cat([torch.cat([sums[i, j] for j in blocks], 1) for i in blocks])
+        if self._metric is not None:
+            found = [self._displaced(part).to(device) for part in self._groups]
+            return self._with_displaced(gram, self.layout.reduce(torch.stack(found).sum(0)))
         if not momentum:
-            return gram
+            return gram.reshape(-1)
         parts = [ops.gram(part.d, part.d).to(device) for part in self._groups]
-        return torch.block_diag(gram, self.layout.reduce(torch.stack(parts).sum(0)))
+        whole = torch.block_diag(gram, self.layout.reduce(torch.stack(parts).sum(0)))
+        return whole.reshape(-1)
 
     def excuse(self) -> None:
         """What the other ranks exchange in `conclude`, on one whose closure raised."""
@@ -423,6 +484,11 @@ class Benettin:
 
     # --- reading and saving ----------------------------------------------------------------------
 
+    @property
+    def displacements(self) -> Tensor:
+        """What S·z is multiplied with in every copy, (k,); 1 without a metric."""
+        return self.value("displacement")
+
     def _settled(self, now: Tensor, following: Tensor) -> Tensor:
         """A group's separations as the next `place` will leave them, or their momenta, a copy."""
         state = _state_on(self.state, now.device)
@@ -440,6 +506,9 @@ class Benettin:
     def vectors(self) -> list[list[Tensor]]:
         """The separations, each shaped like the parameters, in their order (copies)."""
         panels = self._separations()
+        for part, panel in zip(self._groups, panels, strict=True):
+            if part.scales is not None:
+                panel.mul_(part.scales).mul_(self.displacements.to(panel)[:, None])
         return [self.layout.unpack([panel[j] for panel in panels]) for j in range(self.k)]
 
     def replicate_(self, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ residuals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,11 +25,12 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.basis import MAX_ROWS, Basis
-from lyapcuda.dynamics.benettin import NOISY, Benettin
+from lyapcuda.dynamics.benettin import NOISY, Benettin, realised
 from lyapcuda.dynamics.options import Tolerance
 from lyapcuda.objective.evaluator import Probe
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.memory import free_bytes
+from lyapcuda.stability.metric import Metric
 
 __all__ = ["Block", "Refinement", "check_room"]
 
@@ -96,6 +98,12 @@ class Block:
         self.vv[: m + 1, m] = self.vv[m, : m + 1] = vv
         self.vy[: m + 1, m], self.vy[m, : m + 1] = vy, yv
         self.yy[: m + 1, m] = self.yy[m, : m + 1] = yy
+
+    def rayleigh(self, parts: np.ndarray) -> float:
+        """The Rayleigh quotient of a combination of the vectors."""
+        m = len(parts)
+        square = parts @ self.vv[:m, :m] @ parts
+        return float(parts @ self.vy[:m, :m] @ parts / square) if square > 0.0 else math.nan
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the Ritz values, ascending, their vectors as columns, and their residuals.
@@ -177,10 +185,12 @@ class Refinement:
         ends: the sign of the map (1: ascent) and the number of separations, of every end.
         tolerance: when to take further columns.
         exact: products are exact, of the columns themselves.
+        metric: as of `Benettin`: columns and products are in the coordinates z, too.
 
     Attributes:
         gradients: further ones that the last step took.
         awaited: sums and losses of the exchange that comes next.
+        along_gradient: g·Hg/‖g‖² of the last step, NaN where the gradient g was no column.
     """
 
     def __init__(
@@ -189,9 +199,11 @@ class Refinement:
         ends: Sequence[tuple[int, int]],
         tolerance: Tolerance,
         exact: bool = False,
+        metric: Metric | None = None,
     ) -> None:
         self._layout, self._ends, self.tolerance = layout, tuple(ends), tolerance
         self._exact = exact
+        self._scales = [None] * len(layout.groups) if metric is None else metric.buffers
         self.k = sum(k for _, k in ends)
         rows = self.k + tolerance.iterations
         self._vectors, self._products = Basis.empty(layout, rows), Basis.empty(layout, rows)
@@ -200,6 +212,7 @@ class Refinement:
             group.new_buffer(group.dtype) if group.rounds else None for group in layout.groups
         ]
         self.gradients = self.awaited = 0
+        self.along_gradient = math.nan
         self.turns = GradientTurns()
 
     @property
@@ -243,14 +256,15 @@ class Refinement:
             noise: of a gradient difference, its norm.
 
         Returns:
-            The Gram matrices with which every end concludes its step, and the losses at the
-            columns; None where there was nothing to add.
+            The products with which every end concludes its step, and the losses at the columns;
+            None where there was nothing to add.
         """
         self.awaited = self.k**2 - 1  # what the first Gram matrix has of a message
         gradient, size = probe.gradient(), separations[0].value("perturbation")
         for end, separation in enumerate(separations):
             separation.export(self._vectors[self._rows(end)], size)
-            self._difference(self._rows(end), separation.gradients, gradient, 1.0 / size)
+            scales = 1.0 / (size * separation.displacements)
+            self._difference(self._rows(end), separation.gradients, gradient, scales)
         block = Block(len(self._vectors))
         vectors, products = self._vectors[: self.k], self._products[: self.k]
         pairs = ((vectors, vectors), (vectors, products), (products, products))
@@ -265,18 +279,18 @@ class Refinement:
         for m in range(first, first + self.tolerance.iterations):
             if worst is None and (m > first or not self.due):
                 break
-            by_gradient = (
-                m - first == turn
-                and (worst is None or self._climbs(worst))
-                and self._add_gradient(m, gradient)
-            )
+            parts = None
+            if m - first == turn and (worst is None or self._climbs(worst)):
+                parts = self._add_gradient(m, gradient)
+            by_gradient = parts is not None
             if not by_gradient and (worst is None or not self._add_residual(m, block, worst)):
                 break
-            copy = self._displace(m, size)
+            away = self._distance(m, size)
+            copy = self._displace(m, away)
             self.awaited = 4 * (m + 1) + 1
             loss = probe(copy)
             self.gradients += 1
-            self._difference(slice(m, m + 1), [probe.gradients], gradient, 1.0 / size)
+            self._difference(slice(m, m + 1), [probe.gradients], gradient, 1.0 / away)
             sums, loss = exchange(self._sums(m), loss.to(size).reshape(1))
             host = torch.cat([sums, loss]).cpu().numpy()
             # (A 16-bit copy may not have moved at all: the column is nothing then.)
@@ -286,6 +300,7 @@ class Refinement:
             block.add(*host[:-1].reshape(4, m + 1))
             after, _, now = self._wanted(block)
             if by_gradient:
+                self.along_gradient = block.rayleigh(parts)
                 brought = bool((np.abs(after - before) > _BROUGHT * np.abs(after)).any())
             if not linear and worst is not None and now[worst] > _STALLED * left[worst]:
                 block.size -= 1
@@ -339,11 +354,14 @@ class Refinement:
         u = self._wanted(block)[1][:, pair]
         matrix = torch.as_tensor(u[:, None].copy(), device=self._layout.device)
         self._vectors[m : m + 1].combine_(self._products[:m], matrix)
-        return self._orthogonalise(m)
+        return self._orthogonalise(m) is not None
 
-    def _add_gradient(self, m: int, gradient: Sequence[Tensor | None]) -> bool:
-        """The same of the gradient, that of the weight decay included."""
-        for group, vectors in zip(self._layout.groups, self._vectors.panels, strict=True):
+    def _add_gradient(self, m: int, gradient: Sequence[Tensor | None]) -> np.ndarray | None:
+        """Makes the gradient, that of the weight decay included, column m; returns what it has of
+        every column so far, None where it is in their span already.
+        """
+        groups = zip(self._layout.groups, self._vectors.panels, self._scales, strict=True)
+        for group, vectors, scales in groups:
             theta, decay = group.segments(group.tensors), group.weight_decay
             slopes = group.segments(group.own(gradient))
             for here, slope, offset in zip(theta, slopes, group.offsets, strict=True):
@@ -351,32 +369,54 @@ class Refinement:
                 row.copy_(slope.reshape(-1))
                 if decay:
                     row.add_(here.reshape(-1), alpha=decay)
+            if scales is not None:
+                vectors[m].mul_(scales)
         return self._orthogonalise(m)
 
-    def _orthogonalise(self, m: int) -> bool:
+    def _orthogonalise(self, m: int) -> np.ndarray | None:
+        """Makes column m orthonormal to those before; returns what it had of them and, last, of
+        itself; None where that is rounding.
+        """
         inside = self._vectors.orthogonalise_(m)
         whole = float((inside[:m] ** 2).sum() + inside[m])
-        return bool(inside[-1] > _NEW * whole)
+        if not inside[-1] > _NEW * whole:
+            return None
+        return np.append(inside[:m], math.sqrt(inside[-1]))
 
-    def _displace(self, m: int, size: Tensor) -> list[Tensor]:
-        """Writes θ + Δq·v for column v; returns it, in the order of `FlatLayout.parameters`."""
+    def _distance(self, m: int, size: Tensor) -> Tensor:
+        """What column v, or S·v, is multiplied with to be Δq long, on the device."""
+        if self._scales[0] is None:
+            return size
+        row = slice(m, m + 1)
+        squares = [
+            ops.gram(panel[row], panel[row], weights=scales).to(size.device)
+            for panel, scales in zip(self._vectors.panels, self._scales, strict=True)
+        ]
+        return size / self._layout.reduce(torch.stack(squares).sum(0)).sqrt().reshape(1)
+
+    def _displace(self, m: int, away: Tensor) -> list[Tensor]:
+        """Writes θ + away·v for column v (S·v with a metric); returns it, in the order of
+        `FlatLayout.parameters`.
+        """
         where = []
-        for group, vectors, products, rounded in zip(
+        for group, vectors, products, rounded, scales in zip(
             self._layout.groups,
             self._vectors.panels,
             self._products.panels,
             self._rounded,
+            self._scales,
             strict=True,
         ):
-            here = size.to(group.device)
+            here = away.to(group.device)
             copy = products[m] if rounded is None else rounded
             theta = group.zeros() if self._exact else group.segments(group.tensors)
-            ops.displace_(group.segments(group.views(copy)), vectors[m], theta, group.offsets, here)
+            row = vectors[m] if scales is None else vectors[m] * scales
+            ops.displace_(group.segments(group.views(copy)), row, theta, group.offsets, here)
             if rounded is not None:  # the column is what was realised of it
                 for origin, offset in zip(theta, group.offsets, strict=True):
                     span = slice(offset, offset + origin.numel())
-                    moved = copy[span].to(here.dtype) - origin.reshape(-1).to(here.dtype)
-                    vectors[m, span] = (moved / here).to(vectors.dtype)
+                    by = here.to(row) if scales is None else scales[span] * here.to(row)
+                    vectors[m, span] = realised(origin.reshape(-1), copy[span], by)
             where.append(copy)
         return self._layout.views(where)
 
@@ -385,24 +425,28 @@ class Refinement:
         rows: slice,
         gradients: Sequence[Sequence[Tensor | None]],
         origin: Sequence[Tensor | None],
-        scale: Tensor,
+        scales: Tensor,
     ) -> None:
         """Writes the products of columns, from the gradients at their copies and at θ (``origin``);
-        exact ones lie there, times Δq.
+        exact ones lie there. ``scales``: one over how many times a column every copy is away.
         """
         for number, group in enumerate(self._layout.groups):
             minus = group.zeros() if self._exact else group.segments(group.own(origin))
             vectors, products = self._vectors.panels[number], self._products.panels[number]
-            for row, there in zip(range(rows.start, rows.stop), gradients, strict=True):
+            metric, times = self._scales[number], scales.to(group.device).split(1)
+            for row, there, by in zip(range(rows.start, rows.stop), gradients, times, strict=True):
+                v = vectors[row] if group.weight_decay else None
                 ops.difference_(
                     products[row],
                     group.segments(group.own(there)),
                     minus,
                     group.offsets,
-                    scale.to(group.device),
+                    by.contiguous(),
                     weight_decay=group.weight_decay,
-                    v=vectors[row] if group.weight_decay else None,
+                    v=v if v is None or metric is None else v * metric,
                 )
+                if metric is not None:
+                    products[row].mul_(metric)
 
     def _sums(self, m: int) -> Tensor:
         """What `Block.add` takes, of column m: over this rank's elements."""
@@ -415,7 +459,7 @@ class Refinement:
     def _replace(
         self, separations: Sequence[Benettin], block: Block, size: Tensor, mix: np.ndarray
     ) -> list[Tensor]:
-        """Puts the wanted Ritz vectors in the separations' place; returns their Gram matrices.
+        """Puts the wanted Ritz vectors in the separations' place; returns their products.
 
         ``mix``: of `_orthonormal`.
         """

@@ -18,6 +18,7 @@ from lyapcuda.dynamics.refinement import Refinement
 from lyapcuda.objective.evaluator import Gradients, Probe
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.ranks import Ranks
+from lyapcuda.stability.metric import Metric
 
 __all__ = [
     "BESIDE",
@@ -107,22 +108,35 @@ class Separations:
         layout: of the parameters.
         ends: from `ends_of`.
         options: of the map.
+        metric: as of `Benettin`.
     """
 
-    def __init__(self, layout: FlatLayout, ends: Sequence[End], options: GrowthOptions) -> None:
+    def __init__(
+        self,
+        layout: FlatLayout,
+        ends: Sequence[End],
+        options: GrowthOptions,
+        metric: Metric | None = None,
+    ) -> None:
         self._layout = layout
         signed = [(SIGNS[end.which], end.k) for end in ends]
         self._refinement = None
         if options.tolerance is not None:
-            self._refinement = Refinement(layout, signed, options.tolerance, options.exact)
+            self._refinement = Refinement(layout, signed, options.tolerance, options.exact, metric)
         self._of = [
-            Benettin(layout, k, sign, options, self._refinement and self._refinement.copies(number))
-            for number, (sign, k) in enumerate(signed)
+            Benettin(layout, k, sign, options, copies, metric)
+            for (sign, k), copies in zip(signed, self._panels(len(signed)), strict=True)
         ]
         # What the next exchange has of sums and losses; and whether all ranks raise in it.
         self._awaited, self._stops = 0, False
         #: Of a gradient difference, its norm, as far as it is known: no residual gets below it.
         self.noise = 0.0
+
+    def _panels(self, ends: int) -> list[list[Tensor | None] | None]:
+        """Those in which gradients at the copies outlast the step, of every end."""
+        if self._refinement is None:
+            return [None] * ends
+        return [self._refinement.copies(end) for end in range(ends)]
 
     def __iter__(self) -> Iterator[Benettin]:
         return iter(self._of)
@@ -139,7 +153,7 @@ class Separations:
         self._awaited = 1 + BESIDE + sum(s.k + s.sums for s in self._of)
         self._stops = False
         if self._refinement is not None:
-            self._refinement.gradients = 0
+            self._refinement.gradients, self._refinement.along_gradient = 0, math.nan
         return [copy for separation in self._of for copy in separation.place()]
 
     def resize(self, size: float) -> None:
@@ -199,7 +213,7 @@ class Separations:
     def _refined(
         self, sums: list[Tensor], losses: list[Tensor], probe: Probe
     ) -> tuple[list[Tensor], Tensor]:
-        """The Gram matrices to conclude with, after as many further gradients as it takes, and the
+        """The products to conclude with, after as many further gradients as it takes, and the
         losses there.
         """
         tol, zipped = self._refinement.tolerance.tol, zip(self._of, sums, losses, strict=True)
@@ -245,6 +259,11 @@ class Separations:
     def further(self) -> int:
         """Gradients that the last step took beyond one a separation."""
         return 0 if self._refinement is None else self._refinement.gradients
+
+    @property
+    def along_gradient(self) -> float:
+        """As of `Refinement`; NaN without it."""
+        return math.nan if self._refinement is None else self._refinement.along_gradient
 
     def excuse(self) -> None:
         """Instead of `advance`, on a rank whose closure raised.
@@ -292,6 +311,11 @@ class Separations:
     def stepped(self) -> list[Tensor]:
         """As `Benettin.stepped`, of the first end."""
         return self._of[0].stepped
+
+    @property
+    def displacement(self) -> Tensor:
+        """As of `Benettin.displacements`, of the first separation: (1,)."""
+        return self._of[0].displacements[:1]
 
     # The three read back to the host.
 

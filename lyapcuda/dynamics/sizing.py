@@ -32,6 +32,7 @@ from lyapcuda.objective.loss_graph import COARSE, Sighting
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import locals_of
+from lyapcuda.stability.metric import Metric
 
 __all__ = ["Sizing"]
 
@@ -69,6 +70,8 @@ class Sizing:
         follows: whether h is read off to choose Δq; False where it may well be zero.
         exact: there is nothing to choose: products are exact.
         one_sided: whether values are of one side of θ alone.
+        metric: as of `Benettin`. Noise, and what bends, are then those of S·y over the displacement
+            of the first separation, as products in the coordinates z have them.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class Sizing:
         follows: bool = True,
         exact: bool = False,
         one_sided: bool = False,
+        metric: Metric | None = None,
     ) -> None:
         self._layout, self._given, self._follows, self._exact = layout, given, follows, exact
+        self._metric = metric
         self._one_sided = one_sided
         #: What the first evaluation showed of the loss.
         self.sighting = Sighting()
@@ -130,21 +135,26 @@ class Sizing:
         return [list(torch._foreach_add(theta, away, alpha=side)) for side in sides]
 
     @torch.no_grad()
-    def sums(self, found: Gradients, copies: int) -> Tensor:
+    def sums(self, found: Gradients, copies: int, displacement: Tensor) -> Tensor:
         """What `take` needs, over the elements of this rank: float64 sums.
 
         Args:
             found: the gradients at the separations' ``copies``, then at the `probes`.
+            displacement: of the first separation, (1,).
         """
         device, probes = self._layout.device, found.copies[copies:]
         total = torch.zeros(BESIDE, dtype=torch.float64, device=device)
         if self.watches:
             theta = locals_of([p.tensor for p in self._layout.parameters])
             total[0], total[1] = active_sums(theta, found.g0, device)
+        scales = None
+        if self._metric is not None:
+            scales = self._layout.views(self._metric.buffers)
         if self._mirrored:
-            total[2] = _second_difference(found.g0, found.copies[0], probes[0], device)
+            total[2] = _second_difference(found.g0, found.copies[0], probes[0], scales, device)
         if self._paired:
-            total[3] = _second_difference(found.g0, *probes[-2:], device)
+            total[3] = _second_difference(found.g0, *probes[-2:], scales, device)
+        total[2:] /= displacement.square()
         return total
 
     def take(self, totals: Tensor, separations: Separations) -> None:
@@ -290,14 +300,17 @@ def _second_difference(
     g0: Sequence[Tensor | None],
     plus: Sequence[Tensor | None],
     minus: Sequence[Tensor | None],
+    scales: Sequence[Tensor] | None,
     device: torch.device,
 ) -> Tensor:
-    """‖plus + minus − 2·g0‖², of which None is zero."""
+    """‖S·(plus + minus − 2·g0)‖², of which None is zero; without ``scales`` S is 1."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for here, *beside in zip(g0, plus, minus, strict=True):
-        terms = [(here, -2.0), *((g, 1.0) for g in beside)]
-        times = [factor for g, factor in terms if g is not None]
-        for cut in pieces(*(g for g, _ in terms if g is not None)):
-            part = sum(piece.double() * factor for piece, factor in zip(cut, times, strict=True))
+    for i, (here, *beside) in enumerate(zip(g0, plus, minus, strict=True)):
+        terms = [(g, f) for g, f in ((here, -2.0), *((g, 1.0) for g in beside)) if g is not None]
+        own = [] if scales is None or not terms else [scales[i]]
+        for cut in pieces(*(g for g, _ in terms), *own):
+            parts = zip(cut, terms, strict=False)
+            part = sum(piece.double() * factor for piece, (_, factor) in parts)
+            part = part * cut[-1].double() if own else part
             total = total + part.square().sum().to(device)
     return total

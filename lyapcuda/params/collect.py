@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lyapcuda import _C
 from lyapcuda.arguments import described, non_negative
-from lyapcuda.params.wrapped_optimizers import loss_groups
+from lyapcuda.params.wrapped_optimizers import loss_decays, loss_groups
 
 __all__ = [
     "BACKENDS",
@@ -78,7 +78,11 @@ def require_iterable(params: Any) -> None:
 
 
 def collect(
-    params: Parameters, weight_decay: float = 0.0, *, all_frozen: bool = False
+    params: Parameters,
+    weight_decay: float = 0.0,
+    *,
+    all_frozen: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> list[TrackedParameter]:
     """The parameters that take part: each once, frozen ones of any kind left out, the others
     checked.
@@ -88,6 +92,7 @@ def collect(
             "weight_decay" of their own), as for torch.optim; a module, an optimizer.
         weight_decay: for parameters whose group has none.
         all_frozen: allow that none requires a gradient.
+        optimizer: whose groups say what weight decay is part of the loss, whatever ``params`` say.
 
     Raises:
         TypeError: something that is no tensor, a trainable parameter of an integer or complex
@@ -99,6 +104,7 @@ def collect(
     require_iterable(params)
     found: dict[int, TrackedParameter] = {}
     group_of: dict[int, int] = {}
+    decays = {} if optimizer is None else loss_decays(optimizer)
     seen = 0
     for number, entry in enumerate(params):
         group = entry if isinstance(entry, Mapping) else {"params": [entry]}
@@ -117,7 +123,8 @@ def collect(
                 if isinstance(entry, Mapping) and group_of.setdefault(id(tensor), number) != number:
                     raise ValueError(f"params: {name} appears in more than one group")
                 of = number if isinstance(entry, Mapping) else 0
-                found.setdefault(id(tensor), TrackedParameter(name, tensor, float(decay), of))
+                decay = float(decays.get(id(tensor), decay))
+                found.setdefault(id(tensor), TrackedParameter(name, tensor, decay, of))
     if not seen:
         used = " (a generator gives its tensors once)" if isinstance(params, Iterator) else ""
         raise ValueError(f"params: empty, there is nothing to measure{used}")

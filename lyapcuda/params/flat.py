@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lyapcuda.params.collect import BUFFER_DTYPES, Parameters, collect
 from lyapcuda.params.ranks import Ranks
@@ -248,8 +249,10 @@ class FlatLayout:
 
     compute_epsilon = 0.0
 
-    def __init__(self, params: Parameters, weight_decay: float = 0.0) -> None:
-        self.parameters = collect(params, weight_decay)
+    def __init__(
+        self, params: Parameters, weight_decay: float = 0.0, optimizer: Optimizer | None = None
+    ) -> None:
+        self.parameters = collect(params, weight_decay, optimizer=optimizer)
         members: dict[tuple, list[int]] = {}
         for position, p in enumerate(self.parameters):
             key = (p.tensor.dtype, p.tensor.device, p.weight_decay, p.group)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lyapcuda.arguments import described
 
-__all__ = ["attachable", "loss_groups", "unwrapped"]
+__all__ = ["attachable", "loss_decays", "loss_groups", "unwrapped"]
 
 #: Wrappers whose ``step(closure)`` hands the closure to the optimizer inside, their `.optimizer`.
 #: Accelerate's own alone: what it derives for DeepSpeed and Megatron doesn't step it.
@@ -90,6 +90,20 @@ def loss_groups(optimizer: Any) -> list[dict[str, Any]]:
     """
     inner = unwrapped(optimizer)
     return [_loss_group(inner, group) for group in optimizer.param_groups]
+
+
+def loss_decays(optimizer: Any) -> dict[int, float]:
+    """The weight decay of the loss, by the id of the parameter that it acts on.
+
+    Raises:
+        ValueError: as `loss_groups`.
+    """
+    inner = unwrapped(optimizer)
+    return {
+        id(p): _loss_group(inner, group)["weight_decay"]
+        for group in inner.param_groups
+        for p in group["params"]
+    }
 
 
 def _loss_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ LAYERS = [
     {"solvers"},
     {"history"},
     {"tracker"},
-    {"log", "optim"},
+    {"log", "optim", "rate_cap"},
     {"command"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
