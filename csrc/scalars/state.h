@@ -34,7 +34,8 @@
   X(center)   /* the middle of the error bar: ρ, or its mean over both sides of θ */     \
   X(width)    /* half the length of the error bar */                                     \
   X(first)    /* the residual over ‖y‖/‖q‖, before further gradients */                  \
-  X(error)    /* how far h may be off: nine times in ten it is less */
+  X(error)    /* how far h may be off: nine times in ten it is less */                   \
+  X(displacement) /* with a diagonal metric S, copy j lies at θ + displacement_j·S∘q_j */
 
 #define LYAPCUDA_STATE_MATRICES(X)                                                       \
   X(r)         /* R of the last step's QR, upper triangular */                           \

@@ -15,15 +15,19 @@ from lyapcuda.ops.library import compiled, fake, mark_written
 __all__ = ["combine_", "gram", "project_"]
 
 
-def gram(a: Tensor, b: Tensor, *, gate: Tensor | None = None) -> Tensor:
+def gram(
+    a: Tensor, b: Tensor, *, gate: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Returns ``a·bᵀ``, float64 (ka, kb). Symmetric where b is a.
 
     Args:
         a: (ka, n).
         b: (kb, n).
         gate: float64, one element; where it is 0 the result is zeros and nothing is read.
+        weights: (n,) in the dtype of ``a``: every row is taken times them, and rounded to that
+            dtype. Where they are given b has to be a.
     """
-    return compiled("gram")(a, b, gate=gate)
+    return compiled("gram")(a, b, gate=gate, weights=weights)
 
 
 fake(

@@ -25,6 +25,15 @@ def _multiple(state: Tensor, k: int) -> float:
     return float(state_field(state, 1, "transform")) if k == 1 else 1.0
 
 
+def spread(
+    state: Tensor, k: int, metric: Tensor | None, span: slice, dtype: torch.dtype = torch.float64
+) -> Tensor | float:
+    """What separations are taken times for what is added to θ: displacement_j·S, or 1."""
+    if metric is None:
+        return 1.0
+    return state_field(state, k, "displacement").to(dtype)[:, None] * metric[span].to(dtype)
+
+
 def ascent_(
     q: Tensor,
     g0: Sequence[Tensor],
@@ -37,6 +46,7 @@ def ascent_(
     theta: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
     p: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Returns (d, p_next, gram); elements outside the segments are NaN in d and p_next."""
     k = q.shape[0]
@@ -48,13 +58,18 @@ def ascent_(
     for i, offset in enumerate(offsets):
         span = slice(offset, offset + g0[i].numel())
         carried = times * q[:, span].double()
-        moved = carried
+        factors = spread(state, k, metric, span)
+        moved = factors * carried
         if theta is not None:
             # Rounding is part of the definition here: done as recenter_ does it, in q's dtype.
             here = theta[i].flatten()
-            there = (here.to(q.dtype) + (times * q[:, span]).to(q.dtype)).to(here.dtype)
+            step = (times * q[:, span]).to(q.dtype) * spread(state, k, metric, span, q.dtype)
+            there = (here.to(q.dtype) + step).to(here.dtype)
             moved = (there.to(q.dtype) - here.to(q.dtype)).double()
         y = g1[:, span].double() - g0[i].double().flatten() + weight_decay * moved
+        if metric is not None:
+            y = metric[span] * y / state_field(state, k, "displacement")[:, None]
+            moved = torch.where(factors == 0, 0.0, moved / factors)
         w = y
         if p is not None:
             w = momentum * times * p[:, span].double() + y
@@ -211,6 +226,7 @@ def benettin_(
     alternate: bool = True,
     rotate: bool = True,
     ema: float = 0.0,
+    displaced: Tensor | None = None,
 ) -> Tensor:
     """Returns the state after the step."""
     s = _unpack(state, k)
@@ -280,6 +296,10 @@ def benettin_(
         side = -1.0 if alternate else 1.0
         scaled = v * (side * float(s["perturbation"]))
         s["transform"] = torch.linalg.solve_triangular(s["r"], scaled, upper=True, left=False)
+        if displaced is not None:
+            found = s["perturbation"] / _forms(displaced, s["transform"]).sqrt()
+            taken = found.isfinite() & (found > 0)
+            s["displacement"] = torch.where(taken, found, s["displacement"])
         if beta != 0 or first:
             growth = 1 + 2 * rate * values + rate**2 * secant**2
             s["exponent"] = growth.log() / 2 if first else (s["r"].diag() / before.sqrt()).log()
@@ -363,6 +383,7 @@ def recenter_(
     *,
     p: Tensor | None = None,
     p_next: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns (q, copies, p); elements outside the segments stay in q and p, and are NaN in
     copies.
@@ -380,7 +401,8 @@ def recenter_(
             q[:, span] = matrix @ d[:, span].double()
         if take and p is not None:
             p[:, span] = matrix @ p_next[:, span].double()
-        copies[:, span] = here.double().flatten() + _multiple(state, k) * q[:, span]
+        step = _multiple(state, k) * q[:, span] * spread(state, k, metric, span)
+        copies[:, span] = here.double().flatten() + step
     return q, copies, p
 
 
@@ -585,11 +607,14 @@ def difference_(
 # --- panels as matrices --------------------------------------------------------------------------
 
 
-def gram(a: Tensor, b: Tensor, *, gate: Tensor | None = None) -> Tensor:
+def gram(
+    a: Tensor, b: Tensor, *, gate: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Returns a·bᵀ, or zeros where the gate is closed."""
     if gate is not None and float(gate) == 0:
         return torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
-    return a.double() @ b.double().T
+    times = 1.0 if weights is None else weights.double() ** 2
+    return (a.double() * times) @ b.double().T
 
 
 def combine_(out: Tensor, panel: Tensor, matrix: Tensor, *, gate: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ OF_QUOTIENTS = ("rayleigh", "schwarz", "secant", "outer")
 OF_ONE_STEP = OF_QUOTIENTS[1:]
 
 _FIELDS = {k: _C.state_fields(k) for k in range(1, MAX_K + 1)}
-#: Fields of a new state that are 0. All others are NaN, but see `new_state` for k = 1.
+#: Fields of a new state that are 0. All others are NaN, but see `new_state`.
 _ZERO = (
     *(
         "bound",
@@ -76,8 +76,8 @@ def new_state(device: torch.device | str, k: int = 1, **values: float | Tensor) 
     """The state of k separations on ``device``, with the given fields.
 
     Counters, ``bound``, ``guard``, ``pending``, ``again``, ``reseed`` and the transform are 0,
-    everything unmeasured NaN. For k = 1 ``pending`` and the transform are 1: the separation is q
-    itself.
+    ``displacement`` 1, everything unmeasured NaN. For k = 1 ``pending`` and the transform are 1:
+    the separation is q itself.
 
     Args:
         device: where it lies.
@@ -93,7 +93,7 @@ def new_state(device: torch.device | str, k: int = 1, **values: float | Tensor) 
         raise ValueError(f"unknown state fields: {sorted(unknown)}")
     size = sum(math.prod(shape) for _, shape in fields.values())
     state = torch.full((size,), math.nan, dtype=torch.float64)
-    whole = {"pending": 1.0, "transform": 1.0} if k == 1 else {}
+    whole = {"displacement": 1.0} | ({"pending": 1.0, "transform": 1.0} if k == 1 else {})
     for name, value in {**dict.fromkeys(_ZERO, 0.0), **whole, **values}.items():
         state_field(state, k, name)[...] = value
     return state.to(device)

@@ -21,6 +21,10 @@ is ``transform·q``, and the momentum ``transform·p``. After `benettin_` the ca
 and p_next. Where ``pending`` is then 0 the step wasn't taken, and `recenter_` takes q and p back
 from d and p_next, where they were. The two ops of the second pass, `combine_` and
 `benettin_refine_`, have nothing to do for k = 1.
+
+With a diagonal *metric* S, a flat buffer that all rows share, a separation is q_j in the
+coordinates where the curvature is S·H·S, and its copy lies at θ + displacement_j·S∘q_j.
+``displacement``, of the state, makes the Euclidean norm of what is added to θ that of q_j.
 """
 
 from __future__ import annotations
@@ -48,12 +52,17 @@ def ascent_(
     momentum: float = 0.0,
     p: Tensor | None = None,
     p_next: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> Tensor:
     """Steps k copies along their gradients: writes their next separations, returns a Gram matrix.
 
     ``d_j = q_j + sign·β·w_j`` with ``w_j = momentum·p_j + y_j`` (written to ``p_next``) and
     ``y_j = g1_j − g0 + weight_decay·moved_j``. ``moved`` is ``q``, or where ``theta`` is given the
     displacement that `recenter_` realised. For k = 1, q and p are taken times the transform.
+
+    With a ``metric`` S it is ``y_j = S·(g1_j − g0 + weight_decay·moved_j)/displacement_j``, where
+    ``moved_j = displacement_j·S·q_j`` or what was realised of it. The Gram matrix has what was
+    realised as a separation again, ``moved_j/(displacement_j·S)``: 0 where S is 0.
 
     Args:
         d: (k, n), written over the segments. May be ``q``, or lie where ``g1`` does and have its
@@ -69,6 +78,7 @@ def ascent_(
         momentum: m of the heavy-ball map; above 0 it needs ``p``.
         p: (k, n), the momentum of every separation; with ``p_next`` or not at all.
         p_next: (k, n), written over the segments.
+        metric: (n,) in the dtype of ``q``; not with ``p``. May be 0 in places.
 
     Returns:
         float64 (m·k, m·k): the Gram matrix, over the segments, of the rows of q (for k = 1
@@ -89,6 +99,7 @@ def ascent_(
         momentum=momentum,
         p=p,
         p_next=p_next,
+        metric=metric,
     )
 
 
@@ -114,6 +125,7 @@ def benettin_(
     alternate: bool = True,
     rotate: bool = True,
     ema: float = 0.0,
+    displaced: Tensor | None = None,
 ) -> None:
     """Takes the Gram matrix of a pass into the state: Ritz values, exponents, the next transform.
 
@@ -137,6 +149,9 @@ def benettin_(
         alternate: take the next separations to the other side of θ.
         rotate: make orthogonal along the Ritz vectors; False: in the order of the rows.
         ema: weight of the past in ``h_ema``.
+        displaced: float64 (k, k), the Gram matrix of the rows S∘d_i. Where it is given and the
+            copies parted, every ``displacement`` becomes what takes the next S∘q_j to the norm Δq;
+            one that isn't finite and positive stays.
     """
     mark_written(state)
     compiled("benettin_")(
@@ -152,6 +167,7 @@ def benettin_(
         alternate=alternate,
         rotate=rotate,
         ema=ema,
+        displaced=displaced,
     )
 
 
@@ -180,6 +196,7 @@ def recenter_(
     *,
     p: Tensor | None = None,
     p_next: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
     """Writes the next separations to q, and every ``θ + q_j``, rounded, to the copies.
 
@@ -197,9 +214,11 @@ def recenter_(
         offsets: of the segments.
         state: of k separations.
         p, p_next: (k, n), both or neither: as q and d. For k > 1 whole rows of p are written.
+        metric: (n,) in the dtype of ``q``, S; not with ``p``. What is added to θ is then taken
+            times displacement_j·S.
     """
     mark_written(q, copies, p)
-    compiled("recenter_")(q, copies, d, theta, offsets, state, p=p, p_next=p_next)
+    compiled("recenter_")(q, copies, d, theta, offsets, state, p=p, p_next=p_next, metric=metric)
 
 
 def reseed_(

@@ -18,7 +18,7 @@ def test_the_fields_of_a_state_follow_each_other(k):
     state = ops.new_state("cpu", k, beta=2.0, h=torch.arange(k, dtype=F64))
     assert state.shape == (end,) and state.dtype == F64
     known = dict.fromkeys(("bound", "guard", "again", "accepted", "steps", "skipped"), 0)
-    known |= dict.fromkeys(("reseed", "reseeds", "refined"), 0) | {"beta": 2}
+    known |= dict.fromkeys(("reseed", "reseeds", "refined"), 0) | {"beta": 2, "displacement": 1}
     # One separation is q itself until a step says otherwise.
     known |= dict.fromkeys(("pending", "transform"), float(k == 1))
     for name in ops.state_fields(k):

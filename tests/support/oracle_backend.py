@@ -45,7 +45,7 @@ def _benettin_refine_(state, gram, k):
     state.copy_(reference.benettin_refine_(state, gram, k))
 
 
-def _recenter_(q, copies, d, theta, offsets, state, *, p=None, p_next=None):
+def _recenter_(q, copies, d, theta, offsets, state, *, p=None, p_next=None, metric=None):
     next_q, _, next_p = reference.recenter_(q, d, theta, offsets, state, p=p, p_next=p_next)
     written = [(q, next_q)] + ([] if p is None else [(p, next_p)])
     for panel, values in written:
@@ -54,7 +54,8 @@ def _recenter_(q, copies, d, theta, offsets, state, *, p=None, p_next=None):
     times = reference.state_field(state, 1, "transform").squeeze() if len(q) == 1 else 1.0
     for here, offset in zip(theta, offsets, strict=True):
         span = slice(offset, offset + here.numel())
-        there = here.flatten().to(q.dtype) + q[:, span] * times
+        spread = reference.spread(state, len(q), metric, span, q.dtype)
+        there = here.flatten().to(q.dtype) + q[:, span] * times * spread
         copies[:, span] = there.to(copies.dtype)
 
 
