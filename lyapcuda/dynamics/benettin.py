@@ -190,10 +190,10 @@ class Benettin:
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
             for j, row in enumerate(part.q):
                 part.group.randomise_(row, generator)
-                if part.scales is not None:  # random in θ's coordinates: z = q/S
+                if part.scales is not None:  # random in θ's coordinates: z = q/S, 0 where S is
                     row.mul_(part.scales != 0)
                     displaced[j] += squared_norm(row)
-                    torch.where(part.scales != 0, row / part.scales, 0.0, out=row)
+                    row.div_(part.scales).nan_to_num_(0.0, 0.0, 0.0)
                 squares[j] += squared_norm(row)
         total = torch.tensor([squares, displaced], dtype=torch.float64, device=self.layout.device)
         squares, displaced = self.layout.reduce(total).tolist()

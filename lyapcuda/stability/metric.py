@@ -191,7 +191,8 @@ class Metric:
                 devices = zip(roots.unbind(), views, strict=True)
                 torch._foreach_mul_(views, [root.to(view.device) for root, view in devices])
         idle = set(range(len(self._views))).difference(positions)
-        torch._foreach_zero_([self._views[i] for i in sorted(idle)])
+        if idle:
+            torch._foreach_zero_([self._views[i] for i in sorted(idle)])
 
     # --- the edge --------------------------------------------------------------------------------
 
