@@ -74,7 +74,6 @@ class Metric:
         self._optimizer = unwrapped(optimizer) if self._rule is not None else None
         if self._rule is not None:
             self._check(self._rule)
-        self._edge: Edge | None = None
         self._buffers: list[Tensor] = []
         self._views: list[Tensor] = []
         if self.trivial:
@@ -124,7 +123,13 @@ class Metric:
             part.that([self._rule.started(state) for state in part.states])
             for part in held_by(self._optimizer, self._parameters)
         ]
-        return [part for part in found if part.positions]
+        found = [part for part in found if part.positions]
+        if not found:
+            raise RuntimeError(
+                f"{self._argument}: {described(self._optimizer)} hasn't taken a step, so it has no "
+                "P yet"
+            )
+        return found
 
     @property
     def ready(self) -> bool:
@@ -158,18 +163,13 @@ class Metric:
             RuntimeError: before the optimizer's first step.
             TypeError, ValueError: what a user gave as P is none.
         """
-        held = [] if self._rule is None else self._started()
-        if self._rule is not None and not held:
-            raise RuntimeError(
-                f"{self._argument}: {described(self._optimizer)} hasn't taken a step, so it has no "
-                "P yet"
-            )
-        edge = None
-        if self._rule is not None:
-            edge = self._edge = Edge(self._rule, held, self._layout.device)
-            if self.trivial and edge.uniform:
-                return
-        self._write(held, edge)
+        if self._rule is None:
+            self._write([], None)
+            return
+        held = self._started()
+        edge = Edge(self._rule, held, self._layout.device)
+        if not (self.trivial and edge.uniform):
+            self._write(held, edge)
 
     def _write(self, held: list[Held], edge: Edge | None) -> None:
         if not self._buffers:
@@ -200,29 +200,28 @@ class Metric:
     @property
     def reference_rate(self) -> Tensor:
         """The rate that `edge_of` multiplies with; 0-dim float64."""
-        return self._known_edge().rate
+        return self._present_edge().rate
 
     @property
     def reference_threshold(self) -> Tensor:
         """The threshold that `edge_of` divides by; 0-dim float64."""
-        return self._known_edge().threshold
+        return self._present_edge().threshold
 
     def edge_of(self, h: Tensor) -> Tensor:
-        """How near the edge of stability: rate·h/threshold at the latest `refresh`; 1 is the edge.
+        """How near the edge of stability: rate·h/threshold at the present rates; 1 is the edge.
 
         Args:
             h: the largest eigenvalue of S·H·S; of any shape.
 
         Raises:
-            RuntimeError: no optimizer with known rates and thresholds; no `refresh` yet.
+            RuntimeError: no optimizer with known rates and thresholds, or one before its first
+                step.
         """
-        return self._known_edge().of(h)
+        return self._present_edge().of(h)
 
-    def _known_edge(self) -> Edge:
-        if self._edge is None:
+    def _present_edge(self) -> Edge:
+        if self._rule is None:
             raise RuntimeError(
                 "there is no edge without an optimizer whose rates and thresholds are known"
-                if self._rule is None
-                else "call refresh() first: it reads rates and thresholds"
             )
-        return self._edge
+        return Edge(self._rule, self._started(), self._layout.device)
