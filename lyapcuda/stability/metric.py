@@ -120,8 +120,7 @@ class Metric:
     def _started(self) -> list[Held]:
         """The optimizer's groups, with those of their parameters that have a P."""
         found = [
-            part.that([self._rule.started(state) for state in part.states])
-            for part in held_by(self._optimizer, self._parameters)
+            part.where(self._rule.started) for part in held_by(self._optimizer, self._parameters)
         ]
         found = [part for part in found if part.positions]
         if not found:
