@@ -106,8 +106,8 @@ class Benettin:
     Ritz vectors at every step, which leaves their span alone: q_i then belongs to value i. The
     other estimates keep Benettin's own basis, whose exponents they are read from.
 
-    With a metric P the eigenvalues are those of P⁻¹H. Separations are then carried as z = P^(1/2)·q,
-    in whose coordinates the Hessian is S·H·S, S = P^(-1/2): all that follows from products of
+    With a metric P the eigenvalues are those of P⁻¹H. Separations are carried as z = P^(1/2)·q. In
+    these coordinates the Hessian is S·H·S, S = P^(-1/2), so all that follows from products of
     separations stays as it is. A copy lies at θ + displacement·S·z, Δq away from θ.
 
     Args:

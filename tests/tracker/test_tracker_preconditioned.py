@@ -66,9 +66,7 @@ class Problem:
         )
         flat = torch.cat([g.reshape(-1) for g in grads])
         rows = [
-            torch.cat(
-                [r.reshape(-1) for r in torch.autograd.grad(e, ps, retain_graph=True)]
-            )
+            torch.cat([r.reshape(-1) for r in torch.autograd.grad(e, ps, retain_graph=True)])
             for e in flat
         ]
         hessian = torch.stack(rows)
