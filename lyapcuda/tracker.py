@@ -160,8 +160,8 @@ class CurvatureTracker:
         process_group: the ranks that train one model together. Needed only where gradients are
             averaged by hand: DistributedDataParallel and DTensor parameters (FSDP2) tell. All
             ranks then take every `step` together, see docs/distributed.md.
-        optimizer: the one that trains the parameters (`attach` is something else): the eigenvalues are
-            then those of P⁻¹H, where P is its diagonal preconditioner, read from its state at every
+        optimizer: the one that trains the parameters (`attach` is something else). The eigenvalues
+            are then those of P⁻¹H, with its diagonal preconditioner P, read from its state at every
             measurement: Adam, AdamW, NAdam, RMSprop, Adagrad; for SGD P = 1. `edge` says how near
             that is to the optimizer's threshold of stability. Before its first step there is no P:
             `due` is False. Where rates or thresholds differ among its groups, P has them, over the
@@ -1043,8 +1043,8 @@ class CurvatureTracker:
 
     @property
     def due(self) -> bool:
-        """Whether the next step measures: every n-th, and the first; none while the optimizer has no
-        preconditioner yet.
+        """Whether the next step measures: every n-th, and the first; none while the optimizer has
+        no preconditioner yet.
         """
         if self._given_metric is not None and not self._given_metric.ready:
             return False

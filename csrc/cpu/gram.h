@@ -3,15 +3,16 @@
 
 namespace lyapcuda::cpu {
 
-// a·bᵀ to out; zeros where the gate, if there is one, is closed.
+// a·bᵀ to out; zeros where the gate, if there is one, is closed. Weights of the elements, which may
+// be null: where b is a.
 template <class T>
-void products(const Launcher&, const Tensor& a, const Tensor& b, const double* gate, double* out) {
+void products(const Launcher&, const Tensor& a, const Tensor& b, const double* gate,
+              const T* weights, double* out) {
   const int64_t rows = a.size(0), columns = b.size(0), length = a.size(1);
   std::fill_n(out, rows * columns, 0.0);
   if (length == 0 || (gate != nullptr && *gate == 0.0)) return;
-  const GramArguments<T> arguments{
-      read<T>(a), read<T>(b), rows,
-      columns,    length,     a.const_data_ptr() == b.const_data_ptr() && rows == columns};
+  const GramArguments<T> arguments{read<T>(a), read<T>(b),      rows,   columns,
+                                   length,     is_itself(a, b), weights};
   const Blocks blocks({length}, kPanelBlock);
   std::vector<double> partial(blocks.runs() * rows * columns, 0.0);
   blocks.for_each_run(rows + columns, [&](int64_t run, const auto& visit) {

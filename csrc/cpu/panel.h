@@ -15,7 +15,8 @@ template <class T>
 struct GramArguments {
   const T *a, *b;
   int64_t rows_a, rows_b, row;
-  bool same;  // b is a: the result is symmetric
+  bool same;         // b is a: the result is symmetric
+  const T* weights;  // of the elements, where b is a; may be null
 };
 
 template <class T, class P>
@@ -25,11 +26,13 @@ struct PanelAscentArguments {
   const P *g0, *g1, *theta;  // g1 is a panel, the others are shared by all rows
   const T* p;
   T* p_next;
+  const T* metric;  // shared by all rows
   int64_t rows, row;
 };
 
 struct PanelAscentScalars {
   double rate, weight_decay, momentum;
+  const double* displacement;  // of every row
 };
 
 template <class T>
@@ -50,6 +53,8 @@ struct PanelRecenterArguments {
   CombineArguments<T> combine;  // out is q, panel is d
   P* copies;
   const P* theta;
+  const T* metric;
+  const double* displacement;  // of every row, with a metric
   bool pending;
 };
 

@@ -3,11 +3,13 @@
 
 namespace lyapcuda::cpu {
 
-template <class T, class P, bool kRealised, bool kMomentum>
+template <class T, class P, bool kRealised, bool kMomentum, bool kMetric>
 void panel_ascent(const Launcher&, const PanelAscentCall& call) {
   const int64_t k = call.q.size(0), row = call.q.size(1), stacked = (2 + kRealised + kMomentum) * k;
-  const double beta = read<double>(call.state)[state_offset(StateScalar::beta)];
-  const PanelAscentScalars scalars{call.sign * beta, call.weight_decay, call.momentum};
+  const double* const state = read<double>(call.state);
+  const PanelAscentScalars scalars{call.sign * state[state_offset(StateScalar::beta)],
+                                   call.weight_decay, call.momentum,
+                                   state + state_offset(StateVector::displacement, k)};
   const Blocks blocks(sizes_of(call.g0), kPanelBlock);
   const auto g0 = read<P>(call.g0), theta = read<P>(call.theta);
   T* const d = written<T>(call.d);
@@ -15,6 +17,7 @@ void panel_ascent(const Launcher&, const PanelAscentCall& call) {
   const P* const g1 = read<P>(call.g1);
   const T* const p = read<T>(call.p);
   T* const p_next = written<T>(call.p_next);
+  const T* const metric = read<T>(call.metric);
   std::vector<double> partial(std::max<int64_t>(blocks.runs(), 1) * stacked * stacked, 0.0);
   blocks.for_each_run(k, [&](int64_t run, const auto& visit) {
     Aligned<double> tile(stacked * kGramTile);
@@ -28,9 +31,10 @@ void panel_ascent(const Launcher&, const PanelAscentCall& call) {
                                                  kRealised ? theta[segment] + begin : nullptr,
                                                  kMomentum ? p + at : nullptr,
                                                  kMomentum ? p_next + at : nullptr,
+                                                 kMetric ? metric + at : nullptr,
                                                  k,
                                                  row};
-      LYAPCUDA_DISPATCH(panel_ascent_block<T, P, kRealised, kMomentum>)
+      LYAPCUDA_DISPATCH(panel_ascent_block<T, P, kRealised, kMomentum, kMetric>)
       (arguments, length, scalars, tile.data(), sums);
     });
   });

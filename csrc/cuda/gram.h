@@ -17,35 +17,39 @@ inline void finish_gram(const Launcher& launcher, const char* name, const double
                partial, count, shape, out, gate);
 }
 
-template <class T, bool kSymmetric, int kRows>
+template <class T, bool kSymmetric, bool kWeighted, int kRows>
 void products_of(const Launcher& launcher, kernels::GramArguments<T> arguments, double* out) {
   constexpr int kLength = kernels::Tile<T, kRows>::kLength;
   const kernels::GramShape shape{arguments.rows, arguments.columns, kSymmetric};
   const int pairs = kSymmetric ? kernels::symmetric_pairs(shape.rows)
                                : kernels::rectangular_pairs(shape.rows, shape.columns);
   const int64_t blocks =
-      blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::gram_blocks(kRows));
+      blocks_for(launcher, ceil_div(arguments.n, kLength), kernels::gram_blocks(kRows, kWeighted));
   const Tensor partial = new_doubles(launcher.beside(), {blocks, kernels::gram_row(pairs)});
   arguments.partial = written<double>(partial);
-  launcher.run("gram", kernels::gram<T, kSymmetric, kRows>, blocks, kernels::gram_threads(kRows),
-               arguments);
+  launcher.run("gram", kernels::gram<T, kSymmetric, kWeighted, kRows>, blocks,
+               kernels::gram_threads(kRows), arguments);
   finish_gram(launcher, "gram", arguments.partial, blocks, shape, out, arguments.gate);
 }
 
-// a·bᵀ to out; zeros where the gate, if there is one, is closed.
+// a·bᵀ to out; zeros where the gate, if there is one, is closed. Weights of the elements, which may
+// be null: where b is a.
 template <class T>
 void products(const Launcher& launcher, const Tensor& a, const Tensor& b, const double* gate,
-              double* out) {
+              const T* weights, double* out) {
   const int rows = static_cast<int>(a.size(0)), columns = static_cast<int>(b.size(0));
-  const bool symmetric = a.const_data_ptr() == b.const_data_ptr() && rows == columns;
+  const bool symmetric = is_itself(a, b);
   const kernels::GramArguments<T> arguments{read<T>(a), read<T>(b), a.size(1), rows,
-                                            columns,    gate,       nullptr};
+                                            columns,    gate,       weights,   nullptr};
   if (symmetric) {
-    kernels::with_rows<8, 16, 32, 128>(
-        rows, [&](auto most) { products_of<T, true, most()>(launcher, arguments, out); });
+    with_flags(weights != nullptr, [&](auto weighted) {
+      kernels::with_rows<8, 16, 32, 128>(rows, [&](auto most) {
+        products_of<T, true, weighted(), most()>(launcher, arguments, out);
+      });
+    });
   } else {
     kernels::with_rows<64, 256>(2 * std::max(rows, columns), [&](auto most) {
-      products_of<T, false, most()>(launcher, arguments, out);
+      products_of<T, false, false, most()>(launcher, arguments, out);
     });
   }
 }

@@ -6,7 +6,7 @@
 
 namespace lyapcuda::cuda {
 
-template <class T, class P>
+template <class T, class P, bool kMetric>
 void panel_recenter(const Launcher& launcher, const PanelRecenterCall& call) {
   const int64_t k = call.q.size(0);
   const double* const state = read<double>(call.state);
@@ -14,17 +14,19 @@ void panel_recenter(const Launcher& launcher, const PanelRecenterCall& call) {
       written<T>(call.q),
       written<P>(call.copies),
       read<T>(call.d),
+      read<T>(call.metric),
       call.q.size(1),
       static_cast<int>(k),
       state + state_offset(StateMatrix::transform, k),
-      state + state_offset(StateScalar::pending)};
+      state + state_offset(StateScalar::pending),
+      state + state_offset(StateVector::displacement, k)};
   const auto lists = lists_of<P>(call.theta, call.offsets, read<P>(call.theta));
   constexpr int kHeld = sizeof(T) == sizeof(P) ? 4 : 3;
   kernels::with_rows<8, 16, 32>(k, [&](auto most) {
     for_each_launch(
         launcher, lists, kHeld,
         [&](const kernels::PanelRecenterSegments<P>& table, int64_t blocks, int64_t) {
-          launcher.run("recenter_", kernels::panel_recenter<T, P, most()>, blocks,
+          launcher.run("recenter_", kernels::panel_recenter<T, P, kMetric, most()>, blocks,
                        kernels::kThreads, table, arguments);
         },
         kernels::kTransformLength<T, most()>);

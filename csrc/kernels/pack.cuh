@@ -44,6 +44,15 @@ LYAPCUDA_INLINE Pack<T, N> operator*(const Pack<T, N>& a, T b) {
   return out;
 }
 
+// a/b, and 0 where b is 0.
+template <class T, int N>
+LYAPCUDA_INLINE Pack<T, N> quotient_or_zero(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> out;
+  LYAPCUDA_UNROLL
+  for (int k = 0; k < N; ++k) out.of[k] = b.of[k] == T(0) ? T(0) : a.of[k] / b.of[k];
+  return out;
+}
+
 // The values that storing them as P leaves behind.
 template <class P, class T, int N>
 LYAPCUDA_INLINE Pack<T, N> round_to(const Pack<T, N>& v) {

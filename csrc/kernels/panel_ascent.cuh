@@ -1,7 +1,7 @@
 // The step of k copies, seen from their separations (elements/ascent.h), fused with the Gram matrix
 // of the rows q, y, moved and d.
 //
-//   panel_ascent<T, P, kRealised, kMomentum, kRows>
+//   panel_ascent<T, P, kRealised, kMomentum, kMetric, kRows>
 //                       grid: any, of panel_threads(kRows); a launch per table of for_each_table
 //                       with chunks of kPanelLength<T, kRows> (lists: g0, θ)
 //                       partial: gram_row(symmetric_pairs(rows)) doubles a block, of all launches
@@ -29,9 +29,10 @@ struct PanelAscentArguments {
   const P* g1;
   const T* p;
   T* p_next;
-  int64_t n;  // elements of a row
+  const T* metric;  // shared by all rows
+  int64_t n;        // elements of a row
   int k;
-  const double* beta;  // in the panel's state
+  const double *beta, *displacement;  // in the panel's state
   double sign;
   T weight_decay, momentum;  // rounded by the host: constants, which need no register
   double* partial;
@@ -42,9 +43,9 @@ using PanelAscentSegments = Segments<P, 2>;  // g0, θ (θ only where realised)
 
 __host__ __device__ constexpr int panel_threads(int rows) { return rows <= 64 ? 256 : 512; }
 // Blocks that a multiprocessor is to hold, as registers allow.
-template <class T, bool kRealised, bool kMomentum, int kRows>
+template <class T, bool kRealised, bool kMomentum, bool kMetric, int kRows>
 constexpr int kPanelBlocks = [] {
-  const bool plain = !kRealised && !kMomentum && sizeof(T) == sizeof(float);
+  const bool plain = !kRealised && !kMomentum && !kMetric && sizeof(T) == sizeof(float);
   if (kRows <= 16) return plain ? 4 : 3;
   if (kRows <= 32) return plain ? 3 : 2;
   return kRows <= 64 ? 2 : 1;
@@ -52,7 +53,7 @@ constexpr int kPanelBlocks = [] {
 template <class T, int kRows>
 constexpr int kPanelLength = Tile<T, kRows>::kLength;
 
-template <class T, class P, bool kRealised, bool kMomentum, int kRows>
+template <class T, class P, bool kRealised, bool kMomentum, bool kMetric, int kRows>
 struct PanelAscent {
   static constexpr int kBlock = panel_threads(kRows), kLength = kPanelLength<T, kRows>;
   static constexpr int N = kGroup<T>;               // elements of a thread
@@ -64,6 +65,7 @@ struct PanelAscent {
     typename Sums::Memory stack;
     alignas(16) P g0[kSlots<kRows>][kLength];
     alignas(16) P theta[kSlots<kRows>][kRealised ? kLength : kGroup<P>];
+    alignas(16) T metric[kSlots<kRows>][kMetric ? kLength : kGroup<T>];
   };
 
   Memory& memory;
@@ -75,9 +77,11 @@ struct PanelAscent {
   __device__ PanelAscent(Memory& shared, const PanelAscentSegments<P>& segments,
                          const PanelAscentArguments<T, P>& arguments)
       : memory(shared), a(arguments), table(segments) {
-    aligned = rows_aligned16(a.d, a.n, a.k) && rows_aligned16(a.q, a.n, a.k) &&
-              rows_aligned16(a.g1, a.n, a.k) &&
-              (!kMomentum || (rows_aligned16(a.p, a.n, a.k) && rows_aligned16(a.p_next, a.n, a.k)));
+    aligned =
+        rows_aligned16(a.d, a.n, a.k) && rows_aligned16(a.q, a.n, a.k) &&
+        rows_aligned16(a.g1, a.n, a.k) &&
+        (!kMomentum || (rows_aligned16(a.p, a.n, a.k) && rows_aligned16(a.p_next, a.n, a.k))) &&
+        (!kMetric || aligned16(a.metric));
   }
 
   // This thread's elements of a tile start at e; its first row is first().
@@ -97,6 +101,9 @@ struct PanelAscent {
         start_copy<N>(memory.theta[slot] + e(), table.data[1][segment] + inside, left,
                       place.aligned);
       }
+      if constexpr (kMetric) {
+        start_copy<N>(memory.metric[slot] + e(), a.metric + place.begin + e(), left, place.aligned);
+      }
     }
     LYAPCUDA_ROLLED
     for (int row = first(); row < a.k; row += kAtOnce) {
@@ -113,20 +120,25 @@ struct PanelAscent {
   // y, d and what else the stack is to have of a tile whose copies are there. What lies behind its
   // length came as zeros, which stay zeros.
   __device__ __forceinline__ void step(const SegmentPlace& place, int slot) {
-    const AscentFactors<T> factors{static_cast<T>(a.sign * *a.beta), a.weight_decay, a.momentum};
+    AscentFactors<T> factors{static_cast<T>(a.sign * *a.beta), a.weight_decay, a.momentum, {}, {}};
     const int left = place.length - e();
     Tile<T, kRows>& stack = memory.stack.tiles[slot];
-    Pack<T, N> g0, theta{};
-    load_part(g0.of, memory.g0[slot] + e());
-    if constexpr (kRealised) load_part(theta.of, memory.theta[slot] + e());
+    AscentStreams<Pack<T, N>> of{};
+    load_part(of.g0.of, memory.g0[slot] + e());
+    if constexpr (kRealised && !kMetric) load_part(of.theta.of, memory.theta[slot] + e());
     LYAPCUDA_ROLLED
     for (int row = first(); row < a.k; row += kAtOnce) {
-      Pack<T, N> q, g1, p{};
+      Pack<T, N> q;
       get(q.of, stack.row(row) + e());
-      load_part(g1.of, reinterpret_cast<const P*>(stack.row(a.k + row) + e()));
-      if constexpr (kMomentum) get(p.of, stack.row(heavy() + row) + e());
-      AscentValues<Pack<T, N>> v =
-          ascent_values<P, kRealised, kMomentum>(q, g0, g1, theta, p, factors);
+      load_part(of.g1.of, reinterpret_cast<const P*>(stack.row(a.k + row) + e()));
+      if constexpr (kMomentum) get(of.p.of, stack.row(heavy() + row) + e());
+      if constexpr (kMetric) {  // for each row anew: not all of them fit the registers
+        get(of.metric.of, memory.metric[slot] + e());
+        if constexpr (kRealised) load_part(of.theta.of, memory.theta[slot] + e());
+        factors.displacement = static_cast<T>(a.displacement[row]);
+        factors.inverse = T(1) / factors.displacement;
+      }
+      AscentValues<Pack<T, N>> v = ascent_values<P, kRealised, kMomentum, kMetric>(q, of, factors);
       if constexpr (kMomentum) {  // a rate that is not finite would make a NaN of the zeros
         LYAPCUDA_UNROLL
         for (int i = 0; i < N; ++i) {
@@ -147,12 +159,12 @@ struct PanelAscent {
   __device__ __forceinline__ int heavy() const { return (2 + kRealised) * a.k; }
 };
 
-template <class T, class P, bool kRealised, bool kMomentum, int kRows>
+template <class T, class P, bool kRealised, bool kMomentum, bool kMetric, int kRows>
 __global__ void __launch_bounds__(panel_threads(kRows),
-                                  kPanelBlocks<T, kRealised, kMomentum, kRows>)
+                                  kPanelBlocks<T, kRealised, kMomentum, kMetric, kRows>)
     panel_ascent(const __grid_constant__ PanelAscentSegments<P> table,
                  const __grid_constant__ PanelAscentArguments<T, P> arguments) {
-  using Step = PanelAscent<T, P, kRealised, kMomentum, kRows>;
+  using Step = PanelAscent<T, P, kRealised, kMomentum, kMetric, kRows>;
   constexpr int kWarpCount = Step::kBlock / 32;
   LYAPCUDA_SHARED(typename Step::Memory, memory);
   Step step(memory, table, arguments);

@@ -3,7 +3,7 @@
 #ifdef LYAPCUDA_ELEMENT
 
 // One separation. The lists are g0, and θ where it is given.
-template <class T_, class P_, bool kRealised, bool kMomentum>
+template <class T_, class P_, bool kRealised, bool kMomentum, bool kMetric>
 struct Ascent {
   using T = T_;
   using P = P_;
@@ -18,16 +18,18 @@ struct Ascent {
       : a(arguments),
         scale(static_cast<T>(a.scale())),
         factors{static_cast<T>(a.rate()), static_cast<T>(a.weight_decay),
-                static_cast<T>(a.momentum)} {}
+                static_cast<T>(a.momentum), static_cast<T>(a.displacement()),
+                T(1) / static_cast<T>(a.displacement())} {}
 
   template <class M>
   LYAPCUDA_INLINE void operator()(const M& m, typename M::Sum* sums) const {
     using V = typename M::Value;
-    V theta{}, p{};
-    if constexpr (kRealised) theta = m.read(Listed<1>{});
-    if constexpr (kMomentum) p = m.read(a.p) * scale;
-    const AscentValues<V> v = ascent_values<P, kRealised, kMomentum>(
-        m.read(a.q) * scale, m.read(Listed<0>{}), m.read(a.g1), theta, p, factors);
+    AscentStreams<V> of{m.read(Listed<0>{}), m.read(a.g1), {}, {}, {}};
+    if constexpr (kRealised) of.theta = m.read(Listed<1>{});
+    if constexpr (kMomentum) of.p = m.read(a.p) * scale;
+    if constexpr (kMetric) of.metric = m.read(a.metric);
+    const AscentValues<V> v =
+        ascent_values<P, kRealised, kMomentum, kMetric>(m.read(a.q) * scale, of, factors);
     if constexpr (kMomentum) m.write(a.p_next, v.w);
     m.write_output(a.d, v.d);
     // The lower triangle of the Gram matrix of these rows.
@@ -51,7 +53,7 @@ struct Ascent {
   template <class A>
   LYAPCUDA_INLINE bool aligned(const A& is) const {
     return is(a.d) && is(a.q) && is(a.g1) && is(Listed<0>{}) && (!kRealised || is(Listed<1>{})) &&
-           (!kMomentum || (is(a.p) && is(a.p_next)));
+           (!kMomentum || (is(a.p) && is(a.p_next))) && (!kMetric || is(a.metric));
   }
 };
 
@@ -81,11 +83,15 @@ struct AscentArguments : ElementwiseArguments {
   const P* g1;
   const T* p;
   T* p_next;
+  const T* metric;
   const double* state;
   double sign, weight_decay, momentum;
 
   LYAPCUDA_HOST_DEVICE double scale() const {
     return state[state_offset(StateMatrix::transform, 1)];
+  }
+  LYAPCUDA_HOST_DEVICE double displacement() const {
+    return state[state_offset(StateVector::displacement, 1)];
   }
   LYAPCUDA_HOST_DEVICE double rate() const { return sign * state[state_offset(StateScalar::beta)]; }
 
@@ -107,7 +113,7 @@ struct PanelAscentCall {
   Tensor d, q, g1, state;
   std::vector<Tensor> g0, theta;  // θ: empty where nothing is realised
   std::vector<int64_t> offsets;
-  std::optional<Tensor> p, p_next;
+  std::optional<Tensor> p, p_next, metric;
   double sign, weight_decay, momentum;
 
   double* out;
@@ -130,7 +136,7 @@ namespace {
 Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vector<int64_t> offsets,
                Tensor state, int64_t sign, double weight_decay,
                std::optional<std::vector<Tensor>> theta, double momentum, std::optional<Tensor> p,
-               std::optional<Tensor> p_next) {
+               std::optional<Tensor> p_next, std::optional<Tensor> metric) {
   const Device device = device_of(q, "q");
   check_panel(q, "q", kMaxK, device);
   check_same_panel(d, "d", q, "q", device);
@@ -151,6 +157,8 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
     check_over(*p_next, "p_next", *p, "p");
     check_over(d, "d", *p, "p");
   }
+  check_metric(metric, p, q, device);
+  STD_TORCH_CHECK(!metric || !overlap(d, *metric), "d: shares memory with metric");
   check_over(d, "d", q, "q");
   check_over(d, "d", g1, "g1");
 
@@ -161,12 +169,13 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
   with_buffer_and_storage(q.scalar_type(), g1.scalar_type(), [&](auto* buffer, auto* storage) {
     using T = std::remove_pointer_t<decltype(buffer)>;
     using P = std::remove_pointer_t<decltype(storage)>;
-    with_flags(theta.has_value(), p.has_value(), [&](auto realised, auto heavy) {
-      constexpr bool kRealised = decltype(realised)::value, kMomentum = decltype(heavy)::value;
+    const auto step = [&](auto realised, auto heavy, auto metrical) {
+      constexpr bool kRealised = decltype(realised)::value, kMomentum = decltype(heavy)::value,
+                     kMetric = decltype(metrical)::value;
       if (k > 1) {
-        panel_ascent<T, P, kRealised, kMomentum>(
+        panel_ascent<T, P, kRealised, kMomentum, kMetric>(
             launcher, {d, q, g1, state, g0, theta ? *theta : std::vector<Tensor>{}, offsets, p,
-                       p_next, static_cast<double>(sign), weight_decay, momentum, out});
+                       p_next, metric, static_cast<double>(sign), weight_decay, momentum, out});
         return;
       }
       const AscentArguments<T, P, kRealised, kMomentum> arguments{{},
@@ -175,6 +184,7 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
                                                                   read<P>(g1),
                                                                   read<T>(p),
                                                                   written<T>(p_next),
+                                                                  read<T>(metric),
                                                                   read<double>(state),
                                                                   static_cast<double>(sign),
                                                                   weight_decay,
@@ -182,7 +192,11 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
       // θ's list is not read where it isn't given.
       const auto lists = lists_of<P>(g0, offsets, read<P>(g0), read<P>(theta ? *theta : g0));
       LYAPCUDA_ELEMENTWISE(launcher, "ascent_", lists, arguments, out,
-                           Ascent<T, P, kRealised, kMomentum>);
+                           Ascent<T, P, kRealised, kMomentum, kMetric>);
+    };
+    with_flags(theta.has_value(), [&](auto realised) {
+      with_one_flag(p.has_value(), metric.has_value(),
+                    [&](auto heavy, auto metrical) { step(realised, heavy, metrical); });
     });
   });
   return gram;
@@ -194,6 +208,6 @@ Tensor ascent_(Tensor d, Tensor q, std::vector<Tensor> g0, Tensor g1, std::vecto
 LYAPCUDA_OP(ascent_,
             "(Tensor(a!) d, Tensor q, Tensor[] g0, Tensor g1, int[] offsets, Tensor state, *, "
             "int sign=1, float weight_decay=0., Tensor[]? theta=None, float momentum=0., "
-            "Tensor? p=None, Tensor(b!)? p_next=None) -> Tensor")
+            "Tensor? p=None, Tensor(b!)? p_next=None, Tensor? metric=None) -> Tensor")
 
 #endif

@@ -19,7 +19,7 @@ void check_k(int64_t k) {
 
 void benettin_(Tensor state, Tensor gram, Tensor losses, int64_t k, int64_t sign, int64_t estimate,
                double momentum, bool realised, bool control, bool alternate, bool rotate,
-               double ema) {
+               double ema, std::optional<Tensor> displaced) {
   const Device device = device_of(state, "state");
   check_k(k);
   check_vector(state, "state", state_size(k), device);
@@ -30,10 +30,12 @@ void benettin_(Tensor state, Tensor gram, Tensor losses, int64_t k, int64_t sign
   const int64_t stacked = (2 + realised + (momentum > 0.0)) * k;
   check_matrix(gram, "gram", stacked, stacked, device);
   check_vector(losses, "losses", device);
+  if (displaced) check_matrix(*displaced, "displaced", k, k, device);
   const BenettinOptions options{{static_cast<double>(sign), static_cast<Estimate>(estimate),
                                  momentum, control, alternate, ema},
                                 realised,
-                                rotate};
+                                rotate,
+                                read<double>(displaced)};
   step(Launcher(device, state), written<double>(state), read<double>(gram), read<double>(losses),
        static_cast<int>(losses.numel()), static_cast<int>(k), options);
 }
@@ -52,5 +54,5 @@ void benettin_refine_(Tensor state, Tensor gram, int64_t k) {
 LYAPCUDA_OP(benettin_,
             "(Tensor(a!) state, Tensor gram, Tensor losses, int k, *, int sign=1, "
             "int estimate=0, float momentum=0., bool realised=False, bool control=True, "
-            "bool alternate=True, bool rotate=True, float ema=0.) -> ()")
+            "bool alternate=True, bool rotate=True, float ema=0., Tensor? displaced=None) -> ()")
 LYAPCUDA_OP(benettin_refine_, "(Tensor(a!) state, Tensor gram, int k) -> ()")

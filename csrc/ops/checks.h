@@ -207,6 +207,11 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
          static_cast<const char*>(b.const_data_ptr()) < end(a);
 }
 
+// Whether two panels are one: a product of them is symmetric.
+inline bool is_itself(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.size(0) == b.size(0);
+}
+
 // What is written while another tensor is still read, some elements at a time, lies apart from it
 // or is the same elements.
 inline void check_over(const Tensor& written, const char* name, const Tensor& read,
@@ -215,6 +220,21 @@ inline void check_over(const Tensor& written, const char* name, const Tensor& re
                     written.scalar_type() == read.scalar_type();
   STD_TORCH_CHECK(same || !overlap(written, read), name, ": shares memory with ", read_name,
                   ", but is not the same elements (it starts elsewhere, or has another dtype)");
+}
+
+// A flat buffer beside the rows of a panel, which all of them share.
+inline void check_shared_row(const Tensor& tensor, const char* name, const Tensor& like,
+                             const char* like_name, const Device& device) {
+  check_buffer(tensor, name, device);
+  check_row_length(tensor, name, like, like_name);
+}
+
+// The S of a diagonal metric, and p, the momentum that may be given in its place.
+inline void check_metric(const std::optional<Tensor>& metric, const std::optional<Tensor>& p,
+                         const Tensor& q, const Device& device) {
+  if (!metric) return;
+  STD_TORCH_CHECK(!p, "metric: momentum isn't offered with it: leave out p and p_next, or metric");
+  check_shared_row(*metric, "metric", q, "q", device);
 }
 
 // A gate on the device: where it is 0 there is nothing to do.

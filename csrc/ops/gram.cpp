@@ -21,17 +21,23 @@
 namespace lyapcuda::LYAPCUDA_BACKEND {
 namespace {
 
-Tensor gram(Tensor a, Tensor b, std::optional<Tensor> gate) {
+Tensor gram(Tensor a, Tensor b, std::optional<Tensor> gate, std::optional<Tensor> weights) {
   const Device device = device_of(a, "a");
   check_panel(a, "a", kMaxRows, device);
   check_panel(b, "b", kMaxRows, device);
   check_row_length(b, "b", a, "a");
   check_gate(gate, device);
+  if (weights) {
+    check_shared_row(*weights, "weights", a, "a", device);
+    STD_TORCH_CHECK(is_itself(a, b),
+                    "weights: they go with the products of one panel: "
+                    "give the same tensor for a and b");
+  }
   const Tensor out = new_doubles(a, {a.size(0), b.size(0)});
   const Launcher launcher(device, a);
   with_buffer_and_storage(a.scalar_type(), a.scalar_type(), [&](auto* buffer, auto*) {
     using T = std::remove_pointer_t<decltype(buffer)>;
-    products<T>(launcher, a, b, read<double>(gate), written<double>(out));
+    products<T>(launcher, a, b, read<double>(gate), read<T>(weights), written<double>(out));
   });
   return out;
 }
@@ -39,6 +45,6 @@ Tensor gram(Tensor a, Tensor b, std::optional<Tensor> gate) {
 }  // namespace
 }  // namespace lyapcuda::LYAPCUDA_BACKEND
 
-LYAPCUDA_OP(gram, "(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor")
+LYAPCUDA_OP(gram, "(Tensor a, Tensor b, *, Tensor? gate=None, Tensor? weights=None) -> Tensor")
 
 #endif

@@ -51,5 +51,11 @@ template <class F>
 void with_flags(bool a, bool b, const F& f) {
   with_flags(a, [&](auto first) { with_flags(b, [&](auto second) { f(first, second); }); });
 }
+// Of two that exclude each other.
+template <class F>
+void with_one_flag(bool a, bool b, const F& f) {
+  if (a) return f(std::true_type{}, std::false_type{});
+  with_flags(b, [&](auto second) { f(std::false_type{}, second); });
+}
 
 }  // namespace lyapcuda

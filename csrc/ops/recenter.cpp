@@ -3,7 +3,7 @@
 #ifdef LYAPCUDA_ELEMENT
 
 // One separation, transform·q. The list is θ.
-template <class T_, class P_, bool kHeavy>
+template <class T_, class P_, bool kHeavy, bool kMetric>
 struct Recenter {
   using T = T_;
   using P = P_;
@@ -11,11 +11,14 @@ struct Recenter {
   static constexpr int kLists = 1;
 
   Arguments a;
-  T scale;
+  T scale, displacement;
   bool taken;  // the last step: q is the separation; else d is
 
   LYAPCUDA_INLINE explicit Recenter(const Arguments& arguments)
-      : a(arguments), scale(static_cast<T>(a.scale())), taken(a.pending()) {}
+      : a(arguments),
+        scale(static_cast<T>(a.scale())),
+        displacement(static_cast<T>(a.displacement())),
+        taken(a.pending()) {}
 
   template <class M>
   LYAPCUDA_INLINE void operator()(const M& m, typename M::Sum*) const {
@@ -24,14 +27,16 @@ struct Recenter {
     const V q = m.read(taken ? static_cast<const T*>(a.q) : a.d);
     const V theta = m.read(Listed<0>{});
     if (!taken) m.write(a.q, q);
-    m.write_output(a.copies, theta + q * scale);
+    V moved = q * scale;
+    if constexpr (kMetric) moved = displaced(moved, m.read(a.metric), displacement);
+    m.write_output(a.copies, theta + moved);
     if (kHeavy && !taken) m.write(a.p, m.read(a.p_next));
   }
 
   template <class A>
   LYAPCUDA_INLINE bool aligned(const A& is) const {
     return is(a.q) && is(a.d) && is(a.copies) && is(Listed<0>{}) &&
-           (!kHeavy || (is(a.p) && is(a.p_next)));
+           (!kHeavy || (is(a.p) && is(a.p_next))) && (!kMetric || is(a.metric));
   }
 };
 
@@ -55,10 +60,14 @@ struct RecenterArguments : ElementwiseArguments {
   const T* d;
   T* p;
   const T* p_next;
+  const T* metric;
   const double* state;
 
   LYAPCUDA_HOST_DEVICE double scale() const {
     return state[state_offset(StateMatrix::transform, 1)];
+  }
+  LYAPCUDA_HOST_DEVICE double displacement() const {
+    return state[state_offset(StateVector::displacement, 1)];
   }
   LYAPCUDA_HOST_DEVICE bool pending() const {
     return state[state_offset(StateScalar::pending)] != 0.0;
@@ -71,6 +80,7 @@ struct PanelRecenterCall {
   Tensor q, copies, d, state;
   std::vector<Tensor> theta;
   std::vector<int64_t> offsets;
+  std::optional<Tensor> metric;
 };
 
 }  // namespace lyapcuda
@@ -89,7 +99,7 @@ namespace {
 
 void recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
                std::vector<int64_t> offsets, Tensor state, std::optional<Tensor> p,
-               std::optional<Tensor> p_next) {
+               std::optional<Tensor> p_next, std::optional<Tensor> metric) {
   const Device device = device_of(q, "q");
   check_panel(q, "q", kMaxK, device);
   check_same_panel(d, "d", q, "q", device);
@@ -106,6 +116,9 @@ void recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
     check_same_panel(*p_next, "p_next", q, "q", device);
     STD_TORCH_CHECK(!overlap(*p, *p_next), "p: shares memory with p_next");
   }
+  check_metric(metric, p, q, device);
+  STD_TORCH_CHECK(!metric || !overlap(q, *metric), "q: shares memory with metric");
+  STD_TORCH_CHECK(!metric || !overlap(copies, *metric), "copies: shares memory with metric");
   if (theta.empty()) return;
 
   const Launcher launcher(device, state);
@@ -113,21 +126,25 @@ void recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
     using T = std::remove_pointer_t<decltype(buffer)>;
     using P = std::remove_pointer_t<decltype(storage)>;
     if (k > 1) {
-      panel_recenter<T, P>(launcher, {q, copies, d, state, theta, offsets});
+      with_flags(metric.has_value(), [&](auto metrical) {
+        panel_recenter<T, P, decltype(metrical)::value>(
+            launcher, {q, copies, d, state, theta, offsets, metric});
+      });
       if (p) panel_recenter_momentum<T>(launcher, *p, *p_next, state);
       return;
     }
-    with_flags(p.has_value(), [&](auto heavy) {
-      constexpr bool kHeavy = decltype(heavy)::value;
+    with_one_flag(p.has_value(), metric.has_value(), [&](auto heavy, auto metrical) {
+      constexpr bool kHeavy = decltype(heavy)::value, kMetric = decltype(metrical)::value;
       const RecenterArguments<T, P, kHeavy> arguments{{},
                                                       written<T>(q),
                                                       written<P>(copies),
                                                       read<T>(d),
                                                       written<T>(p),
                                                       read<T>(p_next),
+                                                      read<T>(metric),
                                                       read<double>(state)};
       LYAPCUDA_ELEMENTWISE(launcher, "recenter_", lists_of<P>(theta, offsets, read<P>(theta)),
-                           arguments, nullptr, Recenter<T, P, kHeavy>);
+                           arguments, nullptr, Recenter<T, P, kHeavy, kMetric>);
     });
   });
 }
@@ -137,6 +154,6 @@ void recenter_(Tensor q, Tensor copies, Tensor d, std::vector<Tensor> theta,
 
 LYAPCUDA_OP(recenter_,
             "(Tensor(a!) q, Tensor(b!) copies, Tensor d, Tensor[] theta, int[] offsets, "
-            "Tensor state, *, Tensor(c!)? p=None, Tensor? p_next=None) -> ()")
+            "Tensor state, *, Tensor(c!)? p=None, Tensor? p_next=None, Tensor? metric=None) -> ()")
 
 #endif

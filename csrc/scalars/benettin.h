@@ -14,6 +14,7 @@ struct BenettinOptions {
   GrowthOptions step;
   bool realised;  // the Gram matrix has the displacement that rounding left, apart from the carried
   bool rotate;    // take the next separations along the Ritz vectors; false: plain Gram-Schmidt
+  const double* displaced;  // the Gram matrix of the rows S∘d_i, with a metric S; may be null
 };
 
 // ‖d‖²/‖q‖² below which d is rounding: the copies met.
@@ -68,6 +69,26 @@ LYAPCUDA_HOST_DEVICE inline bool orthonormalise(const Team& team, int k, const N
   solve_right(team, k, s.l, s.u);
   return !any_of(team, s.flags + 6, k * k,
                  [&](int e) { return !std::isfinite(s.u(e / k, e % k)); });
+}
+
+struct ScaledGram {  // gram/square
+  const double* data;
+  int k;
+  double square;
+  LYAPCUDA_HOST_DEVICE double operator()(int i, int j) const { return data[i * k + j] / square; }
+};
+
+// With a metric S: what takes the norm of every S∘q_j to Δq, for the next q_j = ±Δq·Σ_i d_i·u_ij of
+// orthonormalise.
+template <class Team>
+LYAPCUDA_HOST_DEVICE inline void take_displacements(const Team& team, const State& state,
+                                                    const BenettinScratch& s,
+                                                    const double* displaced) {
+  forms(team, state.k, ScaledGram{displaced, state.k, 1.0}, s.u, s.w, s.order);
+  for (int j = team.rank; j < state.k; j += team.size) {
+    const double found = 1.0 / std::sqrt(s.order[j]);
+    if (std::isfinite(found) && found > 0.0) state(StateVector::displacement, j) = found;
+  }
 }
 
 // β of the next step; one thread.
@@ -157,6 +178,9 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
       state(StateMatrix::transform, i, j) = mul(s.u(i, j), scale);
     }
   }
+  if (parted && options.displaced != nullptr) {
+    take_displacements(team, state, s, options.displaced);
+  }
   // With β = 0 nothing was stepped. What would have grown, had the rate been that of the next step,
   // follows from the same products.
   const bool first = beta == 0.0 && step.control && parted;
@@ -201,13 +225,6 @@ LYAPCUDA_HOST_DEVICE inline void benettin_step(const Team& team, double* values,
   state(StateScalar::accepted) = 1.0;
   state(StateScalar::steps) += 1.0;
 }
-
-struct ScaledGram {  // gram/square
-  const double* data;
-  int k;
-  double square;
-  LYAPCUDA_HOST_DEVICE double operator()(int i, int j) const { return data[i * k + j] / square; }
-};
 
 // The second pass: `sums` is the Gram matrix of D·transform, which the first left only roughly
 // orthonormal. The transform becomes what is still to be applied.

@@ -86,28 +86,33 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
     shared = tiles(buffer, rows) if rows else 0
     if name == "gram":
         threads, blocks = GRAM[rows]
-        loads = 2 if arguments[1] == "true" else 4
+        _, symmetric, weighted, _ = arguments
+        blocks -= weighted == "true" and rows == 32
+        loads = 3 if weighted == "true" else 2 if symmetric == "true" else 4
         return Design(blocks, shared, loads, 0, threads, products(rows))
     if name == "panel_ascent":
-        _, storage, realised, momentum, _ = arguments
-        loads = 1 + (momentum == "true")  # q, p
+        _, storage, realised, momentum, metric, _ = arguments
+        loads = 1 + (momentum == "true") + (metric == "true")  # q, p, S
         if storage == buffer:
             loads += 2 + (realised == "true")  # g1, g0, θ; 8 bytes of 16-bit storage
         large = rows > 64
         stores = 1 + (momentum == "true")
-        plain = buffer == "float" and realised == momentum == "false"
+        plain = buffer == "float" and realised == momentum == metric == "false"
         blocks = (3 if rows <= 16 else 1 if large else 2) + (rows <= 32 and plain)
         row = tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # of g0; of θ, where it is read
         shared += slots(rows) * (row + (row if realised == "true" else 16))
+        shared += slots(rows) * (tile_bytes(rows) if metric == "true" else 16)
         return Design(blocks, shared, 2 * loads, stores, 512 if large else 256, products(rows))
     if name in ("combine", "panel_recenter"):
         shared += rows * rows * SIZE[buffer] if rows <= 32 else 12288  # the matrix
     if name == "combine":
         return Design(4, shared, 2, 8)
     if name == "panel_recenter":
-        same = arguments[1] == buffer  # else copies and θ go by 8 bytes
-        theta = 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[arguments[1]]
-        return Design(4 if same else 3, shared + theta, 4, 8 if same else 4)
+        _, storage, metric, _ = arguments
+        same = storage == buffer  # else copies and θ go by 8 bytes
+        shared += 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # of θ
+        shared += 2 * (tile_bytes(rows) if metric == "true" else 16)
+        return Design(4 if same else 3, shared, 4 + 2 * (metric == "true"), 8 if same else 4)
     if name == "project":
         return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 2)
     return None
@@ -122,15 +127,15 @@ def design_of_elements(op: str, arguments: list[str]) -> Design:
     flat = SIZE[buffer] // SIZE[storage]
     flags = [flag == "true" for flag in arguments[2:]]
     if op == "Ascent":
-        realised, heavy = flags
+        realised, heavy, metric = flags
         rows = 2 + realised + heavy
         sums = rows * (rows + 1) // 2
-        loads = flat + 2 + realised + heavy * flat  # q, g0, g1, θ, p
+        loads = flat + 2 + realised + (heavy + metric) * flat  # q, g0, g1, θ, p, S
         blocks = 3 if realised and heavy else 4
         return Design(blocks, THREADS // 32 * sums * 8, loads, flat + heavy * flat)
     if op == "Recenter":
-        heavy = flags[0] * flat  # p, taken back
-        return Design(5, 0, flat + 1 + heavy, flat + 1 + heavy)  # q or d, θ
+        heavy, metric = (flag * flat for flag in flags)  # p, taken back; S
+        return Design(5, 0, flat + 1 + heavy + metric, flat + 1 + heavy)  # q or d, θ
     if op == "Descend":
         heavy = flat if arguments[2] != "0" else 0  # the momentum's buffer
         return Design(5, 0, 2 + heavy, 1 + heavy)

@@ -106,8 +106,8 @@ class Benettin:
     Ritz vectors at every step, which leaves their span alone: q_i then belongs to value i. The
     other estimates keep Benettin's own basis, whose exponents they are read from.
 
-    With a metric P the eigenvalues are those of P⁻¹H. Separations are then carried as z = P^(1/2)·q,
-    in whose coordinates the Hessian is S·H·S, S = P^(-1/2): all that follows from products of
+    With a metric P the eigenvalues are those of P⁻¹H. Separations are carried as z = P^(1/2)·q. In
+    these coordinates the Hessian is S·H·S, S = P^(-1/2), so all that follows from products of
     separations stays as it is. A copy lies at θ + displacement·S·z, Δq away from θ.
 
     Args:
@@ -190,10 +190,10 @@ class Benettin:
             generator = torch.Generator(part.group.device).manual_seed(seed + number)
             for j, row in enumerate(part.q):
                 part.group.randomise_(row, generator)
-                if part.scales is not None:  # random in θ's coordinates: z = q/S
+                if part.scales is not None:  # random in θ's coordinates: z = q/S, 0 where S is
                     row.mul_(part.scales != 0)
                     displaced[j] += squared_norm(row)
-                    torch.where(part.scales != 0, row / part.scales, 0.0, out=row)
+                    row.div_(part.scales).nan_to_num_(0.0, 0.0, 0.0)
                 squares[j] += squared_norm(row)
         total = torch.tensor([squares, displaced], dtype=torch.float64, device=self.layout.device)
         squares, displaced = self.layout.reduce(total).tolist()

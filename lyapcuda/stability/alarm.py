@@ -11,8 +11,8 @@ __all__ = ["EdgeAlarm"]
 class EdgeAlarm:
     """A step hook of a tracker: calls ``callback(tracker)`` when its edge rises above a value.
 
-    It is called again once the edge has been at or below the value in between. Reads one number back
-    at every measurement.
+    It is called again once the edge has been at or below the value in between. Reads one number
+    back at every measurement.
 
     Args:
         callback: takes the tracker.

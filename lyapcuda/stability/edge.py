@@ -38,10 +38,9 @@ class Edge:
         self.uniform = all(_is_same(pair, pairs[0]) for pair in pairs)
         on_host = all(_is_on_host(number) for pair in pairs for number in pair)
         where = torch.device("cpu") if on_host else device
+        sizes = [len(part.positions) for part in held]
         rates, thresholds = (
-            torch.cat(
-                [_vector(x, len(part.positions), where) for x, part in zip(numbers, held)]
-            )
+            torch.cat([_vector(x, size, where) for x, size in zip(numbers, sizes, strict=True)])
             for numbers in zip(*pairs, strict=True)
         )
         gains = rates / thresholds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,10 @@ class Held:
         """A tensor of every state: of DTensors this rank's part."""
         return [local(state[key]).detach() for state in self.states]
 
-    def that(self, keep: Sequence[bool]) -> Held:
-        """Those of the parameters that a flag each says to keep."""
-        rows = [
-            row for row, kept in zip(zip(self.positions, self.states, strict=True), keep) if kept
-        ]
-        return Held(self.group, [p for p, _ in rows], [s for _, s in rows])
+    def where(self, keep: Callable[[Mapping[str, Any]], bool]) -> Held:
+        """Those of the parameters whose state is one to keep."""
+        rows = [i for i, state in enumerate(self.states) if keep(state)]
+        return Held(self.group, [self.positions[i] for i in rows], [self.states[i] for i in rows])
 
 
 def held_by(optimizer: Any, parameters: Sequence[TrackedParameter]) -> Iterator[Held]:

@@ -15,7 +15,7 @@ from lyapcuda.params.wrapped_optimizers import unwrapped
 from lyapcuda.stability.edge import Edge
 from lyapcuda.stability.given import Given
 from lyapcuda.stability.held import Held, held_by, several
-from lyapcuda.stability.rules import Rule, known_rule, rule_of
+from lyapcuda.stability.rules import Rule, known_rule, one_each, rule_of
 
 __all__ = ["Metric", "Source"]
 
@@ -51,8 +51,8 @@ class Metric:
         >>> metric.refresh()
         >>> metric.buffers[0][:2]  # 1/√4 and 1/√0.25
         tensor([0.5000, 2.0000])
-        >>> metric.edge_of(torch.tensor(10.0))  # 0.1·10/2
-        tensor(0.5000)
+        >>> float(metric.edge_of(torch.tensor(10.0)))  # 0.1·10/2
+        0.5
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class Metric:
         self._optimizer = unwrapped(optimizer) if self._rule is not None else None
         if self._rule is not None:
             self._check(self._rule)
-        self._edge: Edge | None = None
         self._buffers: list[Tensor] = []
         self._views: list[Tensor] = []
+        if self.trivial:
+            self.refresh()  # SGD has a P from the start; whether it is trivial, its rates tell
 
     def _check(self, rule: Rule) -> None:
         """Raises ValueError where the optimizer's groups don't give one P."""
@@ -119,10 +120,15 @@ class Metric:
     def _started(self) -> list[Held]:
         """The optimizer's groups, with those of their parameters that have a P."""
         found = [
-            part.that([self._rule.started(state) for state in part.states])
-            for part in held_by(self._optimizer, self._parameters)
+            part.where(self._rule.started) for part in held_by(self._optimizer, self._parameters)
         ]
-        return [part for part in found if part.positions]
+        found = [part for part in found if part.positions]
+        if not found:
+            raise RuntimeError(
+                f"{self._argument}: {described(self._optimizer)} hasn't taken a step, so it has no "
+                "P yet"
+            )
+        return found
 
     @property
     def ready(self) -> bool:
@@ -137,7 +143,7 @@ class Metric:
     def trivial(self) -> bool:
         """Whether S is 1 everywhere, so that there are no buffers: SGD with one rate.
 
-        May become False at a `refresh`, when rates have come to differ, and stays that then.
+        A `refresh` that finds other rates in other groups makes it False for good.
         """
         return not self._buffers and self._given is None and self._rule.keyed is None
 
@@ -156,18 +162,13 @@ class Metric:
             RuntimeError: before the optimizer's first step.
             TypeError, ValueError: what a user gave as P is none.
         """
-        held = [] if self._rule is None else self._started()
-        if self._rule is not None and not held:
-            raise RuntimeError(
-                f"{self._argument}: {described(self._optimizer)} hasn't taken a step, so it has no "
-                "P yet"
-            )
-        edge = None
-        if self._rule is not None:
-            edge = self._edge = Edge(self._rule, held, self._layout.device)
-            if self.trivial and edge.uniform:
-                return
-        self._write(held, edge)
+        if self._rule is None:
+            self._write([], None)
+            return
+        held = self._started()
+        edge = Edge(self._rule, held, self._layout.device)
+        if not (self.trivial and edge.uniform):
+            self._write(held, edge)
 
     def _write(self, held: list[Held], edge: Edge | None) -> None:
         if not self._buffers:
@@ -184,14 +185,9 @@ class Metric:
         views = [self._views[i] for i in positions]
         torch._foreach_rsqrt_(views)
         if edge is not None and not edge.uniform:
-            roots = edge.factors.sqrt()
-            if roots.device.type == "cpu":
-                torch._foreach_mul_(views, roots.tolist())
-            else:
-                devices = zip(roots.unbind(), views, strict=True)
-                torch._foreach_mul_(views, [root.to(view.device) for root, view in devices])
-        idle = set(range(len(self._views))).difference(positions)
-        torch._foreach_zero_([self._views[i] for i in sorted(idle)])
+            torch._foreach_mul_(views, one_each(edge.factors.sqrt(), views))
+        for i in set(range(len(self._views))).difference(positions):
+            self._views[i].zero_()
 
     # --- the edge --------------------------------------------------------------------------------
 
@@ -203,29 +199,28 @@ class Metric:
     @property
     def reference_rate(self) -> Tensor:
         """The rate that `edge_of` multiplies with; 0-dim float64."""
-        return self._known_edge().rate
+        return self._present_edge().rate
 
     @property
     def reference_threshold(self) -> Tensor:
         """The threshold that `edge_of` divides by; 0-dim float64."""
-        return self._known_edge().threshold
+        return self._present_edge().threshold
 
     def edge_of(self, h: Tensor) -> Tensor:
-        """How near the edge of stability: rate·h/threshold at the latest `refresh`; 1 is the edge.
+        """How near the edge of stability: rate·h/threshold at the present rates; 1 is the edge.
 
         Args:
             h: the largest eigenvalue of S·H·S; of any shape.
 
         Raises:
-            RuntimeError: no optimizer with known rates and thresholds; no `refresh` yet.
+            RuntimeError: no optimizer with known rates and thresholds, or one before its first
+                step.
         """
-        return self._known_edge().of(h)
+        return self._present_edge().of(h)
 
-    def _known_edge(self) -> Edge:
-        if self._edge is None:
+    def _present_edge(self) -> Edge:
+        if self._rule is None:
             raise RuntimeError(
                 "there is no edge without an optimizer whose rates and thresholds are known"
-                if self._rule is None
-                else "call refresh() first: it reads rates and thresholds"
             )
-        return self._edge
+        return Edge(self._rule, self._started(), self._layout.device)

@@ -13,6 +13,7 @@ ROOT = Path(lyapcuda.__file__).parent
 LAYERS = [
     {"_C", "extension", "arguments", "files"},
     {"params"},
+    {"stability"},
     {"ops"},
     {"basis", "running_peak"},
     {"objective"},

@@ -81,20 +81,27 @@ class Segments:
         return [row[o : o + count].to(storage).view(shape) for o, count, shape in counted]
 
 
+def spread(a: Arguments, k: int, like: Tensor) -> Tensor:
+    """What separations are taken times for what is added to θ, with a metric."""
+    return a["metric"] * field(a, k, "displacement").to(like.dtype)[:, None]
+
+
 def ascent(a: Arguments, inputs: Inputs) -> Arguments:
     s, q = Segments(inputs), a["q"]
     k, storage = q.shape[0], a["g1"].dtype
     times = number(field(a, 1, "transform") if k == 1 else 1.0, q)
     carried = s.inside(q) * times
-    rows = [carried]
-    moved = carried
+    metric = a.get("metric")
+    moved = carried if metric is None else carried * spread(a, k, q)
     if a.get("theta") is not None:
         here = s.row(a["theta"])
-        moved = (here + carried).to(storage).to(q.dtype) - here
-        rows.append(moved)
+        moved = (here + moved).to(storage).to(q.dtype) - here
     gradient = s.inside(a["g1"]).to(q.dtype)
     y = (gradient - s.row(a["g0"])) + moved * number(a["weight_decay"], q)
-    rows.insert(1, y)
+    if metric is not None:
+        y = y * metric * (1.0 / field(a, k, "displacement").to(q.dtype))[:, None]
+        moved = torch.where(spread(a, k, q) == 0, 0.0, moved / spread(a, k, q))
+    rows = [carried, y] + ([] if a.get("theta") is None else [moved])
     out: Arguments = {}
     w = y
     if a.get("p") is not None:
@@ -117,6 +124,7 @@ def recenter(a: Arguments, inputs: Inputs) -> Arguments:
 
     q = following(a["q"], s.inside(a["d"]))
     away = q * number(transform, q) if k == 1 else q
+    away = away if a.get("metric") is None else away * spread(a, k, q)
     copies = (s.row(a["theta"]) + s.inside(away)).to(a["copies"].dtype)
     out = {"q": s.written(q), "copies": s.written(copies)}
     if a.get("p") is not None:
@@ -196,7 +204,8 @@ def shut(a: Arguments) -> bool:
 
 
 def gram(a: Arguments, inputs: Inputs) -> Arguments:
-    left = a["a"].double()
+    left = a["a"] if a["weights"] is None else a["a"] * a["weights"]
+    left = left.double()
     if shut(a):
         return {"result": torch.zeros(len(left), len(a["b"]), dtype=F64)}
     same = a["b"] is a["a"]

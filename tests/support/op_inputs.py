@@ -153,6 +153,19 @@ class Inputs:
         drawn = torch.randn(rows, columns, generator=self.generator, dtype=F64)
         return drawn.to(self.buffer).double()
 
+    def displacements(self, k: int) -> Tensor:
+        """Positive numbers that the buffers' dtype holds; where exact, powers of two."""
+        places = torch.arange(k, dtype=F64)
+        return (
+            2.0 ** (places % 3 - 1) if self.exact else (0.3 + 0.1 * places).to(self.buffer).double()
+        )
+
+    def metric(self) -> Tensor:
+        """The S of a diagonal metric, 0 in places; where exact, powers of two."""
+        out = self.panel(1)[0]
+        drawn = 2.0 ** (out % 3) if self.exact else out.abs() + 0.1
+        return out.copy_(torch.where(self.used & (out.abs() > self.number(6.5, 2.0)), 0.0, drawn))
+
     def number(self, exact: float, otherwise: float) -> float:
         return exact if self.exact else otherwise
 
@@ -166,6 +179,7 @@ class Inputs:
         known: dict[str, Any] = {"perturbation": 0.5, "beta": self.number(0.5, 0.213)}
         known |= {"transform": self.matrix(k, k), "pending": 1.0, "accepted": 1.0, "h_ema": h}
         known |= {"residual": self.number(0.0, 0.25), "steps": 5.0, "skipped": 2.0}
+        known |= {"displacement": self.displacements(k)}
         return ops.new_state("cpu", k, **{**known, **values})
 
 

@@ -229,18 +229,20 @@ def check_close(row, inputs, before, arguments, result, oracle) -> None:
 # --- what calls are drawn from -------------------------------------------------------------------
 
 
-def draw_ascent(i: Inputs, realised=False, heavy=False, sign=1, **state) -> Arguments:
+def draw_ascent(i: Inputs, realised=False, heavy=False, metric=False, sign=1, **state) -> Arguments:
     a = {"d": i.panel(), "q": i.panel(), "g0": i.listed(0.3)}
     a |= {"g1": i.panel(dtype=i.storage, span=0.3), "offsets": i.offsets}
     a |= {"state": i.state(**state), "sign": sign, "weight_decay": i.number(0.5, 0.0123)}
     a |= {"theta": i.listed()} if realised else {}
+    a |= {"metric": i.metric()} if metric else {}
     more = {"momentum": 0.5, "p": i.panel(), "p_next": i.panel()}
     return a | (more if heavy else {})
 
 
-def draw_recenter(i: Inputs, heavy=False, **state) -> Arguments:
+def draw_recenter(i: Inputs, heavy=False, metric=False, **state) -> Arguments:
     a = {"q": i.panel(), "copies": i.panel(dtype=i.storage), "d": i.panel()}
     a |= {"theta": i.listed(), "offsets": i.offsets, "state": i.state(**state)}
+    a |= {"metric": i.metric()} if metric else {}
     if heavy:
         a |= {"p": i.panel(), "p_next": i.panel()}
         if i.k > 1:  # whole rows are taken then: zeros stay zeros between the segments
@@ -293,10 +295,11 @@ def draw_difference(i: Inputs, decay=False) -> Arguments:
     return a | ({"weight_decay": i.number(0.5, 0.0371), "v": i.flat()} if decay else {})
 
 
-def draw_gram(i: Inputs, other=None, gate=None) -> Arguments:
+def draw_gram(i: Inputs, other=None, gate=None, weighted=False) -> Arguments:
     a = i.panel()
     b = a if other is None else i.panel(other)
-    return {"a": a, "b": b, "gate": None if gate is None else number(gate)}
+    weights = i.flat() if weighted else None
+    return {"a": a, "b": b, "gate": None if gate is None else number(gate), "weights": weights}
 
 
 def draw_combine(i: Inputs, columns=None, gate=None) -> Arguments:
@@ -310,7 +313,9 @@ def draw_project(i: Inputs) -> Arguments:
     return {"w": i.flat(), "v": rows, "coefficients": i.matrix(i.k, 1)[:, 0].contiguous()}
 
 
-def draw_benettin(i: Inputs, realised=False, momentum=0.0, refined=0.0, **options) -> Arguments:
+def draw_benettin(
+    i: Inputs, realised=False, momentum=0.0, refined=0.0, metric=False, **options
+) -> Arguments:
     blocks = 2 + realised + (momentum > 0)
     rows = torch.randn(blocks * i.k, 3 * blocks * i.k, generator=i.generator, dtype=F64)
     rows[: i.k] += 4 * torch.eye(*rows[: i.k].shape)
@@ -322,6 +327,9 @@ def draw_benettin(i: Inputs, realised=False, momentum=0.0, refined=0.0, **option
         "k": i.k,
     }
     a |= {"losses": torch.tensor([0.3, 0.4], dtype=F64), "realised": realised}
+    if metric:
+        weighted = torch.rand(rows.shape[1], generator=i.generator, dtype=F64) * rows[-i.k :]
+        a |= {"displaced": weighted @ weighted.T}
     return a | {"momentum": momentum, **options}
 
 
@@ -397,6 +405,8 @@ ROWS = [
             "realised": {"realised": True},
             "heavy": {"heavy": True},
             "realised, heavy": {"realised": True, "heavy": True, "sign": -1},
+            "metric": {"metric": True},
+            "realised, metric": {"realised": True, "metric": True},
         },
         gives=("d", "p_next", "result"),
         arithmetic=arithmetic.ascent,
@@ -412,6 +422,8 @@ ROWS = [
             "not pending": {"pending": 0.0},
             "pending, heavy": {"heavy": True},
             "not pending, heavy": {"heavy": True, "pending": 0.0},
+            "pending, metric": {"metric": True},
+            "not pending, metric": {"metric": True, "pending": 0.0},
         },
         gives=("q", "copies", "p"),
         arithmetic=arithmetic.recenter,
@@ -482,6 +494,7 @@ ROWS = [
             **{f"with {rows} rows": {"other": rows} for rows in (1, 2, 5, 96)},
             "gate open": {"gate": 0.5},
             "gate shut": {"gate": 0.0, "other": 3},
+            "weights": {"weighted": True, "gate": 1.0},
         },
         gives=("result",),
         arithmetic=arithmetic.gram,
@@ -528,6 +541,7 @@ ROWS = [
             "outer": {"estimate": 5, "sign": -1, "momentum": 0.5},
             "realised": {"realised": True, "rotate": False},
             "realised, heavy": {"realised": True, "momentum": 0.5},
+            "metric": {"metric": True},
         },
         gives=("state",),
         counts=tuple(COUNTS),

@@ -66,9 +66,7 @@ class Problem:
         )
         flat = torch.cat([g.reshape(-1) for g in grads])
         rows = [
-            torch.cat(
-                [r.reshape(-1) for r in torch.autograd.grad(e, ps, retain_graph=True)]
-            )
+            torch.cat([r.reshape(-1) for r in torch.autograd.grad(e, ps, retain_graph=True)])
             for e in flat
         ]
         hessian = torch.stack(rows)
@@ -97,12 +95,12 @@ def test_values_are_those_of_the_dense_matrix(name, mode):
                 k,
                 optimizer=problem.optimizer,
                 mode=mode,
-                tol=1e-3 if dtype == torch.float64 else 1e-2,
+                tol=1e-4 if dtype == torch.float64 else 1e-2,
                 iterations=4,
                 estimate="rayleigh",
                 debug=False,
             )
-            for _ in range(60):
+            for _ in range(40):
                 tracker.step(problem.loss)
             assert torch.allclose(tracker.h.reshape(-1), exact[:k], rtol=within), (k, dtype)
 
@@ -261,12 +259,11 @@ def test_rates_stay_below_the_cap_over_a_schedule():
     cap = RateCap(optimizer, tracker, c=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, gamma=0.1)
     used = []
-    optimizer.register_step_post_hook(lambda o, *_: None)
     for _ in range(40):
         train(theta, optimizer, tracker, 1)
         used.append(optimizer.param_groups[0]["lr"] * float(cap.factor))
         schedule.step()
-    assert abs(used[19] - 0.225) < 1e-4 and abs(used[-1] - 0.1) < 1e-6
+    assert abs(used[19] - 0.225) < 1e-3 and abs(used[-1] - 0.1) < 1e-6
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.01)
     assert theta.abs().max() < 1e-3
     cap.remove()
