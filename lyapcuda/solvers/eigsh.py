@@ -197,7 +197,11 @@ def _result(outcome: EigenOutcome, run: EigenRun) -> EigenResult:
     vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
     operator.release()
     for i, vector in enumerate(vectors):
+        operator.products.scale_(solution.vectors.row(i))
         layout.gather(solution.vectors.row(i), out=vector)
+        if operator.products.is_scaled:
+            norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
+            vector.div_(torch.where(norm > 0, norm, 1.0))
         solution.vectors[i : i + 1].release()
 
     def tensor(values: Any) -> Tensor:
