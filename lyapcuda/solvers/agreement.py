@@ -176,16 +176,17 @@ def both_sides(
         u, hu: one row each, and Hu; the curvature where Hu is that times u, None for the mean of
             both sides.
         norm: ‖u‖, 0-dim float64; not 0.
-        size: Δq, at which the differences are taken.
+        size: Δq of θ, at which the differences are taken.
         residual: by how much what stands for Hu is known to be off.
         least: what norms are relative to where ‖Hu‖ is smaller: a lower bound of ‖H‖·‖u‖.
 
     Raises:
         FloatingPointError: a gradient isn't finite.
     """
-    layout, step = products.layout, size / norm
+    layout, moved = products.layout, products.length_of(u.row(0), norm)
+    step = size / moved
     gradient = products.gradient()
-    slope = _dot(gradient, u.row(0), layout.device)
+    slope = _dot(gradient, products.scaled(u.row(0)), layout.device)
     plus, minus = Basis.empty(layout, 1), Basis.empty(layout, 1)
     above = products.difference(u.row(0), plus.row(0), step, 1.0, False).double()
     below = products.difference(u.row(0), minus.row(0), -step, 1.0, False).double()
@@ -194,8 +195,8 @@ def both_sides(
         pairs += [(hu, hu), (hu, plus), (hu, minus), (hu, u)]
     losses = [x.reshape(()).to(layout.device) for x in (above, below, products.loss.double())]
     grams = [a.gram(b)[0, 0] for a, b in pairs]
-    host = on_host(torch.stack([slope, norm, *losses, *grams])).tolist()
-    slope, length, above, below, loss, pp, mm, pm, up, um, *exact = host
+    host = on_host(torch.stack([slope, norm, moved, *losses, *grams])).tolist()
+    slope, length, moved, above, below, loss, pp, mm, pm, up, um, *exact = host
     mean, middle = (pp + mm + 2.0 * pm) / 4.0, (up + um) / 2.0
     if isinstance(hu, float):
         exact = [hu * hu * length**2, hu * up, hu * um, hu * length**2]
@@ -203,9 +204,9 @@ def both_sides(
     scale = max(math.sqrt(max(hh, 0.0)), least) or math.sqrt(max(pp, mm)) or 1.0
     spread = math.sqrt(max(pp + mm - 2.0 * pm, 0.0)) / 2.0
     offset = math.sqrt(max(mean - hp - hm + hh, 0.0))
-    noise = products.rounding / size * length
+    noise = products.rounding / size * moved
     # L(θ + Δu) − L(θ − Δu): twice the slope but for third derivatives, kinks and rounding.
-    move = size / length
+    move = size / moved
     expected, seen = 2.0 * move * slope, above - below
     own = is_own(seen, expected, move**2 * abs(up - um), products.epsilon * abs(loss))
     along = (up / length**2, um / length**2)
@@ -233,12 +234,14 @@ def one_side(
     """
     layout, plus = products.layout, Basis.empty(products.layout, 1)
     products.gradient()
-    step = torch.full((), size, dtype=torch.float64, device=layout.device)
-    products.difference(u.row(0), plus.row(0), step, 1.0, False)
-    up, pp = on_host(torch.stack([u.gram(plus)[0, 0], plus.gram(plus)[0, 0]])).tolist()
+    one = torch.ones((), dtype=torch.float64, device=layout.device)
+    moved = products.length_of(u.row(0), one)
+    products.difference(u.row(0), plus.row(0), size / moved, 1.0, False)
+    sums = torch.stack([moved, u.gram(plus)[0, 0], plus.gram(plus)[0, 0]])
+    moved, up, pp = on_host(sums).tolist()
     scale = max(abs(value), least) or math.sqrt(pp) or 1.0
     offset = math.sqrt(max(pp - 2.0 * value * up + value**2, 0.0)) / scale
-    noise, bias = products.rounding / size / scale, abs(up - value) / scale
+    noise, bias = products.rounding / size * moved / scale, abs(up - value) / scale
     return Agreement(offset, offset, noise, (up, up), bias, True, size, residual / scale)
 
 

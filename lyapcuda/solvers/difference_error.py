@@ -83,7 +83,8 @@ def truncation_along(
         curvature, spread = seen(2.0 * step)
         error = abs(curvature - value) / (3.0 * abs(value))
         length = step / math.sqrt(6.0 * error) if error else math.inf
-        noise = operator.products.rounding / (step * abs(value))
+        moved = float(operator.products.length_of(u.row(0), one))
+        noise = operator.products.rounding * moved / (step * abs(value))
         jump = is_rough(spread, noise, tol) and seen(step / 2.0)[1] > BEND * spread
         return TruncationError(max(error, spread) if jump else error, length, jump)
     found = operator.compared(u, None, one, size=step)

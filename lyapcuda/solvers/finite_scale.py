@@ -76,7 +76,8 @@ def finite_scale(
     table = []
     for size in sizes:
         products = [
-            (u.double(), operator.matvec(u, perturbation=float(size)).double()) for u in rows
+            (u.double(), operator.matvec(u, perturbation=float(size)).double())
+            for u in map(operator.coordinates, rows)
         ]
         table.append(torch.stack([(u @ y) / (u @ u) for u, y in products]))
     return FiniteScale(

@@ -36,7 +36,8 @@ def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
     else:
         rows = list(v0.detach().reshape(-1, n))
     starts = Basis.empty(layout, len(rows))
-    for i, row in enumerate(rows):
+    for i, vector in enumerate(rows):
+        row = operator.coordinates(vector)
         norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
         if not 0 < norm < math.inf:
             raise ValueError(f"v0: its norm is {norm}, expected a finite vector other than 0")

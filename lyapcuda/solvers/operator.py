@@ -43,6 +43,7 @@ from lyapcuda.solvers.agreement import (
     unbelieved,
 )
 from lyapcuda.solvers.products import Products
+from lyapcuda.stability.metric import Metric, Source
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
 
@@ -104,12 +105,18 @@ class HessianOperator:
         weight_decay: for parameters whose group names none.
         model: the modules whose buffers are put back. Without it: every module that holds one of
             the parameters, with its children.
+        preconditioner: P, diagonal: the operator is P^(-1/2)·H·P^(-1/2), whose eigenvalues are
+            those of P⁻¹H, which an adaptive optimizer meets. An optimizer (SGD, Adam, AdamW, NAdam,
+            RMSprop, Adagrad) after its first step, whose groups' rates and thresholds are taken
+            in where they differ; a function of a parameter that returns its P; or a sequence of
+            such tensors, in the order of ``params``. It is read once, here. None for H itself.
         debug: evaluate g(θ) before every product, and raise a RuntimeError where it isn't what it
             was: the closure is another function then.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
         NotImplementedError: DTensor parameters.
+        RuntimeError: a ``preconditioner`` that hasn't taken a step.
 
     Example:
         >>> p = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
@@ -133,6 +140,7 @@ class HessianOperator:
         select: str | Sequence[str] | None = None,
         weight_decay: float = 0.0,
         model: nn.Module | Iterable[nn.Module] | None = None,
+        preconditioner: Source | None = None,
         debug: bool = False,
     ) -> None:
         if not callable(closure):
@@ -172,7 +180,14 @@ class HessianOperator:
         if batches is not None and batches.count is not None:
             weights.check_count(batches.count)
         self.objective = FixedObjective(evaluator, closure, batches, weights)
-        self.products = Products(self.layout, self.objective, debug)
+        #: What `preconditioner` was made of: ``metric.edge_of(eigenvalues)`` tells how near the
+        #: edge of stability they are. None without one.
+        self.metric: Metric | None = None
+        if preconditioner is not None:
+            self.metric = Metric(self.layout, preconditioner, without="preconditioner=None")
+            self.metric.refresh()
+        scale = self.metric.buffers if self.metric is not None else None
+        self.products = Products(self.layout, self.objective, debug, scale or None)
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
         if mode == "auto" and (difference is not None or perturbation is not None):
             self.settle("difference", "a difference was asked for")
@@ -280,7 +295,7 @@ class HessianOperator:
             raise ValueError(
                 f"v: expected a real tensor of shape {self.shape[:1]}, got {described(v)}"
             )
-        vectors, out = self._scattered(v), self._new_buffers()
+        vectors, out = self.scattered(v), self._new_buffers()
         square = sum(
             ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
         )
@@ -305,7 +320,8 @@ class HessianOperator:
     def _new_buffers(self) -> list[Tensor]:
         return [group.new_buffer() for group in self.layout.groups]
 
-    def _scattered(self, v: Tensor) -> list[Tensor]:
+    def scattered(self, v: Tensor) -> list[Tensor]:
+        """A vector as one flat buffer a group."""
         buffers = self._new_buffers()
         self.layout.scatter(v.detach(), buffers)
         return buffers
@@ -318,7 +334,7 @@ class HessianOperator:
         rest = columns[len(found) :]
         if self.debug and rest:
             self.products.check_unchanged()
-        vectors = [self._scattered(v) for v in rest]
+        vectors = [self.scattered(v) for v in rest]
         products = [self._new_buffers() for _ in rest]
         if rest:
             self.products.exact(vectors, products, 1.0)
@@ -342,6 +358,16 @@ class HessianOperator:
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, dtype=dtype)
+
+    def coordinates(self, displacement: Tensor) -> Tensor:
+        """P^(1/2)·x of a displacement x of the parameters: the vector z of this operator that
+        stands for it. x itself without a `preconditioner`.
+        """
+        if not self.products.is_scaled:
+            return displacement
+        buffers = self.scattered(displacement)
+        self.products.unscale_(buffers)
+        return self.layout.gather(buffers)
 
     # --- over flat buffers -----------------------------------------------------------------------
 
@@ -380,6 +406,7 @@ class HessianOperator:
             return self.products.exact([vectors], [out], length)
         self.look()
         norm = torch.full_like(self._unit, length) if norm is None else norm
+        norm = self.products.length_of(vectors, norm)
         size = self.perturbation if perturbation is None else perturbation
         step = torch.where(norm > 0, size / norm, 0.0)
         return self.products.difference(vectors, out, step, length, self.difference == "central")
@@ -461,8 +488,8 @@ class HessianOperator:
         """
         products, size = self.products, self.usual_perturbation
         products.gradient()
-        seen, expected = products.losses_along_gradient(size)
-        return is_own(seen, expected, size**2 * scale, self.epsilon * abs(float(products.loss)))
+        seen, expected, moved = products.losses_along_gradient(size)
+        return is_own(seen, expected, moved**2 * scale, self.epsilon * abs(float(products.loss)))
 
     def _symmetric(self, u: Basis, hu: Basis) -> bool:
         """Whether exact products of u and of a random vector are those of a symmetric matrix."""
@@ -506,8 +533,7 @@ class HessianOperator:
             share: of the usual Δq.
         """
         u = Basis.empty(self.layout, 1)
-        for row, part in zip(u.row(0), self.products.gradient(), strict=True):
-            row.copy_(part)
+        self.products.start(u.row(0), exact=False)
         norm = u.gram(u)[0, 0].sqrt()
         norm = torch.where(norm > 0, norm, 1.0)
         size = share * self.usual_perturbation

@@ -79,7 +79,8 @@ def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductEr
         back = operator.matvec(v.to(operator.dtype), perturbation=-operator.perturbation).double()
         along = max(abs(float(v @ (y - hv))) for y in (other, back)) * _REST
         across = max(float((y - hv).norm()) for y in (other, back))
-        noise = operator.products.rounding * float(v.norm()) / operator.perturbation
+        moved = float(operator.products.length_of(operator.scattered(v), v.norm()))
+        noise = operator.products.rounding * moved / operator.perturbation
         jumps = across > 0.0 and is_rough(across / size, noise / size)
         doubts = [jumping(operator.epsilon)] if jumps else []
     if operator.changed is not None:

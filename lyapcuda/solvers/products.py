@@ -56,8 +56,13 @@ class _GroupBuffers:
 class Products:
     """Products with the Hessian of one objective, and what has been seen of its loss so far.
 
+    With a ``scale`` S these are products with S·H·S: the Hessian by z, where θ + S·z is where the
+    loss is taken. Vectors are displacements of z then.
+
     Args:
         layout, objective: the parameters, and the loss as one fixed function of them.
+        debug: that it isn't is a RuntimeError.
+        scale: S, a flat buffer a group; None where it is 1.
 
     Attributes:
         gradient_evaluations: so far; an exact product counts as two.
@@ -70,11 +75,17 @@ class Products:
         loss: at θ, 0-dim; None before g(θ).
         extent: of the parameters that get a gradient; None before g(θ).
         changed: how two evaluations at one θ differed, in words; None where they didn't.
-        debug: that is a RuntimeError.
     """
 
-    def __init__(self, layout: FlatLayout, objective: FixedObjective, debug: bool = False) -> None:
+    def __init__(
+        self,
+        layout: FlatLayout,
+        objective: FixedObjective,
+        debug: bool = False,
+        scale: Buffers | None = None,
+    ) -> None:
         self.layout, self.objective, self.debug = layout, objective, debug
+        self._scale = scale
         self.gradient_evaluations = 0
         self.epsilon = layout.epsilon()
         self.kinks_named: bool | None = None
@@ -91,6 +102,8 @@ class Products:
         self._holds_gradient = False
         #: Of the first evaluation at the present θ, and the parameters' versions then.
         self._first: Fingerprint | None = None
+        #: ‖S·g‖² there.
+        self._square: Tensor | None = None
         self._versions: list[int] | None = None
         self._seen_twice = False
         self._unit = torch.tensor([1.0, 0.0], dtype=torch.float64, device=layout.device)
@@ -129,10 +142,11 @@ class Products:
                 self._holds_gradient = True
 
     def start(self, out: Buffers, exact: bool) -> None:
-        """Writes g(θ) to flat buffers; for exact products, out of the graph that they need."""
+        """Writes S·g(θ) to flat buffers; for exact products, out of the graph that they need."""
         if not exact or not self.objective.is_one_batch:
             for buffer, part in zip(out, self.gradient(), strict=True):
                 buffer.copy_(part)
+            self.scale_(out)
             return
         self._follow()
         views = self.layout.views(out)
@@ -143,6 +157,7 @@ class Products:
 
         loss = self.objective.graph_gradient(take, closure=self._watched)
         self._compare(views, loss)
+        self.scale_(out)
 
     def check_unchanged(self) -> None:
         """Evaluates g(θ) once more; RuntimeError where it isn't what it was (``debug=True``)."""
@@ -183,6 +198,7 @@ class Products:
         now = Fingerprint.of(loss, filled)
         if self._first is None:
             self._first, self.loss = now, loss
+            self._square = now.square if self._scale is None else self._scaled_square(filled)
             theta = [p.detach() for p in self.objective.evaluator.parameters]
             self.extent = Extent.of(
                 self.layout, *map(float, active_sums(theta, filled, self.layout.device))
@@ -199,6 +215,15 @@ class Products:
         """With zeros where a parameter gets no gradient."""
         pairs = zip(gradients, self.objective.evaluator.parameters, strict=True)
         return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+    def _scaled_square(self, gradients: Sequence[Tensor]) -> Tensor:
+        """‖S·g‖², 0-dim float64."""
+        pairs = zip(self.layout.views(self._scale), gradients, strict=True)
+        device = self.layout.device
+        return sum(
+            torch.linalg.vector_norm(s * g, dtype=torch.float64).square().to(device)
+            for s, g in pairs
+        )
 
     def _watched(self, *batch: Any) -> Tensor | float:
         loss = self.objective.closure(*batch)
@@ -220,27 +245,71 @@ class Products:
 
     @property
     def rounding(self) -> float:
-        """About the norm of a gradient's rounding errors. Waits for the device."""
-        return 0.0 if self._first is None else self.epsilon * math.sqrt(float(self._first.square))
+        """About the norm of the rounding errors of S·g(θ). Waits for the device."""
+        return 0.0 if self._first is None else self.epsilon * math.sqrt(float(self._square))
 
-    def losses_along_gradient(self, size: float) -> tuple[float, float]:
-        """What the loss changes by from θ − Δ to θ + Δ along g(θ), and what the gradient says it
-        does: 2Δ·‖g‖. For two forward passes; g(θ) has to be there.
+    def losses_along_gradient(self, size: float) -> tuple[float, float, float]:
+        """What the loss changes by from θ − Δ to θ + Δ along z = S·g(θ), and what the gradient
+        says it does: twice the displacement of z times ‖S·g‖. For two forward passes; g(θ) has to
+        be there.
 
         Args:
-            size: Δ.
+            size: the norm of Δ.
+
+        Returns:
+            Both, and the norm of the displacement of z.
         """
-        norm = math.sqrt(float(self._first.square))
+        norm = math.sqrt(float(self._square))
         if norm == 0.0:
-            return 0.0, 0.0
-        direction = [part.minus.to(part.group.buffer_dtype) for part in self._buffers]
+            return 0.0, 0.0, 0.0
+        along = self.scaled([part.minus.to(part.group.buffer_dtype) for part in self._buffers])
+        length = float(self.length_of(along, torch.full_like(self._unit[0], norm)))
+        direction = self.scaled(along)
         copies = [part.group.new_buffer(part.group.dtype) for part in self._buffers]
         losses = []
         for side in (size, -size):
-            step = torch.full((), side / norm, dtype=torch.float64, device=self.layout.device)
+            step = torch.full((), side / length, dtype=torch.float64, device=self.layout.device)
             self._displace(copies, direction, step)
             losses.append(float(self.objective.loss_at(self.layout.views(copies))))
-        return losses[0] - losses[1], 2.0 * size * norm
+        moved = size * (norm / length)
+        return losses[0] - losses[1], 2.0 * moved * norm, moved
+
+    # --- the scale -------------------------------------------------------------------------------
+
+    def scaled(self, vectors: Buffers) -> Buffers:
+        """S·v; v itself where S is 1."""
+        if self._scale is None:
+            return vectors
+        return [s * v for s, v in zip(self._scale, vectors, strict=True)]
+
+    def scale_(self, vectors: Buffers) -> None:
+        """v ← S·v."""
+        if self._scale is not None:
+            for s, v in zip(self._scale, vectors, strict=True):
+                v.mul_(s)
+
+    def unscale_(self, vectors: Buffers) -> None:
+        """v ← v/S; 0 where S is."""
+        if self._scale is not None:
+            for s, v in zip(self._scale, vectors, strict=True):
+                v.div_(s).masked_fill_(s == 0, 0.0)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether S is anything but 1."""
+        return self._scale is not None
+
+    def length_of(self, vectors: Buffers, norm: Tensor) -> Tensor:
+        """‖S·v‖: how far θ moves where z moves by v; 0-dim float64.
+
+        Args:
+            vectors: v.
+            norm: ‖v‖, which it is where S is 1.
+        """
+        if self._scale is None:
+            return norm
+        pieces = (ops.gram(w[None], w[None])[0, 0] for w in self.scaled(vectors))
+        return sum(piece.to(self.layout.device) for piece in pieces).sqrt()
 
     # --- products --------------------------------------------------------------------------------
 
@@ -251,14 +320,14 @@ class Products:
 
         Args:
             vectors, out: v and where the product goes; not the same memory.
-            step: θ + step·v (central: and θ − step·v) is where gradients are evaluated; 0-dim
+            step: θ + step·S·v (central: and θ − step·S·v) is where gradients are evaluated; 0-dim
                 float64.
             length: ‖v‖, or 1 to divide by nothing.
 
         Returns:
             The loss at the last evaluation, 0-dim.
         """
-        objective = self.objective
+        objective, vectors = self.objective, self.scaled(vectors)
         if central:
             self.look()
             self._make_buffers()
@@ -307,6 +376,7 @@ class Products:
         losses = objective.gradients_at(points)
         if objective.batches is not None:
             divided(plus, minus)
+        self.scale_(out)
         self.gradient_evaluations += len(points)
         return losses[-1]
 
@@ -333,6 +403,7 @@ class Products:
             DoubleBackwardError: something in the loss has no second derivative in torch.
         """
         parameters = self.objective.evaluator.parameters
+        vectors = [self.scaled(v) for v in vectors]
         pieces = [
             [view.to(p.dtype) for view, p in zip(self.layout.views(v), parameters, strict=True)]
             for v in vectors
@@ -346,4 +417,5 @@ class Products:
                     product.add_(factor, alpha=group.weight_decay)
                 if length != 1.0:
                     product.mul_(1.0 / length)
+            self.scale_(y)
         return loss
