@@ -88,7 +88,7 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         threads, blocks = GRAM[rows]
         _, symmetric, weighted, _ = arguments
         blocks -= weighted == "true" and rows == 32
-        loads = 3 if weighted == "true" else 2 if symmetric == "true" else 4
+        loads = (2 if symmetric == "true" else 4) + (weighted == "true")
         return Design(blocks, shared, loads, 0, threads, products(rows))
     if name == "panel_ascent":
         _, storage, realised, momentum, metric, _ = arguments
