@@ -48,7 +48,7 @@ def test_there_is_no_p_before_the_first_step(make):
     assert not metric.trivial
     with pytest.raises(RuntimeError, match=f"<{make.__name__}> hasn't taken a step"):
         metric.refresh()
-    with pytest.raises(RuntimeError, match="refresh"):
+    with pytest.raises(RuntimeError, match="taken a step"):
         metric.edge_of(torch.tensor(1.0))
     step(optimizer, params)
     assert metric.ready
