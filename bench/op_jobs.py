@@ -70,6 +70,7 @@ class Data:
         self.theta = [flat["theta"][a:b].clone() for a, b in spans]
         self.g0 = [flat["g0"][a:b].mul_(TINY).clone() for a, b in spans]
         self.one = torch.empty(n, device=self.device).normal_(std=SIZE / n**0.5)
+        self.metric = torch.empty(n, device=self.device).uniform_(0.5, 1.0)
         # A rotation: repeated in place, panels keep their size.
         turn = torch.ones(1, 1, dtype=torch.float64)
         if k > 1:
@@ -160,11 +161,13 @@ def by_tiles(data: Data, rows: int, make: Callable[[int | None], Call]):
 # --- a step --------------------------------------------------------------------------------------
 
 
-def ascent(data: Data, momentum: bool = False) -> Job:
+def ascent(data: Data, momentum: bool = False, metric: bool = False) -> Job:
+    """At most one of momentum and a metric, whose displacements are 1."""
     k, beta, m = data.k, 0.5, 0.9 if momentum else 0.0
     p = data.new(k, data.n) if momentum else None
     p_next = data.new(k, data.n) if momentum else None
-    heavy = {"momentum": m, "p": p, "p_next": p_next} if momentum else {}
+    more = {"momentum": m, "p": p, "p_next": p_next} if momentum else {}
+    more |= {"metric": data.metric} if metric else {}
 
     def make(tile: int | None, wide: bool, dots: bool = False) -> Call:
         blocks = 3 if momentum else 2
@@ -174,12 +177,15 @@ def ascent(data: Data, momentum: bool = False) -> Job:
         else:
             views = data.cut(tile, data.q, data.y, stack, data.g1, data.g0, data.d)
         beside = data.cut(tile, p, p_next) if momentum else [()] * len(views)
+        metrics = data.cut(tile, data.metric)
         sums = Sums(data, blocks * k, blocks * k, tile, wide)
 
         def call() -> Tensor:
             sums.zero()
-            for (q, y, rows, g1, g0, d), extra in zip(views, beside, strict=True):
+            for (q, y, rows, g1, g0, d), extra, (s,) in zip(views, beside, metrics, strict=True):
                 torch.sub(g1, g0, out=y)
+                if metric:
+                    y.mul_(s)
                 if extra:
                     torch.add(y, extra[0], alpha=m, out=extra[1])
                     torch.add(q, extra[1], alpha=beta, out=d)
@@ -194,47 +200,54 @@ def ascent(data: Data, momentum: bool = False) -> Job:
         return call
 
     rivals = by_sums(data, 4 * k, make)
-    if k == 1 and not momentum:
+    if k == 1 and not momentum and not metric:
         for wide, kind in ((False, "float32"), (True, "float64")):
             for name, tile in data.tiles(4).items():
                 if not wide or tile or data.n <= 10**6:
                     rivals[kind][f"{name}, dot"] = make(tile, wide, dots=True)
     call = (data.d, data.q, data.g0, data.g1, data.offsets, data.state)
     return Job(
-        "ascent_, momentum" if momentum else "ascent_",
+        "ascent_" + ", momentum" * momentum + ", metric" * metric,
         k,
-        (12.0 * k + 4 + 8.0 * k * momentum) * data.n,
-        lambda: ops.ascent_(*call, **heavy),
+        (12.0 * k + 4 + 8.0 * k * momentum + 4.0 * metric) * data.n,
+        lambda: ops.ascent_(*call, **more),
         rivals,
         k * (2 * k + 1) * data.n,
     )
 
 
-def recenter(data: Data) -> Job:
+def recenter(data: Data, metric: bool = False) -> Job:
     k = data.k
 
     def make(tile: int | None) -> Call:
-        views = data.cut(tile, data.q, data.d, data.theta)
+        views = data.cut(tile, data.q, data.d, data.theta, data.metric)
         transposed, scale = data.small.t(), float(data.small[0, 0])
 
         def one() -> None:
-            for q, d, theta in views:
-                torch.add(theta, q[0], alpha=scale, out=d[0])
+            for q, d, theta, s in views:
+                if metric:
+                    torch.addcmul(theta, q[0], s, value=scale, out=d[0])
+                else:
+                    torch.add(theta, q[0], alpha=scale, out=d[0])
 
         def several() -> None:
-            for q, d, theta in views:
+            for q, d, theta, s in views:
                 torch.mm(transposed, d, out=q)
-                torch.add(theta, q, out=d)
+                if metric:
+                    torch.addcmul(theta, q, s, out=d)
+                else:
+                    torch.add(theta, q, out=d)
 
         return one if k == 1 else several
 
     call = (data.q, data.d, data.d, data.theta, data.offsets, data.state)
-    size = 12.0 if k == 1 else 12.0 * k + 4
+    size = (12.0 if k == 1 else 12.0 * k + 4) + 4 * metric
+    more = {"metric": data.metric} if metric else {}
     return Job(
-        "recenter_",
+        "recenter_" + ", metric" * metric,
         k,
         size * data.n,
-        lambda: ops.recenter_(*call),
+        lambda: ops.recenter_(*call, **more),
         by_tiles(data, 2 * k, make),
     )
 
@@ -423,33 +436,37 @@ def difference(data: Data, weight_decay: float = 0.0) -> Job:
 # --- panels as matrices --------------------------------------------------------------------------
 
 
-def gram(data: Data, symmetric: bool) -> Job:
+def gram(data: Data, symmetric: bool, weighted: bool = False) -> Job:
+    """``weighted``: of a symmetric one."""
     k = data.k
     b = data.q if symmetric else data.d
+    weights = data.metric if weighted else None
 
     def make(tile: int | None, wide: bool) -> Call:
-        views = data.cut(tile, data.q, b)
+        views = data.cut(tile, data.q, b, data.metric, data.y)
         sums = Sums(data, k, k, tile, wide)
 
         def call() -> Tensor:
             sums.zero()
-            for a, b in views:
-                if symmetric:
+            for a, b, s, aside in views:
+                if weighted:
+                    sums.gram(torch.mul(a, s, out=aside))
+                elif symmetric:
                     sums.gram(a)
                 else:
                     sums.products(a, b)
             return sums.total
 
         def dot() -> Tensor:
-            return torch.dot(*(x[0] for x in views[0]))
+            return torch.dot(*(x[0] for x in views[0][:2]))
 
-        return dot if k == 1 and len(views) == 1 and not wide else call
+        return dot if k == 1 and len(views) == 1 and not wide and not weighted else call
 
     return Job(
-        "gram, symmetric" if symmetric else "gram",
+        "gram" + ", symmetric" * symmetric + ", weights" * weighted,
         k,
-        4.0 * k * (1 if symmetric else 2) * data.n,
-        lambda: ops.gram(data.q, b),
+        4.0 * (k * (1 if symmetric else 2) + weighted) * data.n,
+        lambda: ops.gram(data.q, b, weights=weights),
         by_sums(data, k * (1 if symmetric else 2), make),
         k * (k + 1) / 2 * data.n if symmetric else k * k * data.n,
     )
@@ -541,10 +558,13 @@ def jobs(data: Data, only: Sequence[str] | None = None) -> Iterator[Callable[[],
     made: list[tuple[str, bool, Callable[[], Job]]] = [
         ("ascent_", k in ROWS, lambda: ascent(data)),
         ("ascent_", k in (1, 4), lambda: ascent(data, momentum=True)),
+        ("ascent_", k in (1, 4), lambda: ascent(data, metric=True)),
         ("recenter_", k in ROWS, lambda: recenter(data)),
+        ("recenter_", k in (1, 4), lambda: recenter(data, metric=True)),
         ("slopes_", k in ROWS[1:], lambda: newton(data)[0]),
         ("descend_", k in ROWS[1:], lambda: newton(data)[1]),
         ("gram", k in GRAMS, lambda: gram(data, symmetric=True)),
+        ("gram", k in (1, 4), lambda: gram(data, symmetric=True, weighted=True)),
         ("gram", k in GRAMS, lambda: gram(data, symmetric=False)),
         ("combine_", k in GRAMS, lambda: combine(data, in_place=False)),
         ("combine_", k in GRAMS, lambda: combine(data, in_place=True)),

@@ -7,12 +7,12 @@ import numpy as np
 
 
 def draw_run(csv: Path, png: Path) -> None:
-    """Draw λ, 1/h0 with its interval, the learning rate and the loss over the steps of a log."""
+    """Draw λ, 1/h0 with its interval, the rate, the edge and the loss over the steps of a log."""
     run = np.genfromtxt(csv, delimiter=",", names=True)
     # 1/h0 of a separation that has found no eigenvector yet is anything: not to scale to it.
     low, h, high = (run[name].clip(1e-3) for name in ("h_low", "h", "h_high"))
-    figure, (top, bottom) = plt.subplots(
-        2, sharex=True, figsize=(8, 5.2), height_ratios=[2, 1], layout="constrained"
+    figure, (top, middle, bottom) = plt.subplots(
+        3, sharex=True, figsize=(8, 6.4), height_ratios=[2, 1, 1], layout="constrained"
     )
     top.semilogy(run["step"], run["exponent"], linewidth=1, label="λ")
     top.semilogy(run["step"], 1 / h, linewidth=1.2, label="1/h0")
@@ -26,9 +26,12 @@ def draw_run(csv: Path, png: Path) -> None:
     usual = usual[np.isfinite(usual) & (usual > 0)]
     top.set_ylim(usual.min() / 2, min(usual.max(), 1e2) * 2)
     top.set_ylabel("λ, 1/h0, learning rate")
+    middle.semilogy(run["step"], run["edge"].clip(1e-3), color="C4", linewidth=1)
+    middle.axhline(1.0, color="black", linestyle=":", linewidth=1)
+    middle.set_ylabel("edge")
     bottom.semilogy(run["step"], run["loss"], color="C2", linewidth=1)
     bottom.set(xlabel="step", ylabel="loss", xlim=(run["step"][0], run["step"][-1]))
-    for axes in (top, bottom):
+    for axes in (top, middle, bottom):
         axes.grid(which="major", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)

@@ -3,8 +3,8 @@
     python examples/tracking.py --out runs/quickstart
 
 Writes run.csv, a row a step, and its picture run.png. h0 is the largest eigenvalue of the loss's
-Hessian. λ is the exponent of the ascent that finds it, and is held near a constant. Gradient
-descent on a quadratic loss is stable while 1/h0 is above half the learning rate.
+Hessian. λ is the exponent of the ascent that finds it, and is held near a constant. The edge is the
+learning rate times h0/2: gradient descent on a quadratic loss is stable while it is below 1.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     x, y = images_and_labels()
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=5e-4)
-    tracker = CurvatureTracker(optimizer.param_groups, model=model)
+    tracker = CurvatureTracker(model, optimizer=optimizer)
     lr = {"lr": lambda: optimizer.param_groups[0]["lr"]}
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def main() -> None:
     right = (model(x[TEST]).argmax(1) == y[TEST]).double().mean()
     low, high = tracker.interval
     curvature = f"h0 {tracker.h:.4g} (an eigenvalue in [{low:.4g}, {high:.4g}])"
-    print(f"step {tracker.calls}: loss {loss:.4g}, test accuracy {right:.2%}, {curvature}, lr 0.1")
+    print(f"step {tracker.calls}: loss {loss:.4g}, test accuracy {right:.2%}, {curvature}, edge {tracker.edge:.2g}")
 
 
 if __name__ == "__main__":

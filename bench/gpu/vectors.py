@@ -85,6 +85,7 @@ def one_separation(
     """Each op in calls on several sets of data, and the bytes it has to move."""
     of = storage.itemsize
     size = {"ascent_": 8.0 + 2 * of, "ascent_, momentum": 16.0 + 2 * of, "recenter_": 4.0 + 2 * of}
+    size |= {"ascent_, metric": 12.0 + 2 * of, "recenter_, metric": 8.0 + 2 * of}
     size |= {"descend_": 3.0 * of, "displace_": 4.0 + 2 * of, "difference_": 4.0 + 2 * of}
     if storage != torch.float32:
         size["ascent_, realised"] = 8.0 + 3 * of
@@ -99,6 +100,7 @@ def one_separation(
 def separation_calls(bench: Bench, n: int, storage: torch.dtype) -> dict[str, Call]:
     """Each op on data of its own."""
     q, d, p, p_next = (torch.randn(1, n, device=bench.device) * 1e-3 for _ in range(4))
+    metric = torch.rand(n, device=bench.device) + 0.5
     g0, theta = (torch.randn(n, device=bench.device).to(storage) for _ in range(2))
     copies = torch.empty(1, n, dtype=storage, device=bench.device)
     g1 = (g0 + 1e-2 * torch.randn_like(g0)).to(storage)[None]
@@ -112,7 +114,11 @@ def separation_calls(bench: Bench, n: int, storage: torch.dtype) -> dict[str, Ca
         "ascent_": lambda: ops.ascent_(*step),
         "ascent_, realised": lambda: ops.ascent_(*step, theta=[theta]),
         "ascent_, momentum": lambda: ops.ascent_(*step, **heavy),
+        "ascent_, metric": lambda: ops.ascent_(*step, metric=metric),
         "recenter_": lambda: ops.recenter_(q, copies, d, [theta], [0], state),
+        "recenter_, metric": lambda: ops.recenter_(
+            *(q, copies, d, [theta], [0], state), metric=metric
+        ),
         "descend_": lambda: ops.descend_([theta], [g0], state, max_lr=1e-9),
         "displace_": lambda: ops.displace_([copies[0]], q[0], [theta], [0], small),
         "difference_": lambda: ops.difference_(d[0], [g0], [g1[0]], [0], small),

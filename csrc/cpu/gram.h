@@ -3,8 +3,8 @@
 
 namespace lyapcuda::cpu {
 
-// a·bᵀ to out; zeros where the gate, if there is one, is closed. Weights of the elements, which may
-// be null: where b is a.
+// a·bᵀ to out, of elements taken times weights where there are any; zeros where the gate, if there
+// is one, is closed.
 template <class T>
 void products(const Launcher&, const Tensor& a, const Tensor& b, const double* gate,
               const T* weights, double* out) {

@@ -16,7 +16,7 @@ struct GramArguments {
   const T *a, *b;
   int64_t rows_a, rows_b, row;
   bool same;         // b is a: the result is symmetric
-  const T* weights;  // of the elements, where b is a; may be null
+  const T* weights;  // of the elements; may be null
 };
 
 template <class T, class P>

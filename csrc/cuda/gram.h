@@ -32,8 +32,8 @@ void products_of(const Launcher& launcher, kernels::GramArguments<T> arguments, 
   finish_gram(launcher, "gram", arguments.partial, blocks, shape, out, arguments.gate);
 }
 
-// a·bᵀ to out; zeros where the gate, if there is one, is closed. Weights of the elements, which may
-// be null: where b is a.
+// a·bᵀ to out, of elements taken times weights where there are any; zeros where the gate, if there
+// is one, is closed.
 template <class T>
 void products(const Launcher& launcher, const Tensor& a, const Tensor& b, const double* gate,
               const T* weights, double* out) {
@@ -41,17 +41,17 @@ void products(const Launcher& launcher, const Tensor& a, const Tensor& b, const 
   const bool symmetric = is_itself(a, b);
   const kernels::GramArguments<T> arguments{read<T>(a), read<T>(b), a.size(1), rows,
                                             columns,    gate,       weights,   nullptr};
-  if (symmetric) {
-    with_flags(weights != nullptr, [&](auto weighted) {
+  with_flags(weights != nullptr, [&](auto weighted) {
+    if (symmetric) {
       kernels::with_rows<8, 16, 32, 128>(rows, [&](auto most) {
         products_of<T, true, weighted(), most()>(launcher, arguments, out);
       });
-    });
-  } else {
-    kernels::with_rows<64, 256>(2 * std::max(rows, columns), [&](auto most) {
-      products_of<T, false, false, most()>(launcher, arguments, out);
-    });
-  }
+    } else {
+      kernels::with_rows<64, 256>(2 * std::max(rows, columns), [&](auto most) {
+        products_of<T, false, weighted(), most()>(launcher, arguments, out);
+      });
+    }
+  });
 }
 
 }  // namespace lyapcuda::cuda

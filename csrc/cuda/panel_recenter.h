@@ -21,7 +21,7 @@ void panel_recenter(const Launcher& launcher, const PanelRecenterCall& call) {
       state + state_offset(StateScalar::pending),
       state + state_offset(StateVector::displacement, k)};
   const auto lists = lists_of<P>(call.theta, call.offsets, read<P>(call.theta));
-  constexpr int kHeld = sizeof(T) == sizeof(P) ? 4 : 3;
+  constexpr int kHeld = kernels::kRecenterBlocks<T, P, kMetric>;
   kernels::with_rows<8, 16, 32>(k, [&](auto most) {
     for_each_launch(
         launcher, lists, kHeld,

@@ -4,11 +4,11 @@
 //                                          partial: gram_row(pairs) doubles a block
 //   gram_finish                            (gram_finish.cuh) pairs and shape of the same
 //
-// kSymmetric: a = b, and b is not read. kWeighted, where a = b: each element is taken times its
-// weight, and rounded. kRows, of the tile: the first of 8, 16, 32 and 128 that a
-// has no more rows than; where a ≠ b 64 up to 32 rows in each panel, else 256. Pairs:
-// symmetric_pairs(rows) or rectangular_pairs(rows, columns). Where the gate is closed nothing is
-// read, and gram_finish writes zeros.
+// kSymmetric: a = b, and b is not read. kWeighted: each element is taken times its weight, and
+// rounded. kRows, of the tile: the first of 8, 16, 32 and 128 that a has no more rows than; where
+// a ≠ b 64 up to 32 rows in each panel, else 256. Pairs: symmetric_pairs(rows) or
+// rectangular_pairs(rows, columns). Where the gate is closed nothing is read, and gram_finish
+// writes zeros.
 #pragma once
 
 #include "gram_finish.cuh"
@@ -35,8 +35,8 @@ struct GramArguments {
 
 // Takes each element of a tile times its weight: those that this thread copied there (stage).
 template <int kBlock, class T, int kRows>
-__device__ __forceinline__ void weigh(Tile<T, kRows>& tile, const T* weights, int rows,
-                                      const TilePlace& place) {
+__device__ __forceinline__ void weigh(Tile<T, kRows>& tile, int first_row, int rows,
+                                      const T* weights, const TilePlace& place) {
   constexpr int kStep = kGroup<T>, kGroups = Tile<T, kRows>::kLength / kStep;
   static_assert(kBlock % kGroups == 0);  // a thread's elements are the same in all its rows
   const int e = threadIdx.x % kGroups * kStep, left = place.length - e;
@@ -51,8 +51,9 @@ __device__ __forceinline__ void weigh(Tile<T, kRows>& tile, const T* weights, in
   LYAPCUDA_ROLLED
   for (int row = threadIdx.x / kGroups; row < rows; row += kBlock / kGroups) {
     Pack<T, kStep> values;
-    get(values.of, tile.row(row) + e);
-    put(tile.row(row) + e, (values * weight).of);
+    T* const at = tile.row(first_row + row) + e;
+    get(values.of, at);
+    put(at, (values * weight).of);
   }
 }
 
@@ -78,7 +79,12 @@ __global__ void __launch_bounds__(gram_threads(kRows), gram_blocks(kRows, kWeigh
     return place;
   };
   const auto work = [&](const TilePlace& place, int slot) {
-    if constexpr (kWeighted) weigh<kBlock>(memory.tiles[slot], a.weights, a.rows, place);
+    if constexpr (kWeighted) {
+      weigh<kBlock>(memory.tiles[slot], 0, a.rows, a.weights, place);
+      if constexpr (!kSymmetric) {
+        weigh<kBlock>(memory.tiles[slot], supers * kSuper, a.columns, a.weights, place);
+      }
+    }
     __syncthreads();
     sums.add(memory.tiles[slot], a.rows);
   };

@@ -34,8 +34,13 @@ struct PanelRecenterMemory {
   alignas(16) T metric[kSlots<kRows>][kMetric ? kTransformLength<T, kRows> : kGroup<T>];
 };
 
+// Blocks that a multiprocessor is to hold, as registers allow.
+template <class T, class P, bool kMetric>
+constexpr int kRecenterBlocks =
+    sizeof(T) != sizeof(P) || (kMetric && sizeof(T) == sizeof(double)) ? 3 : 4;
+
 template <class T, class P, bool kMetric, int kRows>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(P) ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kRecenterBlocks<T, P, kMetric>)
     panel_recenter(const __grid_constant__ PanelRecenterSegments<P> table,
                    const __grid_constant__ PanelRecenterArguments<T, P> a) {
   using Work = Transform<T, kRows>;

@@ -88,7 +88,7 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         threads, blocks = GRAM[rows]
         _, symmetric, weighted, _ = arguments
         blocks -= weighted == "true" and rows == 32
-        loads = 3 if weighted == "true" else 2 if symmetric == "true" else 4
+        loads = (2 if symmetric == "true" else 4) + (weighted == "true")
         return Design(blocks, shared, loads, 0, threads, products(rows))
     if name == "panel_ascent":
         _, storage, realised, momentum, metric, _ = arguments
@@ -112,7 +112,8 @@ def design_of_panels(name: str, arguments: list[str]) -> Design | None:
         same = storage == buffer  # else copies and θ go by 8 bytes
         shared += 2 * tile_bytes(rows) // SIZE[buffer] * SIZE[storage]  # of θ
         shared += 2 * (tile_bytes(rows) if metric == "true" else 16)
-        return Design(4 if same else 3, shared, 4 + 2 * (metric == "true"), 8 if same else 4)
+        blocks = 4 if same and not (metric == "true" and buffer == "double") else 3
+        return Design(blocks, shared, 4 + 2 * (metric == "true"), 8 if same else 4)
     if name == "project":
         return Design(5 if rows <= 32 else 3, shared + (rows + 1) // 2 * 2 * 8, 2)
     return None

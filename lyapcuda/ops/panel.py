@@ -24,8 +24,7 @@ def gram(
         a: (ka, n).
         b: (kb, n).
         gate: float64, one element; where it is 0 the result is zeros and nothing is read.
-        weights: (n,) in the dtype of ``a``: every row is taken times them, and rounded to that
-            dtype. Where they are given b has to be a.
+        weights: (n,) in the dtype of ``a``: every row of both is taken times them, and rounded.
     """
     return compiled("gram")(a, b, gate=gate, weights=weights)
 

@@ -24,7 +24,8 @@ from d and p_next, where they were. The two ops of the second pass, `combine_` a
 
 With a diagonal *metric* S, a flat buffer that all rows share, a separation is q_j in the
 coordinates where the curvature is S·H·S, and its copy lies at θ + displacement_j·S∘q_j.
-``displacement``, of the state, makes the Euclidean norm of what is added to θ that of q_j.
+``displacement``, of the state, makes the Euclidean norm of what is added to θ that of q_j: from
+``displaced``, which is ``gram(d, d, weights=S)`` summed over the groups, `benettin_` finds it.
 """
 
 from __future__ import annotations

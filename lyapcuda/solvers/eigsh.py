@@ -60,6 +60,8 @@ def eigsh(
     measured along the leading vector, central ones take a smaller one. Neither where ``maxiter``
     ended a run. The operator itself stays what it is.
 
+    With the operator's ``preconditioner`` P these are eigenvalues and eigenvectors of P⁻¹H.
+
     Args:
         operator: the Hessian. Or, as the short form, a closure and its parameters, and further
             arguments of `HessianOperator` by name: ``eigsh(closure, params, k=5, data=loader)``. A
@@ -69,10 +71,10 @@ def eigsh(
             end (one more from the high end where k is odd).
         tol: relative error of each eigenvalue.
         maxiter: iterations at most. Default 300.
-        v0: (n,) start vector, (m, n) several, or a `CurvatureTracker` of the same parameters, whose
-            separations are near the eigenvectors already. Default: a random one, mixed half and
-            half with g(θ), which is known anyway and lies in the leading eigenspace for a good
-            part.
+        v0: (n,) start vector, a displacement of the parameters, (m, n) several, or a
+            `CurvatureTracker` of the same parameters, whose separations are near the eigenvectors
+            already. Default: a random one, mixed half and half with g(θ), which is known anyway and
+            lies in the leading eigenspace for a good part.
         method: "lanczos": fewest gradients, ``ncv + 1`` vectors of memory. "lyapunov": Benettin
             subspace iteration at a frozen θ, about 3k vectors and, for many values or close ones,
             some ten times the gradients; "LM" and "BE" run it twice, up and down. It can't tell

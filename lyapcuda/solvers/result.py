@@ -62,9 +62,11 @@ class EigenResult:
 
     Attributes:
         eigenvalues: (k,) float64.
-        eigenvectors: (k, n), a vector a row, of norm 1, in the order of the parameters.
+        eigenvectors: (k, n), a vector a row, of norm 1, in the order of the parameters. With a
+            ``preconditioner`` those of P⁻¹H, which aren't orthogonal to each other.
         residuals: (k,) float64, ‖Hu − ρu‖ of the map that was measured: were that symmetric, an
-            eigenvalue of it would lie within so much. Rigorous.
+            eigenvalue of it would lie within so much. Rigorous. With a ``preconditioner`` H and u
+            are P^(-1/2)·H·P^(-1/2) and its own vector.
         difference_errors: (k,) float64, an estimate of how far that map and the Hessian are apart
             along u: from the asymmetry of the projected matrix, and at least what products of this
             kind and precision have on smooth losses. Where any value would count as converged, also

@@ -55,7 +55,7 @@ def test_tracking_writes_a_row_a_step_and_a_picture(tmp_path, output_of):
         assert float(row["h_low"]) <= float(row["h_high"]) and row["lr"] == "0.1"
     assert re.fullmatch(
         r"step 22: loss \S+, test accuracy \S+%, "
-        r"h0 \S+ \(an eigenvalue in \[\S+, \S+\]\), lr 0.1",
+        r"h0 \S+ \(an eigenvalue in \[\S+, \S+\]\), edge \S+",
         lines[-1],
     )
     assert float(re.search(r"loss (\S+),", lines[-1])[1]) == pytest.approx(

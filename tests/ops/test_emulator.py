@@ -20,10 +20,12 @@ BARRIERS = [
     ("ascent_", 14, [1200], "heavy", 0, range(6)),
     ("ascent_", 32, [800], "realised, heavy", 0, range(6)),
     ("ascent_", 14, [1200], "heavy", 1, [0]),
+    ("ascent_", 14, [1200], "realised, metric", 0, [0]),
     ("recenter_", 14, [40, 3300], "pending", 0, range(4)),
     # (Where nothing is pending a thread takes from a full tile what it put there.)
     ("recenter_", 14, [40, 1600], "not pending", 0, [0]),
     ("recenter_", 14, [40, 1600], "pending, heavy", 1, [0, 2]),
+    ("recenter_", 14, [40, 1600], "not pending, metric", 0, [0]),
     ("displace_", 1, [40, 20080], "forward", 0, [0]),
     ("displace_", 1, [40, 20080], "forward", 1, [0]),
     ("slopes_", 5, [1600, 1028], "heavy", 0, range(3)),
@@ -32,6 +34,7 @@ BARRIERS = [
     # Before and after the products of every tile, then between warps that hand their sums over.
     ("gram", 28, [2048], "with itself", 0, [*range(5), *range(8, 8 + 4 * 7 - 1)]),
     ("gram", 28, [2048], "with itself", 1, [0]),
+    ("gram", 28, [2048], "weights", 0, range(2)),
     ("gram", 128, [1024], "with itself", 0, range(4)),
     ("gram", 5, [2048], "with 96 rows", 0, range(4)),
     ("combine_", 5, [4800], "square", 0, range(3)),

@@ -140,8 +140,9 @@ def test_a_whole_step_compiles(k):
 
 def test_ops_and_fakes_can_be_those_of_another_library(monkeypatch):
     library = torch.library.Library("lyapcuda_tests", "FRAGMENT")
-    library.define("gram(Tensor a, Tensor b, *, Tensor? gate=None) -> Tensor")
-    library.impl("gram", lambda a, b, gate=None: a.new_full((2, 2), 7.0, dtype=F64), "CPU")
+    schema = "gram(Tensor a, Tensor b, *, Tensor? gate=None, Tensor? weights=None) -> Tensor"
+    library.define(schema)
+    library.impl("gram", lambda a, b, **options: a.new_full((2, 2), 7.0, dtype=F64), "CPU")
     ops.register_fakes("lyapcuda_tests")
     a = torch.zeros(2, 5)
     torch.library.opcheck(torch.ops.lyapcuda_tests.gram.default, (a, a), {})

@@ -24,9 +24,20 @@ def fullest(row: Row) -> str:
     return max(row.forms, key=lambda form: len(row.arguments(row.inputs([1]), form)))
 
 
-def good(row: Row) -> Arguments:
+def good(row: Row, form: str | None = None) -> Arguments:
     k = 3 if 3 in row.counts else 1
-    return row.arguments(row.inputs([10, 12], k, *row.dtypes[0], gap=8), fullest(row))
+    inputs = row.inputs([10, 12], k, *row.dtypes[0], gap=8)
+    return row.arguments(inputs, fullest(row) if form is None else form)
+
+
+def forms_of_all(row: Row) -> dict[str, list[str]]:
+    """The fullest form, then others for arguments that exclude those: each with what it adds."""
+    found: dict[str, list[str]] = {}
+    for form in [fullest(row), *row.forms]:
+        seen = {name for names in found.values() for name in names}
+        if more := [name for name in good(row, form) if name not in seen]:
+            found[form] = more
+    return found
 
 
 def check_refused(row: Row, arguments: Arguments, message: str) -> None:
@@ -109,8 +120,9 @@ def wrong_offsets(offsets: list[int]) -> Iterator[tuple[str, list[int], str]]:
     yield "count", [*offsets, 40], "offsets has 3"
 
 
-def wrong_kinds(row: Row, arguments: Arguments):
-    for name, value in arguments.items():
+def wrong_kinds(arguments: Arguments, names: list[str]):
+    for name in names:
+        value = arguments[name]
         if name == "offsets":
             found = wrong_offsets(value)
         elif isinstance(value, Tensor):
@@ -134,15 +146,16 @@ RIGHT = {
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_wrong_kind_of_argument_is_named(backend, row):
-    row.call(good(row))
     tried = 0
-    for what, wrong, message in wrong_kinds(row, good(row)):
-        if (row.name, what) not in RIGHT:
-            try:
-                check_refused(row, good(row) | wrong, message)
-            except (AssertionError, pytest.fail.Exception) as error:
-                raise AssertionError(f"{row.name}, {what}: {error}") from None
-            tried += 1
+    for form, names in forms_of_all(row).items():
+        row.call(good(row, form))
+        for what, wrong, message in wrong_kinds(good(row, form), names):
+            if (row.name, what) not in RIGHT:
+                try:
+                    check_refused(row, good(row, form) | wrong, message)
+                except (AssertionError, pytest.fail.Exception) as error:
+                    raise AssertionError(f"{row.name}, {what}: {error}") from None
+                tried += 1
     assert tried >= 5
 
 
@@ -176,6 +189,20 @@ def of_another_dtype(written: str, read: str, lists: str) -> Callable[[Arguments
     return wrong
 
 
+def beside_metric(written: str) -> Callable[[Arguments], Arguments]:
+    """A metric that lies in what is written, without momentum."""
+    gone = {"p": None, "p_next": None}
+    return lambda a: {
+        **gone,
+        **({"momentum": 0.0} if "momentum" in a else {}),
+        "metric": a[written][0],
+    }
+
+
+def with_metric(a: Arguments) -> Arguments:
+    return {"metric": torch.ones(a["q"].shape[1])}
+
+
 def rows_of_panel(a: Arguments, out: slice, panel: slice, **more) -> Arguments:
     rows = torch.zeros(6, a["panel"].shape[1])
     return {"out": rows[out], "panel": rows[panel], **more}
@@ -205,7 +232,7 @@ KEEP_OFFSETS = {
 COUNTED = {
     "k small": ({"k": 0}, "k: expected 1 to 32, got 0"),
     "k large": ({"k": 33}, "k: expected 1 to 32, got 33"),
-    "k other": ({"k": 2}, "state: expected 38 elements, got 57"),
+    "k other": ({"k": 2}, "state: expected 40 elements, got 60"),
 }
 WRONG = {
     "ascent_": {
@@ -213,7 +240,9 @@ WRONG = {
         "p alone": (without("p_next"), "p, p_next: give both"),
         "p_next alone": (without("p"), "p, p_next: give both"),
         "momentum alone": (without("p", "p_next"), "momentum: 0.5 needs p and p_next"),
-        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 57 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 60 elements"),
+        "metric and p": (with_metric, "metric: momentum isn't offered with it"),
+        "metric in d": (beside_metric("d"), "d: shares memory with metric"),
         "d in q": (overlapping("d", "q"), "d: shares memory with q"),
         "d in g1": (overlapping("d", "g1"), "d: shares memory with g1"),
         "d in p": (overlapping("d", "p"), "d: shares memory with p"),
@@ -226,7 +255,10 @@ WRONG = {
     "recenter_": {
         "p alone": (without("p_next"), "p, p_next: give both"),
         "p_next alone": (without("p"), "p, p_next: give both"),
-        "state of another k": ({"state": ops.new_state("cpu", 4)}, "state: expected 57 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 4)}, "state: expected 60 elements"),
+        "metric and p": (with_metric, "metric: momentum isn't offered with it"),
+        "metric in q": (beside_metric("q"), "q: shares memory with metric"),
+        "metric in copies": (beside_metric("copies"), "copies: shares memory with metric"),
         "q is d": (lambda a: {"q": a["d"]}, "q: shares memory with d"),
         "q in d": (overlapping("q", "d"), "q: shares memory with d"),
         "q is copies": (lambda a: {"q": a["copies"]}, "q: shares memory with copies"),
@@ -240,7 +272,7 @@ WRONG = {
     "reseed_": {
         "panel in p": (lambda a: {"p": a["panel"]}, "p: shares memory with panel"),
         "dim": (lambda a: {"panel": a["panel"][None]}, "panel: expected a contiguous 2-D tensor"),
-        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 57 elements"),
+        "state of another k": ({"state": ops.new_state("cpu", 2)}, "state: expected 60 elements"),
         "elements": ({"elements": 0}, "elements: expected at least 1, got 0"),
         "counts": ({"sizes": [1]}, "sizes: 1 entries, but offsets has 2"),
         "beyond": ({"sizes": [5, 46]}, r"offsets\[1\]: .* 46 elements don't fit a buffer of"),
@@ -341,11 +373,13 @@ def moved(value, device):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_tensor_on_another_device_is_named(library, row):
     namespace, here, elsewhere = library
-    arguments = {name: moved(value, here) for name, value in good(row).items()}
-    for name, value in arguments.items():
-        for i in range(len(list(tensors_of(value)))):
-            wrong = moved(value, elsewhere) if isinstance(value, Tensor) else list(value)
-            if isinstance(wrong, list):
-                wrong[i] = moved(wrong[i], elsewhere)
-            with pytest.raises(RuntimeError, match=rf"{name}(\[{i}\])?: expected a "):
-                getattr(namespace, row.op)(**arguments | {name: wrong})
+    for form, names in forms_of_all(row).items():
+        arguments = {name: moved(value, here) for name, value in good(row, form).items()}
+        for name in names:
+            value = arguments[name]
+            for i in range(len(list(tensors_of(value)))):
+                wrong = moved(value, elsewhere) if isinstance(value, Tensor) else list(value)
+                if isinstance(wrong, list):
+                    wrong[i] = moved(wrong[i], elsewhere)
+                with pytest.raises(RuntimeError, match=rf"{name}(\[{i}\])?: expected a "):
+                    getattr(namespace, row.op)(**arguments | {name: wrong})

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.func import functional_call
 
 import lyapcuda
+from lyapcuda.basis import Basis
 from lyapcuda.params.flat import FlatLayout
+from lyapcuda.solvers.agreement import both_sides, one_side
 from lyapcuda.stability.metric import Metric
 from operators import dense, exact
 from truths import wanted
@@ -234,6 +237,39 @@ def test_a_gradient_that_is_not_the_losses_is_seen_at_any_scale(p):
         assert [doubt.partition(":")[0] for doubt in found.doubts] == (
             [] if right else ["gradient"]
         )
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e2])
+def test_products_are_compared_as_if_the_loss_were_one_of_z(p):
+    """θ = θ₀ + S·z, written out, has the same Hessian by z."""
+    given = problem()
+    x, y = given.batch
+    params = dict(given.model.named_parameters())
+    operator = given.operator(preconditioner=[torch.full_like(q, p) for q in params.values()])
+    z = [torch.zeros_like(q, requires_grad=True) for q in params.values()]
+
+    def written_out():
+        pairs = zip(params.items(), z, strict=True)
+        theta = {name: q.detach() + p**-0.5 * part for (name, q), part in pairs}
+        return nn.functional.cross_entropy(functional_call(given.model, theta, (x,)), y)
+
+    other = lyapcuda.HessianOperator(written_out, z)
+    found, size = [], 1e-5
+    for h, width in ((operator, size), (other, size * p**0.5)):
+        # Along the gradient, the same direction in both.
+        u, hu = Basis.empty(h.layout, 1), Basis.empty(h.layout, 1)
+        h.products.start(u.row(0), exact=False)
+        norm = u.gram(u)[0, 0].sqrt()
+        value = float(norm)
+        h.products.exact([u.row(0)], [hu.row(0)], 1.0)
+        both = both_sides(h.products, u, hu, norm, width)
+        u.row(0)[0].div_(norm)
+        found.append((both, one_side(h.products, u, value, width, 0.0, 0.0)))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.own and theirs.own
+        assert mine.noise == pytest.approx(theirs.noise, rel=1e-3)
+        assert mine.along == pytest.approx(theirs.along, rel=1e-3)
+        assert mine.offset == pytest.approx(theirs.offset, rel=0.1, abs=1e-9)
 
 
 def test_what_is_refused():

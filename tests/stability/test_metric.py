@@ -48,7 +48,7 @@ def test_there_is_no_p_before_the_first_step(make):
     assert not metric.trivial
     with pytest.raises(RuntimeError, match=f"<{make.__name__}> hasn't taken a step"):
         metric.refresh()
-    with pytest.raises(RuntimeError, match="refresh"):
+    with pytest.raises(RuntimeError, match="taken a step"):
         metric.edge_of(torch.tensor(1.0))
     step(optimizer, params)
     assert metric.ready
@@ -89,6 +89,36 @@ def test_gaps_stay_zero_and_buffers_stay_where_they_are():
     metric.refresh()
     assert metric.buffers[0] is before
     assert int((before == 0).sum()) == len(before) - 23
+
+
+def test_every_dtype_and_layout_has_its_buffer():
+    torch.manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(4, 3).T),  # not contiguous
+        nn.Parameter(torch.randn(5, dtype=torch.float64)),
+        nn.Parameter(torch.randn(2, dtype=torch.bfloat16)),
+    ]
+    optimizer = optim.RMSprop(params, alpha=0.5)
+    step(optimizer, params)
+    layout = FlatLayout(params)
+    metric = Metric(layout, optimizer)
+    metric.refresh()
+    dtypes = [buffer.dtype for buffer in metric.buffers]
+    assert dtypes == [torch.float32, torch.float64, torch.float32]
+    for view, p in zip(views(layout, metric), params, strict=True):
+        square = optimizer.state[p]["square_avg"].to(view.dtype)
+        torch.testing.assert_close(view, (square.sqrt() + 1e-8).rsqrt())
+
+
+def test_a_wrapped_optimizer_is_looked_into():
+    wrapped = type("AcceleratedOptimizer", (), {"__module__": "accelerate.optimizer"})()
+    params = parameters(3, 2)
+    wrapped.optimizer = optim.Adam(params)
+    metric = Metric(FlatLayout(params), wrapped)
+    assert not metric.ready
+    step(wrapped.optimizer, params)
+    metric.refresh()
+    assert float(metric.reference_threshold) == pytest.approx(38.0)
 
 
 @pytest.mark.parametrize("make", [optim.SGD, optim.Adam, optim.NAdam, optim.RMSprop])

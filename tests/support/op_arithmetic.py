@@ -204,12 +204,12 @@ def shut(a: Arguments) -> bool:
 
 
 def gram(a: Arguments, inputs: Inputs) -> Arguments:
-    left = a["a"] if a["weights"] is None else a["a"] * a["weights"]
-    left = left.double()
+    weights = a.get("weights", 1.0)
+    left = (a["a"] * weights).double()
     if shut(a):
         return {"result": torch.zeros(len(left), len(a["b"]), dtype=F64)}
     same = a["b"] is a["a"]
-    return {"result": Products(left, left if same else a["b"].double())}
+    return {"result": Products(left, left if same else (a["b"] * weights).double())}
 
 
 def combine(a: Arguments, inputs: Inputs) -> Arguments:

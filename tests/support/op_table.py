@@ -298,8 +298,8 @@ def draw_difference(i: Inputs, decay=False) -> Arguments:
 def draw_gram(i: Inputs, other=None, gate=None, weighted=False) -> Arguments:
     a = i.panel()
     b = a if other is None else i.panel(other)
-    weights = i.flat() if weighted else None
-    return {"a": a, "b": b, "gate": None if gate is None else number(gate), "weights": weights}
+    weights = {"weights": i.flat()} if weighted else {}
+    return {"a": a, "b": b, "gate": None if gate is None else number(gate), **weights}
 
 
 def draw_combine(i: Inputs, columns=None, gate=None) -> Arguments:
@@ -495,6 +495,7 @@ ROWS = [
             "gate open": {"gate": 0.5},
             "gate shut": {"gate": 0.0, "other": 3},
             "weights": {"weighted": True, "gate": 1.0},
+            "weights, with 5 rows": {"weighted": True, "other": 5},
         },
         gives=("result",),
         arithmetic=arithmetic.gram,

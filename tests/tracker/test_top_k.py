@@ -241,6 +241,7 @@ def test_16_bit_parameters_give_the_values_of_float32(dtype):
 
 def test_groups_of_several_dtypes_and_weight_decays():
     """One spectrum over all groups; weight decay shifts the part it acts on."""
+    torch.manual_seed(0)
     curvatures = [torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0], dtype=torch.float64)]
     thetas = [nn.Parameter(torch.randn(2, dtype=c.dtype)) for c in curvatures]
 
