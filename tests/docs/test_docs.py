@@ -1,4 +1,4 @@
-"""The examples in docs/tracking.md run, one after another."""
+"""The examples in docs/tracking.md, optimizer.md and decisions.md run, one after another."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def test_the_examples_of_the_optimizer_run(capsys):
     assert names["optimizer"].rates.shape == (5,)
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
     assert capsys.readouterr().out
+
+
+def test_the_examples_of_decisions_run(capsys):
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "decisions.md").read_text("utf-8"), re.S)
+    assert len(blocks) >= 4
+    with torch.random.fork_rng():
+        for block in blocks:
+            exec(compile(block, "docs/decisions.md", "exec"), names)
+    assert torch.isfinite(names["tracker"].history().edge[1:]).all()
+    assert "edge" in capsys.readouterr().out
