@@ -17,10 +17,11 @@ LAYERS = [
     {"basis"},
     {"objective"},
     {"dynamics"},
-    {"solvers"},
+    {"solvers", "critical_sharpness"},
     {"history"},
     {"tracker"},
     {"log", "optim"},
+    {"cdat"},
     {"command"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
