@@ -433,6 +433,45 @@ def difference(data: Data, weight_decay: float = 0.0) -> Job:
     )
 
 
+def directional(data: Data) -> Job:
+    """Along q[0], of g0 and of what stands in for g1."""
+    u, g1 = data.q[0], data.theta
+
+    def make(tile: int | None, wide: bool) -> Call:
+        views, changes = data.cut(tile, u, data.g0, g1), data.cut(tile, data.y[0])
+        sums, square = Sums(data, 1, 2, tile, wide), Sums(data, 1, 1, tile, wide)
+        both = torch.empty(2, min(tile or data.n, data.n), device=data.device)
+
+        def call() -> tuple[Tensor, Tensor]:
+            sums.zero(), square.zero()
+            for u, here, there in views:
+                rows = both[:, : len(u)]
+                rows[0].copy_(here)
+                torch.sub(there, here, out=rows[1])
+                sums.products(u[None], rows)
+                square.gram(u[None])
+            return sums.total, square.total
+
+        def dots() -> Tensor:
+            total = sums.total.new_zeros(3)
+            for (u, here, there), (change,) in zip(views, changes, strict=True):
+                torch.sub(there, here, out=change)
+                for i, row in enumerate((here, change, u)):
+                    total[i] += torch.dot(u, row)
+            return total
+
+        return call if wide else dots
+
+    return Job(
+        "directional_products",
+        1,
+        12.0 * data.n,
+        lambda: ops.directional_products(u, data.g0, g1, data.offsets),
+        by_sums(data, 4, make),
+        3.0 * data.n,
+    )
+
+
 # --- panels as matrices --------------------------------------------------------------------------
 
 
@@ -576,6 +615,7 @@ def jobs(data: Data, only: Sequence[str] | None = None) -> Iterator[Callable[[],
         ("displace_", k == 1, lambda: displace(data)),
         ("difference_", k == 1, lambda: difference(data)),
         ("difference_", k == 1, lambda: difference(data, 0.1)),
+        ("directional_products", k == 1, lambda: directional(data)),
         ("reseed_", k in (1, 4), lambda: reseed(data, lost=False)),
         ("reseed_", k in (1, 4), lambda: reseed(data, lost=True)),
     ]

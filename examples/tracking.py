@@ -51,8 +51,8 @@ def main() -> None:
 
     right = (model(x[TEST]).argmax(1) == y[TEST]).double().mean()
     low, high = tracker.interval
-    curvature = f"h0 {tracker.h:.4g} (an eigenvalue in [{low:.4g}, {high:.4g}])"
-    print(f"step {tracker.calls}: loss {loss:.4g}, test accuracy {right:.2%}, {curvature}, edge {tracker.edge:.2g}")
+    h = f"h0 {tracker.h:.4g} (an eigenvalue in [{low:.4g}, {high:.4g}]), edge {tracker.edge:.2g}"
+    print(f"step {tracker.calls}: loss {loss:.4g}, test accuracy {right:.2%}, {h}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import lyapcuda.extension  # noqa: F401, I001  (first: it says why the others couldn't be imported)
 from lyapcuda import ops
+from lyapcuda.cdat import CDAT
+from lyapcuda.critical_sharpness import CriticalSharpness, critical_sharpness
 from lyapcuda.dynamics import lyapunov
 from lyapcuda.history import CurvatureHistory
 from lyapcuda.log import CsvWriter, CurvatureLog, JsonlWriter, TensorBoardWriter
@@ -21,7 +23,9 @@ from lyapcuda.tracker import CurvatureTracker
 __version__ = "0.1.0"
 
 __all__ = [
+    "CDAT",
     "ConvergenceWarning",
+    "CriticalSharpness",
     "CsvWriter",
     "CurvatureHistory",
     "CurvatureLog",
@@ -37,6 +41,7 @@ __all__ = [
     "TensorBoardWriter",
     "TraceResult",
     "at_a_copy",
+    "critical_sharpness",
     "eigsh",
     "finite_scale",
     "lyapunov",

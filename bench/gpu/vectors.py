@@ -87,6 +87,7 @@ def one_separation(
     size = {"ascent_": 8.0 + 2 * of, "ascent_, momentum": 16.0 + 2 * of, "recenter_": 4.0 + 2 * of}
     size |= {"ascent_, metric": 12.0 + 2 * of, "recenter_, metric": 8.0 + 2 * of}
     size |= {"descend_": 3.0 * of, "displace_": 4.0 + 2 * of, "difference_": 4.0 + 2 * of}
+    size["directional_products"] = 4.0 + 2 * of
     if storage != torch.float32:
         size["ascent_, realised"] = 8.0 + 3 * of
     calls: dict[str, list[Call]] = {name: [] for name in ("copy", *size)}
@@ -122,6 +123,7 @@ def separation_calls(bench: Bench, n: int, storage: torch.dtype) -> dict[str, Ca
         "descend_": lambda: ops.descend_([theta], [g0], state, max_lr=1e-9),
         "displace_": lambda: ops.displace_([copies[0]], q[0], [theta], [0], small),
         "difference_": lambda: ops.difference_(d[0], [g0], [g1[0]], [0], small),
+        "directional_products": lambda: ops.directional_products(q[0], [g0], [g1[0]], [0]),
     }
 
 

@@ -142,6 +142,8 @@ def design_of_elements(op: str, arguments: list[str]) -> Design:
         return Design(5, 0, 2 + heavy, 1 + heavy)
     if op == "Displace":
         return Design(5, THREADS // 32 * 2 * 8, flat + 1, 1)
+    if op == "Directional":
+        return Design(5, THREADS // 32 * 3 * 8, flat + 2, 0)
     if op == "Difference":
         return Design(4, 0, 2 + flags[0] * flat, flat)
     return {"ReseedRow": Design(4, 0)}[op]  # a number at a time: nearly always it only returns
@@ -165,8 +167,9 @@ def design(name: str, arguments: list[str]) -> Design:
     if name == "elementwise_finish":
         op, of = parsed(arguments[0])
         rows = 2 + of[2:].count("true")
-        sums = {"AscentArguments": rows * (rows + 1) // 2, "DisplaceArguments": 2}[op]
-        return Design(4, THREADS // 32 * sums * 8)
+        sums = {"DisplaceArguments": 2, "DirectionalArguments": 3}
+        sums["AscentArguments"] = rows * (rows + 1) // 2
+        return Design(4, THREADS // 32 * sums[op] * 8)
     scratch = 36032  # benettin_scratch(32)
     return {
         "gram_finish": Design(4, THREADS * 8),

@@ -388,13 +388,13 @@ class Evaluator:
             before.restore()
             before.restore_gradients()
 
-    def loss(self, closure: Closure) -> Tensor:
+    def loss(self, closure: Closure, graph: bool = True) -> Tensor:
         """Returns the loss as it is now, detached, without a backward pass of ours. Gradients are
-        cleared before: the closure may take its own.
+        cleared before: with autograd's ``graph`` the closure may take its own.
         """
         for parameter in self.parameters:
             parameter.grad = None
-        with torch.enable_grad(), allowed():
+        with torch.set_grad_enabled(graph), allowed():
             loss = closure()
         check_loss(loss)
         return _detached(loss, torch.float64)
@@ -525,6 +525,9 @@ class Evaluator:
             look = self.looking(closure, before, check, check) if first else nullcontext()
             with aside() if apart else nullcontext(), look:
                 loss0, g0 = self.evaluate(closure, before if first else None)
+            if further is not None and self.manner(closure).changes_gradients and not changes:
+                before.restore()  # it has changed these already
+                loss0, g0 = self.evaluate(closure)
             if once is not None:
                 check_same(once, Fingerprint.of(loss0, g0), self.manner(closure).epsilon)
             if self.is_scaled:

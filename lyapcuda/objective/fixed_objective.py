@@ -124,17 +124,19 @@ class FixedObjective:
         return losses
 
     @_decided
-    def loss_at(self, where: Sequence[Tensor]) -> Tensor:
-        """Returns the loss at other values of the parameters, by a forward pass alone."""
+    def loss_at(self, where: Sequence[Tensor], graph: bool = True) -> Tensor:
+        """Returns the loss at other values of the parameters, by a forward pass alone; without
+        autograd's ``graph`` the closure mustn't call ``backward()``.
+        """
         evaluator = self.evaluator
         with self._as_it_was() as before, evaluator.pointing_to(where):
             if self.batches is None:
                 with evaluator.looking(self.closure, before):
-                    return evaluator.loss(self.closure)
+                    return evaluator.loss(self.closure, graph)
 
             def one(found: Weighed) -> Tensor:
                 with evaluator.looking(self.closure, before):
-                    return evaluator.loss(partial(found.loss, self.closure))
+                    return evaluator.loss(partial(found.loss, self.closure), graph)
 
             return self._mean(one, ())
 

@@ -35,7 +35,12 @@ def note(parameters: Iterable[Tensor]) -> None:
         _room = max(1000, 2 * len(_left))
 
 
-def guarded(closure: Closure, parameters: Sequence[Tensor], ranks: Ranks | None = None) -> Closure:
+def guarded(
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    ranks: Ranks | None = None,
+    instead: str = "Pass micro-batches as step(closure, batches=...), or call",
+) -> Closure:
     """The closure; where gradients are there that no step left, one whose first call raises unless
     the closure clears them.
 
@@ -45,6 +50,7 @@ def guarded(closure: Closure, parameters: Sequence[Tensor], ranks: Ranks | None 
         closure: that is evaluated next, with the gradients cleared before.
         parameters: whose gradients it replaces.
         ranks: that share them.
+        instead: in the error, what to do; or ``zero_grad()``.
 
     Example:
         >>> p = torch.tensor([1.0], requires_grad=True)
@@ -62,7 +68,7 @@ def guarded(closure: Closure, parameters: Sequence[Tensor], ranks: Ranks | None 
         return closure
     counts = _nonzeros([p.grad for p in added], ranks)
     added = [p for p, count in zip(added, counts, strict=True) if count]
-    return _FirstCall(closure, added) if added else closure
+    return _FirstCall(closure, added, instead) if added else closure
 
 
 def _is_added(parameter: Tensor) -> bool:
@@ -79,10 +85,11 @@ class _FirstCall:
     Args:
         closure: called with what this is called with.
         parameters: those with gradients.
+        instead: as of `guarded`.
     """
 
-    def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
-        self._closure, self._parameters = closure, parameters
+    def __init__(self, closure: Closure, parameters: Sequence[Tensor], instead: str) -> None:
+        self._closure, self._parameters, self._instead = closure, parameters, instead
         self.__wrapped__ = closure  # whose code this is
         self._gradients = [p.grad for p in parameters]
         self._done = False
@@ -104,8 +111,7 @@ class _FirstCall:
             raise RuntimeError(
                 "closure: gradients are in .grad already, which the step would drop: the curvature "
                 "would be\n"
-                "of the closure's share alone. Pass micro-batches as step(closure, batches=...), "
-                "or call\n"
+                f"of the closure's share alone. {self._instead}\n"
                 "zero_grad() before it, or inside of the closure"
             )
         self._done = True

@@ -1,4 +1,5 @@
-"""The ops of a product H·v by differences of gradients: displace the copies, take the difference.
+"""The ops of a product H·v by differences of gradients: displace the copies, take the difference,
+or only its products with the direction.
 
 Buffers and segments are those of `lyapcuda.ops.step`.
 """
@@ -7,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lyapcuda.ops.library import compiled, fake, mark_written
 
-__all__ = ["difference_", "displace_"]
+__all__ = ["difference_", "directional_products", "displace_"]
 
 
 def displace_(
@@ -64,3 +66,26 @@ def difference_(
     """
     mark_written(out)
     compiled("difference_")(out, plus, minus, offsets, scale, weight_decay=weight_decay, v=v)
+
+
+def directional_products(
+    u: Tensor, g0: Sequence[Tensor], g1: Sequence[Tensor], offsets: Sequence[int]
+) -> Tensor:
+    """Returns what two gradients say of a loss along a direction: its slope and its curvature.
+
+    Args:
+        u: a flat buffer.
+        g0: the gradients at θ, at ``offsets`` of ``u``.
+        g1: the same at θ + step·u.
+        offsets: of the segments.
+
+    Returns:
+        float64 (3,): Σ u·g0, Σ u·(g1 − g0) and Σ u². The second over ``step`` is u·Hu.
+    """
+    return compiled("directional_products")(u, g0, g1, offsets)
+
+
+fake(
+    "directional_products",
+    lambda u, g0, g1, offsets: u.new_empty(3, dtype=torch.float64),
+)

@@ -604,6 +604,18 @@ def difference_(
     return result
 
 
+def directional_products(
+    u: Tensor, g0: Sequence[Tensor], g1: Sequence[Tensor], offsets: Sequence[int]
+) -> Tensor:
+    """Returns (Σ u·g0, Σ u·(g1 − g0), Σ u²)."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for here, there, offset in zip(g0, g1, offsets, strict=True):
+        wide = u[offset : offset + here.numel()].double()
+        slope, change = here.double().flatten(), (there.double() - here.double()).flatten()
+        sums += torch.stack([wide @ slope, wide @ change, wide @ wide])
+    return sums
+
+
 # --- panels as matrices --------------------------------------------------------------------------
 
 

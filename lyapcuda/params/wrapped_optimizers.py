@@ -89,6 +89,7 @@ def loss_groups(optimizer: Any) -> list[dict[str, Any]]:
         ValueError: a weight decay of which one can't tell.
     """
     inner = unwrapped(optimizer)
+    inner = getattr(inner, "_steps_along", inner)  # CDAT's says what its weight decay is
     return [_loss_group(inner, group) for group in optimizer.param_groups]
 
 

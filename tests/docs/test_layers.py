@@ -18,10 +18,11 @@ LAYERS = [
     {"basis", "running_peak"},
     {"objective"},
     {"dynamics"},
-    {"solvers"},
+    {"solvers", "critical_sharpness"},
     {"history"},
     {"tracker"},
     {"log", "optim", "rate_cap"},
+    {"cdat"},
     {"command"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -28,6 +28,8 @@ BARRIERS = [
     ("recenter_", 14, [40, 1600], "not pending, metric", 0, [0]),
     ("displace_", 1, [40, 20080], "forward", 0, [0]),
     ("displace_", 1, [40, 20080], "forward", 1, [0]),
+    ("directional_products", 1, [40, 20080], "plain", 0, [0]),
+    ("directional_products", 1, [40, 20080], "plain", 1, [0]),
     ("slopes_", 5, [1600, 1028], "heavy", 0, range(3)),
     ("slopes_", 5, [1600, 1028], "heavy", 1, [0]),
     ("descend_, along vectors", 5, [1600, 1028], "heavy", 0, range(2)),

@@ -140,6 +140,7 @@ RIGHT = {
     *(("gram", f"{name} another row") for name in "ab"),
     # Nothing else says how long these are.
     *(("recenter_", "theta size"), ("descend_", "buffer longer"), ("displace_", "v longer")),
+    ("directional_products", "u longer"),
     ("project_", "v no rows"),
 }
 

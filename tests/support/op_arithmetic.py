@@ -199,6 +199,13 @@ def difference(a: Arguments, inputs: Inputs) -> Arguments:
     return {"out": s.written(value)}
 
 
+def directional(a: Arguments, inputs: Inputs) -> Arguments:
+    s = Segments(inputs)
+    u, g0 = s.inside(a["u"]), s.row(a["g0"])
+    rows = torch.stack([g0, s.row(a["g1"]) - g0, u]).double()
+    return {"result": Products(u[None].double(), rows)}
+
+
 def shut(a: Arguments) -> bool:
     return a["gate"] is not None and float(a["gate"]) == 0
 

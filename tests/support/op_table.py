@@ -295,6 +295,10 @@ def draw_difference(i: Inputs, decay=False) -> Arguments:
     return a | ({"weight_decay": i.number(0.5, 0.0371), "v": i.flat()} if decay else {})
 
 
+def draw_directional(i: Inputs) -> Arguments:
+    return {"u": i.flat(), "g0": i.listed(), "g1": i.listed(), "offsets": i.offsets}
+
+
 def draw_gram(i: Inputs, other=None, gate=None, weighted=False) -> Arguments:
     a = i.panel()
     b = a if other is None else i.panel(other)
@@ -485,6 +489,14 @@ ROWS = [
         arithmetic=arithmetic.difference,
         minus=("minus",),
         over={"out over plus": views_of("plus", "out"), "out over minus": views_of("minus", "out")},
+    ),
+    Row(
+        name="directional_products",
+        draw=draw_directional,
+        forms={"plain": {}},
+        gives=("result",),
+        arithmetic=arithmetic.directional,
+        minus=("g0",),
     ),
     Row(
         name="gram",

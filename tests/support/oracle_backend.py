@@ -114,6 +114,7 @@ LIBRARY = SimpleNamespace(
     combine_=_combine_,
     descend_=_descend_,
     difference_=_difference_,
+    directional_products=reference.directional_products,
     displace_=_displace_,
     gram=reference.gram,
     project_=_project_,

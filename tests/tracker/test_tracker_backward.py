@@ -114,10 +114,10 @@ def test_after_an_exception_nothing_was_added(error):
         assert torch.equal(p.grad, gradient)
 
 
-@pytest.mark.parametrize("older", [4, 5, 6, 7])
+@pytest.mark.parametrize("older", [4, 5, 6, 7, 8])
 def test_a_state_of_an_older_format_is_refused(older):
     theta = nn.Parameter(torch.ones(3))
     tracker = lyapcuda.CurvatureTracker([theta])
     tracker.step(lambda: theta.square().sum())
-    with pytest.raises(ValueError, match=f"format {older}.*reads 8.*0.1.0"):
+    with pytest.raises(ValueError, match=f"format {older}.*reads 9.*0.1.0"):
         tracker.load_state_dict({**tracker.state_dict(), "format": older})
