@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 import lyapcuda
@@ -90,7 +90,11 @@ def raised(run: Run, values: list[float]) -> str:
 
 def lines_of(runs: dict[str, Run]) -> list[str]:
     heads = ["optimizer", "steps", "... that raised the loss", "rate/η_c above 1: loss rose"]
-    heads += ["edge above 1: loss rose", "forward passes, median", "time of a search, of a tracked step"]
+    heads += [
+        "edge above 1: loss rose",
+        "forward passes, median",
+        "time of a search, of a tracked step",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, run in runs.items():
         risen = sum(run.losses[step + 1] > run.losses[step] for step in run.steps)
@@ -107,7 +111,13 @@ def draw(runs: dict[str, Run]) -> None:
     import matplotlib.pyplot as plt  # the report does without
 
     figure, axes = plt.subplots(
-        2, 2, sharex=True, sharey="row", figsize=(10.0, 4.4), height_ratios=[1.7, 1], layout="constrained"
+        2,
+        2,
+        sharex=True,
+        sharey="row",
+        figsize=(10.0, 4.4),
+        height_ratios=[1.7, 1],
+        layout="constrained",
     )
     for (name, run), (top, bottom) in zip(runs.items(), axes.T, strict=True):
         top.plot(run.steps, run.critical, color="C1", lw=1.0, label="rate / critical rate")

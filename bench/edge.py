@@ -240,7 +240,7 @@ def draw(runs: Runs) -> None:
                 losses = [row["loss"] for row in rows]
                 bottom.semilogy(step, losses, color=color, lw=1.1, label=f"rate {rate:g}")
             top.axhline(1, color="C3", ls="--", lw=1.1)
-            top.set(ylim=(0, 2.5), title=f"{optimizer}, {run.batches}")
+            top.set(ylim=(0, 2.7), title=f"{optimizer}, {run.batches}")
             top.title.set_fontsize(11)
             bottom.set(xlim=(0, STEPS), ylim=(1e-3, 2), xlabel="training step" if not full else "")
             bottom.legend(frameon=False, fontsize=9, loc="lower left", handlelength=1.2)

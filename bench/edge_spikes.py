@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 from digits import images_and_labels  # noqa: E402
-from tracking_cost import RESULTS, report  # noqa: E402
+from tracking_cost import report  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "edge_spikes.png"
 IMAGES, BATCH, RATE, STEPS, SEEDS = 400, 100, 0.01, 600, 10
@@ -152,7 +152,11 @@ def lines_of(runs: list[Run]) -> list[str]:
             cells.append(f"{sum(None not in run for run in having)} of {len(having)}")
             cells += [str(sum(pair[j] for pair in counts)) for j in (0, 1)]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| Adam | cap c | spikes | loss | largest edge, median of seeds |", "|---" * 5 + "|"]
+    lines += [
+        "",
+        "| Adam | cap c | spikes | loss | largest edge, median of seeds |",
+        "|---" * 5 + "|",
+    ]
     for kind in KINDS:
         for cap in CAPS:
             of = [run for run in runs if run.kind == kind and run.cap == cap]
