@@ -525,7 +525,7 @@ class Evaluator:
             look = self.looking(closure, before, check, check) if first else nullcontext()
             with aside() if apart else nullcontext(), look:
                 loss0, g0 = self.evaluate(closure, before if first else None)
-            if further is not None and self.manner(closure).changes_gradients and not changes:
+            if first and further and self.manner(closure).changes_gradients and not changes:
                 before.restore()  # it has changed these already
                 loss0, g0 = self.evaluate(closure)
             if once is not None:

@@ -151,7 +151,7 @@ DAMAGE = {
     "another estimate": (put("estimate", value="paper"), "estimate is 'paper'"),
     "other sizes": (put("sizes", value=[[3, 3]]), r"sizes is \[\[3, 3\]\]"),
     "no format": (drop("format"), "not the state of a CurvatureTracker"),
-    "an older format": (put("format", value=1), "of format 1, .*reads 8"),
+    "an older format": (put("format", value=1), "of format 1, .*reads 9"),
     "no calls": (drop("calls"), r"lacks \['calls'\]"),
     "calls of text": (put("calls", value="12"), "calls='12'"),
     "calls below 0": (put("calls", value=-1), "calls=-1"),
