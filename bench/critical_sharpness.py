@@ -1,4 +1,4 @@
-"""Critical sharpness beside the edge: what the next step does, and what a quadratic loss would bear.
+"""Critical sharpness beside the edge: what the next step does, and whether swings grow.
 
     python bench/critical_sharpness.py
 

@@ -1,4 +1,4 @@
-"""Whether the edge warns of Adam's loss spikes: how many steps before, how often, how often in vain.
+"""Whether the edge warns of Adam's loss spikes: how many steps before, and how often in vain.
 
     python bench/edge_spikes.py [--draw]
 
