@@ -14,7 +14,7 @@ LAYERS = [
     {"_C", "extension", "arguments", "files"},
     {"params"},
     {"ops"},
-    {"basis"},
+    {"basis", "running_peak"},
     {"objective"},
     {"dynamics"},
     {"solvers"},
