@@ -20,6 +20,7 @@ from lyapcuda.arguments import (
     fraction,
     non_negative,
     positive,
+    proper_fraction,
     users_level,
     whole,
 )
@@ -36,6 +37,7 @@ from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import local
 from lyapcuda.params.shards import whole as whole_tensor
+from lyapcuda.running_peak import RunningPeak
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["BOUND", "BUFFER", "LyapunovSGD"]
@@ -47,7 +49,10 @@ BOUND = "max_inverse_h"
 BUFFER = "momentum_buffer"
 
 #: Entries of a state_dict beside torch.optim's.
-_OWN_STATE = ("tracker", "warm", "lr")
+_OWN_STATE = ("tracker", "warm", "lr", "peak")
+
+#: Estimates whose rate is the paper's: of an exponential moving average, without momentum.
+_OF_THE_PAPER = ("growth", "paper")
 
 
 class LyapunovSGD(Optimizer):
@@ -119,13 +124,14 @@ class LyapunovSGD(Optimizer):
         lr: float | Tensor | None = None,
         k: int = 1,
         every: int = 1,
-        momentum: float = 0.0,
+        momentum: float | None = None,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         max_lr: float = 10.0,
         capturable: bool = False,
         perturbation: float | None = None,
         estimate: str | None = None,
+        decay: float = 0.98,
         ema: float = 0.9,
         warmup_tol: float = 2e-2,
         warmup_iterations: int = 100,
@@ -147,8 +153,10 @@ class LyapunovSGD(Optimizer):
             raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
         if k > 1 and estimate is not None:
             choice("estimate", estimate, ops.OF_QUOTIENTS)
-        if estimate is None:
-            estimate = "growth" if k == 1 else "rayleigh"
+        proper_fraction("decay", decay)
+        estimate = "secant" if estimate is None else estimate
+        if momentum is None:
+            momentum = 0.0 if estimate in _OF_THE_PAPER else 0.9
         if gain is not None and lr is not None:
             raise ValueError("gain and lr: expected one of them, they are the same; got both")
         self._called = "gain" if lr is None else "lr"  # in messages
@@ -170,6 +178,7 @@ class LyapunovSGD(Optimizer):
             seed=seed,
             debug=debug,
         )
+        self._decay = decay
         self._warmup_tol, self._warmup_iterations = warmup_tol, warmup_iterations
         self._warm = warmup_iterations == 0
         self._measured = False  # the gradients in .grad are those h was measured with
@@ -177,6 +186,7 @@ class LyapunovSGD(Optimizer):
         self._fresh, self._other = True, False
         self._rates: Tensor | None = None
         self._tracker: CurvatureTracker | None = None  # None while all parameters are frozen
+        self._peak: RunningPeak | None = None  # of |h|; None where the rate is the paper's
         self._descent = _Descent()
         self._made = False
         super().__init__(params, defaults)
@@ -206,9 +216,15 @@ class LyapunovSGD(Optimizer):
             self._tracker = tracker
         else:
             self._tracker.become(tracker)
+        self._peak = self._new_peak(tracker)
         self._warm = self._warmup_iterations == 0
         self._measured = False
         self._descent = _Descent()
+
+    def _new_peak(self, tracker: CurvatureTracker) -> RunningPeak | None:
+        if tracker.estimate in _OF_THE_PAPER:
+            return None
+        return RunningPeak((tracker.k,), tracker.layout.device, self._decay)
 
     def _is_behind(self) -> bool:
         """Whether the groups hold other parameters that require a gradient than the tracker, or in
@@ -335,8 +351,17 @@ class LyapunovSGD(Optimizer):
                 stacklevel=users_level(),
             )
         self.tracker.restart_average()
+        if self._peak is not None:
+            self._peak.restart()
+            self._raise_peak()
         self._warm = True
         return iterations
+
+    def _raise_peak(self) -> None:
+        """Takes the curvature of the last measurement into the peak, where that was finite."""
+        if self._peak is not None:
+            h = ops.state_field(self.tracker.state, self.tracker.k, "h")
+            self._peak.update(torch.where(self._accepted() != 0, h.abs(), math.nan))
 
     @entry_point
     def measure(
@@ -414,6 +439,8 @@ class LyapunovSGD(Optimizer):
         )
         if isinstance(scaling, Unscaled):
             scaling.finish_()
+        if fresh:
+            self._raise_peak()
         # Whether the measurement was finite doesn't tell about other gradients than its own.
         self._fresh, self._other = fresh, part is not None or micro is not None
         self._measured, self._scaled = True, isinstance(scaling, Unscaled)
@@ -490,9 +517,13 @@ class LyapunovSGD(Optimizer):
             gradients = [p.grad for p in self.tracker.parameters if p.grad is not None]
             found = found_inf(gradients, device, self.tracker.layout.ranks)
             overflow = found if overflow is None else overflow.to(device) + found
+        state = state.clone()
         if not self._fresh:
-            state = state.clone()
             self._accepted(state).fill_(1.0)
+        if self._peak is not None:
+            # Until there has been a curvature, the average: 0, or NaN where nothing was measured.
+            h, peak = ops.state_field(state, self.tracker.k, "h_ema"), self._peak.value
+            h.copy_(torch.where(peak.isnan(), h, peak))
         rates = self._descent.take(self.tracker, state, self, overflow)
         self._rates = self._rates if rates is None else rates
 
@@ -561,7 +592,7 @@ class LyapunovSGD(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
         if saved["tracker"] is not None:
-            self._load_tracker(saved["tracker"])
+            self._load_tracker(saved["tracker"], saved["peak"])
         elif any(p.requires_grad for p in self._all_parameters()):  # at that time none did
             self._measure_anew()
         for group in self.param_groups:
@@ -571,7 +602,7 @@ class LyapunovSGD(Optimizer):
         self._warm, self._measured = bool(saved["warm"]), False
         self._rates = saved["lr"].to(self.rates.device)
 
-    def _load_tracker(self, saved: dict[str, Any]) -> None:
+    def _load_tracker(self, saved: dict[str, Any], saved_peak: dict[str, Any] | None) -> None:
         """Into the same tracker, which logs may follow; nothing has changed after an error."""
         if not isinstance(saved, dict) or not isinstance(saved.get("sizes"), list):
             raise ValueError("state_dict: tracker isn't the state of a CurvatureTracker")
@@ -585,17 +616,22 @@ class LyapunovSGD(Optimizer):
                 f"{len(mine[0].parameters)}, or of other shapes\nit is of another model, or others "
                 "were frozen: make the optimizer, and load, with the\nsame parameters trainable"
             )
+        peak = self._new_peak(fitting[0])
+        if peak is not None:
+            peak.load_state_dict(saved_peak)
         if fitting[0] is not self._tracker:
             fitting[0].load_state_dict(saved)  # raises what is wrong with it
             self._measure_anew()
         self._tracker.load_state_dict(saved)
+        self._peak = peak
 
 
 def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
     # Each by itself, not as a view of a buffer that several share.
     state = {i: _copied(entry) for i, entry in saved["state"].items()}
     tracker = None if optimizer._tracker is None else optimizer._tracker.state_dict()
-    own = (tracker, optimizer._warm, optimizer.rates.clone())
+    peak = None if optimizer._peak is None else optimizer._peak.state_dict()
+    own = (tracker, optimizer._warm, optimizer.rates.clone(), peak)
     return {**saved, "state": state, **dict(zip(_OWN_STATE, own, strict=True))}
 
 

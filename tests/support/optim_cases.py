@@ -16,6 +16,12 @@ def quadratic(spectrum, start=1.0, dtype=torch.float64):
 
 
 def exact(params, *gain, **options):
-    """An optimizer that knows h0 to many digits after its warm-up."""
-    options = {"ema": 0.0, "warmup_tol": 1e-10, "warmup_iterations": 300, **options}
+    """An optimizer that knows h0 to many digits after its warm-up; without momentum."""
+    options = {
+        "ema": 0.0,
+        "momentum": 0.0,
+        "warmup_tol": 1e-10,
+        "warmup_iterations": 300,
+        **options,
+    }
     return lyapcuda.LyapunovSGD(params, *gain, **options)
