@@ -66,7 +66,7 @@ def over_rates(name: str, kind: type[Optimizer], *rates: float, **options: float
     def at(rate: float) -> Callable[[nn.Module], Optimizer]:
         return lambda model: kind(model.parameters(), lr=rate, **options)
 
-    return Method(name, {f"{rate:g}": at(rate) for rate in rates})
+    return Method(name, {f"{rate:g}" if len(rates) > 1 else "": at(rate) for rate in rates})
 
 
 def ours(name: str, **options: object) -> Method:
@@ -102,6 +102,7 @@ def methods() -> list[Method]:
         over_rates("Adam", Adam, 3e-4, 1e-3, 3e-3, 1e-2),
         *peers(),
         ours("LyapunovSGD"),
+        ours("LyapunovSGD, gain 1", gain=1.0),
         ours("LyapunovSGD, every 5", every=5),
         ours("LyapunovSGD, k = 5", k=5),
         ours("LyapunovSGD, the paper's", estimate="paper"),
@@ -230,7 +231,8 @@ def report(results: Results, heading: list[str]) -> str:
     problems = [p for p in PROBLEMS if any(p.name in found for found in results.values())]
     lines = [*heading, "| | " + " | ".join(p.name for p in problems) + " |"]
     lines.append("|---" * (len(problems) + 1) + "|")
-    for name, found in results.items():
+    order = [method.title for method in methods()]
+    for name, found in sorted(results.items(), key=lambda row: order.index(row[0])):
         lines.append(f"| {name} | " + " | ".join(cell(found.get(p.name)) for p in problems) + " |")
     lines.append("")
     sgd, adam = "SGD m = 0.9, best of 4", "Adam, best of 4"
@@ -254,40 +256,51 @@ def heading(seeds: int, missing: list[str]) -> list[str]:
     return [*lines, ""]
 
 
+def read(out: Path) -> Results:
+    path = out.with_suffix(".json")
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return {m: {p: Result(**values) for p, values in row.items()} for m, row in kept.items()}
+
+
+def write(results: Results, out: Path, heading: list[str]) -> None:
+    out.with_suffix(".md").write_text(report(results, heading))
+    kept = {m: {p: vars(r) for p, r in row.items()} for m, row in results.items()}
+    out.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", help="a CIFAR-10 folder; without it the digits alone")
-    add("--problems", nargs="+", help="those whose names have one of these in them")
-    add("--methods", nargs="+", help="those whose names have one of these in them")
+    add("--problems", nargs="+", help="those whose names begin with one of these")
+    add("--methods", nargs="+", help="those whose names begin with one of these")
     add("--seeds", type=int, default=2)
-    add("--out", type=Path, help="write OUT.json and OUT.md")
+    add("--out", type=Path, help="write OUT.json and OUT.md after every cell")
+    add("--resume", action="store_true", help="keep the cells that OUT.json has")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
     def asked(name: str, parts: list[str] | None) -> bool:
-        return parts is None or any(part in name for part in parts)
+        return parts is None or name.startswith(tuple(parts))
 
     missing = [name for name in ("prodigyopt", "schedulefree") if not find_spec(name)]
     datasets = {False: load("digits")}
     if arguments.data:
         datasets[True] = load(arguments.data, (0, 1))
-    results: Results = {}
+    results = read(arguments.out) if arguments.out and arguments.resume else {}
     for problem in PROBLEMS:
         if problem.cifar not in datasets or not asked(problem.name, arguments.problems):
             continue
         for method in methods():
-            if not asked(method.name, arguments.methods):
+            done = problem.name in results.get(method.title, {})
+            if done or not asked(method.name, arguments.methods):
                 continue
             found = result_of(method, problem, datasets[problem.cifar], arguments.seeds)
             results.setdefault(method.title, {})[problem.name] = found
             print(f"{problem.name:18} {method.name:32} {cell(found)}", flush=True)
             if arguments.out:
-                text = report(results, heading(arguments.seeds, missing))
-                arguments.out.with_suffix(".md").write_text(text)
-                kept = {m: {p: vars(r) for p, r in row.items()} for m, row in results.items()}
-                arguments.out.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+                write(results, arguments.out, heading(arguments.seeds, missing))
 
 
 if __name__ == "__main__":
