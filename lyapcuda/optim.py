@@ -24,6 +24,7 @@ from lyapcuda.arguments import (
     users_level,
     whole,
 )
+from lyapcuda.dynamics.options import AUTO
 from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
@@ -99,11 +100,11 @@ class LyapunovSGD(Optimizer):
             three times in a row.
         warmup_iterations: at most so many measurements; 0 for no warm-up, and then only max_lr
             bounds the first steps. None: 10, and 100 for the paper's rate, which needs h0.
-        estimate: see `CurvatureTracker`. None is "secant", ‖y‖/‖q‖, for k = 1. k > 1 needs one
-            read off the quotients, which alone give eigenvectors: None is "rayleigh" there, whose
-            Ritz values lie below the eigenvalues before they have converged. "growth" and "paper",
-            the inversion (e^λ − 1)/β and Algorithm 1 as printed, take the paper's rate: of the
-            average `CurvatureTracker.h_ema`.
+        estimate: see `CurvatureTracker`. None is "secant", ‖y‖/‖q‖. k > 1 needs one that is read
+            off the quotients, which alone give eigenvectors. There a peak remembers what a vector
+            had of larger eigenvalues before it converged: longer steps, where few eigenvalues are
+            large, by "rayleigh". "growth" and "paper", the inversion (e^λ − 1)/β and Algorithm 1 as
+            printed, take the paper's rate: of the average `CurvatureTracker.h_ema`.
         decay: of the peak, a measurement, in (0, 1).
         perturbation, ema, seed, debug: see `CurvatureTracker`.
 
@@ -158,14 +159,15 @@ class LyapunovSGD(Optimizer):
         whole("k", k)
         if k > ops.MAX_K:
             raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
-        if k > 1 and estimate is not None:
-            choice("estimate", estimate, ops.OF_QUOTIENTS)
+        whole("every", every)
         proper_fraction("decay", decay)
         if estimate is None:
-            estimate = "secant" if k == 1 else "rayleigh"
+            estimate = "secant"
+        choice("estimate", estimate, ops.OF_QUOTIENTS if k > 1 else (AUTO, *ops.ESTIMATES))
         papers = estimate in _OF_THE_PAPER
         if momentum is None:
             momentum = 0.0 if papers else 0.9
+        fraction("momentum", momentum)
         if warmup_iterations is None:
             warmup_iterations = 100 if papers else 10
         whole("warmup_iterations", warmup_iterations, 0)
