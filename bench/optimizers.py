@@ -232,6 +232,7 @@ def report(results: Results, heading: list[str]) -> str:
     lines = [*heading, "| | " + " | ".join(p.name for p in problems) + " |"]
     lines.append("|---" * (len(problems) + 1) + "|")
     order = [method.title for method in methods()]
+    order += sorted(set(results) - set(order))  # of packages that aren't here
     for name, found in sorted(results.items(), key=lambda row: order.index(row[0])):
         lines.append(f"| {name} | " + " | ".join(cell(found.get(p.name)) for p in problems) + " |")
     lines.append("")
