@@ -6,8 +6,8 @@ h of a `CurvatureTracker` with its defaults after 40 steps, frozen θ, one batch
 h0 of the same θ and batch in float64 (`eigsh` with exact products). States: so many steps of AdamW
 at 1e-3 before, in float32. "noise" is the rounding error of a gradient difference as the tracker
 has measured it, over Δq·h. Nets of `transformers` and `timm` where these can be imported, with the
-dropout off, at random initial weights; two that are built here in any case. Below: `LyapunovSGD` on
-a smaller GPT.
+dropout off, at random initial weights; two that are built here in any case. Below: `LyapunovSGD`
+at the paper's rate, on a smaller GPT.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def descents(steps: int = 60) -> Iterator[str]:
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model, batch, losses = Transformer(64, 3, 256, causal=True), chains(), []
-        optimizer = lyapcuda.LyapunovSGD(model.parameters())
+        optimizer = lyapcuda.LyapunovSGD(model.parameters(), estimate="growth")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Trains a small net with LyapunovSGD, whose learning rate is 1/h0 of the curvature it measures.
+"""Trains a small net with LyapunovSGD, whose learning rate follows the curvature it measures.
 
     python examples/optimizer.py --out runs/optimizer
 
@@ -17,11 +17,10 @@ from digits import images_and_labels, mlp
 from lyapcuda import LyapunovSGD
 from pictures import draw_losses
 
-# At first the loss is flat: max_lr bounds 1/h0 there, and a warm-up would find nothing.
 OPTIMIZERS = {
     "SGD, lr 0.1": partial(torch.optim.SGD, lr=0.1),
     "SGD, lr 0.3": partial(torch.optim.SGD, lr=0.3),
-    "LyapunovSGD": partial(LyapunovSGD, max_lr=1.0, warmup_iterations=0),
+    "LyapunovSGD": LyapunovSGD,
 }
 
 

@@ -1,4 +1,4 @@
-"""LyapunovSGD: stochastic gradient descent whose learning rates are one over the curvature."""
+"""LyapunovSGD: stochastic gradient descent whose learning rates follow the curvature."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from lyapcuda.arguments import (
     fraction,
     non_negative,
     positive,
+    proper_fraction,
     users_level,
     whole,
 )
+from lyapcuda.dynamics.options import AUTO
 from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.entry import entry_point
 from lyapcuda.objective.evaluator import Closure
@@ -36,6 +38,7 @@ from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import require_entries
 from lyapcuda.params.shards import local
 from lyapcuda.params.shards import whole as whole_tensor
+from lyapcuda.running_peak import RunningPeak
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["BOUND", "BUFFER", "LyapunovSGD"]
@@ -47,51 +50,62 @@ BOUND = "max_inverse_h"
 BUFFER = "momentum_buffer"
 
 #: Entries of a state_dict beside torch.optim's.
-_OWN_STATE = ("tracker", "warm", "lr")
+_OWN_STATE = ("tracker", "warm", "lr", "peak")
+
+#: Estimates whose rate is the paper's: of an exponential moving average, without momentum.
+_OF_THE_PAPER = ("growth", "paper")
 
 
 class LyapunovSGD(Optimizer):
-    """The paper's quasi-Newton method (§3.1): θ ← θ − (gain/h0)·g, h0 measured at every step.
+    """SGD with momentum whose learning rate is gain/h, h the recent largest curvature.
 
-    With k > 1 (its "more sophisticated" variant) the step is gain/|h_i| along each of the k leading
-    eigenvectors, and gain/(|h_(k−1)| + its residual), longer than gain/h0, everywhere else.
+    It is the paper's quasi-Newton method (§3.1) made robust. h is a `RunningPeak` of ‖y‖/‖q‖, a
+    lower bound of the Hessian's norm that costs nothing beside h0: it rises at once and falls
+    slowly, so the rate never leaps. Where nothing above 0 is measured the rate stays what it was.
+    ``estimate="paper"`` is the method as printed: θ ← θ − (gain/h0)·g.
 
-    One step costs k + 1 gradients: the training gradient and those of the k copies beside it.
-    Curvatures are smoothed by an exponential moving average. The first step warms up: it measures
-    at the initial θ, without training, until h0 is stable. docs/optimizer.md has the bounds of
-    stability, and recipes for clipping, accumulation, GradScaler and schedulers.
+    With k > 1 (the paper's "more sophisticated" variant) the step is gain/|h_i| along each of the k
+    leading eigenvectors, and gain/(|h_(k−1)| + its residual), longer than gain/h0, everywhere else.
+
+    One step costs k + 1 gradients: the training gradient and those of the k copies beside it. The
+    first step warms up: it measures at the initial θ, without training. docs/optimizer.md has the
+    bounds of stability, and recipes for clipping, accumulation, GradScaler and schedulers.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups; a group may set ``gain`` (or ``lr``),
             ``max_lr``, ``weight_decay``, ``momentum``, ``nesterov`` and ``capturable`` of its own.
             Frozen ones don't move, and are measured from the step on at which they are thawed.
-        gain: learning rate times curvature, 1 by default; in the groups as "lr", which the
-            schedulers of torch.optim.lr_scheduler act on. The iteration is stable below 2; with
-            momentum m below 2·(1 + m), with Nesterov's 2·(1 + m)/(1 + 2m). Or a tensor of one
-            element, on the device.
+        gain: learning rate times curvature; in the groups as "lr", which the schedulers of
+            torch.optim.lr_scheduler act on. The iteration is stable below 2; with momentum m below
+            2·(1 + m), with Nesterov's 2·(1 + m)/(1 + 2m). Or a tensor of one element, on the
+            device. None: 1.5 with momentum, and 1 without, with Nesterov's, where k or every is
+            above 1, and for the paper's rate.
         lr: another name of gain.
         k: how many leading curvatures, 1 to 32.
         every: measure at every n-th step only; the steps between cost one gradient, and use the
             last curvatures.
         momentum: m of torch.optim.SGD: the step goes along b ← m·b + g. b is kept in float32 for
-            16-bit parameters. A gain of 1 then moves as far as 1/(1 − m) without.
+            16-bit parameters. A gain of 1 then moves as far as 1/(1 − m) without. None: 0.9, and
+            0 for the paper's rate.
         nesterov: go along g + m·b.
         weight_decay: adds ½·wd·‖θ‖² to the loss: to the gradient and to the curvature.
-        max_lr: bound of 1/h, so of the learning rate at gain 1; also what stands in for 1/h where h
-            is zero or negative. (OneCycleLR writes its own "max_lr" into the groups; the bound is
-            then kept as "max_inverse_h".)
+        max_lr: bound of 1/h, so of the learning rate at gain 1; also what stands in for 1/h until a
+            curvature above 0 was measured, and for the paper's rate wherever h is zero or negative.
+            (OneCycleLR writes its own "max_lr" into the groups; the bound is then kept as
+            "max_inverse_h".)
         capturable: keeps "lr" as a float64 tensor on the device, so that a step captured in a CUDA
             graph follows a scheduler. No step waits for the device in either case; warm up before
             the capture.
-        warmup_tol: h0 is stable when it changed by less than this (relative) three times in a row.
-        warmup_iterations: at most so many; 0 for no warm-up, and then only max_lr bounds the first
-            steps.
-        estimate: see `CurvatureTracker`. For k = 1 None is "growth", the exact inversion
-            (e^λ − 1)/β: where q is no eigenvector (noise, kinks, the first steps) it lies above the
-            Rayleigh quotient, so the steps err on the short side. Measured on the digits runs, the
-            Rayleigh quotient made two of six diverge at gain 1, this none. k > 1 needs "rayleigh",
-            the default there, or "schwarz", which alone give eigenvectors: the Ritz values'
-            residuals keep the steps short there.
+        warmup_tol: h0 is stable, and the warm-up over, when it changed by less than this (relative)
+            three times in a row.
+        warmup_iterations: at most so many measurements; 0 for no warm-up, and then only max_lr
+            bounds the first steps. None: 10, and 100 for the paper's rate, which needs h0.
+        estimate: see `CurvatureTracker`. None is "secant", ‖y‖/‖q‖. k > 1 needs one that is read
+            off the quotients, which alone give eigenvectors. There a peak remembers what a vector
+            had of larger eigenvalues before it converged: longer steps, where few eigenvalues are
+            large, by "rayleigh". "growth" and "paper", the inversion (e^λ − 1)/β and Algorithm 1 as
+            printed, take the paper's rate: of the average `CurvatureTracker.h_ema`.
+        decay: of the peak, a measurement, in (0, 1).
         perturbation, ema, seed, debug: see `CurvatureTracker`.
 
     Raises:
@@ -99,7 +113,7 @@ class LyapunovSGD(Optimizer):
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> optimizer = LyapunovSGD([theta], gain=1.0)
+        >>> optimizer = LyapunovSGD([theta], gain=1.0, momentum=0.0)
         >>> for _ in range(20):
         ...     loss = optimizer.step(lambda: theta[0].square() + 4.0 * theta[1].square())
         >>> round(float(optimizer.lr), 3)  # 1/h0
@@ -119,16 +133,17 @@ class LyapunovSGD(Optimizer):
         lr: float | Tensor | None = None,
         k: int = 1,
         every: int = 1,
-        momentum: float = 0.0,
+        momentum: float | None = None,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         max_lr: float = 10.0,
         capturable: bool = False,
         perturbation: float | None = None,
         estimate: str | None = None,
+        decay: float = 0.995,
         ema: float = 0.9,
         warmup_tol: float = 2e-2,
-        warmup_iterations: int = 100,
+        warmup_iterations: int | None = None,
         seed: int = 0,
         debug: bool | None = None,
     ) -> None:
@@ -141,20 +156,30 @@ class LyapunovSGD(Optimizer):
         if warmup_tol is None:
             raise ValueError("warmup_tol=None: expected a positive finite number")
         positive("warmup_tol", warmup_tol)
-        whole("warmup_iterations", warmup_iterations, 0)
         whole("k", k)
         if k > ops.MAX_K:
             raise ValueError(f"k={k}: expected at most {ops.MAX_K}")
-        if k > 1 and estimate is not None:
-            choice("estimate", estimate, ops.OF_QUOTIENTS)
+        whole("every", every)
+        proper_fraction("decay", decay)
         if estimate is None:
-            estimate = "growth" if k == 1 else "rayleigh"
+            estimate = "secant"
+        choice("estimate", estimate, ops.OF_QUOTIENTS if k > 1 else (AUTO, *ops.ESTIMATES))
+        papers = estimate in _OF_THE_PAPER
+        if momentum is None:
+            momentum = 0.0 if papers else 0.9
+        fraction("momentum", momentum)
+        if warmup_iterations is None:
+            warmup_iterations = 100 if papers else 10
+        whole("warmup_iterations", warmup_iterations, 0)
         if gain is not None and lr is not None:
             raise ValueError("gain and lr: expected one of them, they are the same; got both")
         self._called = "gain" if lr is None else "lr"  # in messages
         gain = lr if gain is None else gain
+        if gain is None:
+            fresh = k == every == 1 and not papers
+            gain = 1.5 if fresh and momentum and not nesterov else 1.0
         defaults = {
-            "lr": 1.0 if gain is None else gain,
+            "lr": gain,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -170,6 +195,7 @@ class LyapunovSGD(Optimizer):
             seed=seed,
             debug=debug,
         )
+        self._decay = decay
         self._warmup_tol, self._warmup_iterations = warmup_tol, warmup_iterations
         self._warm = warmup_iterations == 0
         self._measured = False  # the gradients in .grad are those h was measured with
@@ -177,6 +203,7 @@ class LyapunovSGD(Optimizer):
         self._fresh, self._other = True, False
         self._rates: Tensor | None = None
         self._tracker: CurvatureTracker | None = None  # None while all parameters are frozen
+        self._peak: RunningPeak | None = None  # of |h|; None where the rate is the paper's
         self._descent = _Descent()
         self._made = False
         super().__init__(params, defaults)
@@ -206,9 +233,15 @@ class LyapunovSGD(Optimizer):
             self._tracker = tracker
         else:
             self._tracker.become(tracker)
+        self._peak = self._new_peak(tracker)
         self._warm = self._warmup_iterations == 0
         self._measured = False
         self._descent = _Descent()
+
+    def _new_peak(self, tracker: CurvatureTracker) -> RunningPeak | None:
+        if tracker.estimate in _OF_THE_PAPER:
+            return None
+        return RunningPeak((tracker.k,), tracker.layout.device, self._decay)
 
     def _is_behind(self) -> bool:
         """Whether the groups hold other parameters that require a gradient than the tracker, or in
@@ -286,7 +319,7 @@ class LyapunovSGD(Optimizer):
 
     @entry_point
     def warmup(self, closures: Closure | Iterable[Closure], *, scaler: Any = None) -> int:
-        """Measures at the present θ, without training, until h0 is stable.
+        """Measures at the present θ, without training, until h0 is stable or it has been enough.
 
         The first `step` or `measure` calls this with its own closure. Leaves no trace but in the
         tracker.
@@ -297,8 +330,9 @@ class LyapunovSGD(Optimizer):
             scaler: as for `measure`.
 
         Returns:
-            How many measurements it took. A UserWarning says when h0 didn't become stable. It ends
-            at a loss that isn't finite, and the next `step` warms up again.
+            How many measurements it took. It ends at a loss that isn't finite, and the next `step`
+            warms up again. For the paper's rate a UserWarning says when h0 didn't become stable; a
+            peak catches up by itself.
         """
         if not callable(closures) and not isinstance(closures, Iterable):
             raise TypeError(
@@ -328,15 +362,24 @@ class LyapunovSGD(Optimizer):
                     break
         finally:
             self.tracker.every = every
-        if stable < 3:
+        if stable < 3 and self._peak is None:
             warnings.warn(
                 f"h0 was not stable to {self._warmup_tol:g} after {iterations} iterations of "
                 f"warm-up (last: {previous:g}); training starts from there",
                 stacklevel=users_level(),
             )
         self.tracker.restart_average()
+        if self._peak is not None:
+            self._peak.restart()
+            self._raise_peak()
         self._warm = True
         return iterations
+
+    def _raise_peak(self) -> None:
+        """Takes the curvature of the last measurement into the peak, where that was finite."""
+        if self._peak is not None:
+            h = ops.state_field(self.tracker.state, self.tracker.k, "h")
+            self._peak.update(torch.where(self._accepted() != 0, h.abs(), math.nan))
 
     @entry_point
     def measure(
@@ -414,6 +457,8 @@ class LyapunovSGD(Optimizer):
         )
         if isinstance(scaling, Unscaled):
             scaling.finish_()
+        if fresh:
+            self._raise_peak()
         # Whether the measurement was finite doesn't tell about other gradients than its own.
         self._fresh, self._other = fresh, part is not None or micro is not None
         self._measured, self._scaled = True, isinstance(scaling, Unscaled)
@@ -428,7 +473,7 @@ class LyapunovSGD(Optimizer):
         batches: Iterable[Any] | None = None,
         sizes: Sizes | None = None,
     ) -> Tensor | None:
-        """Measures h0 and steps with gain/h0; without a closure, the step of the last `measure`.
+        """Measures the curvature and steps with gain/h; without a closure, as `measure` found it.
 
         Args:
             closure, part, batches, sizes: as for `measure`.
@@ -490,9 +535,13 @@ class LyapunovSGD(Optimizer):
             gradients = [p.grad for p in self.tracker.parameters if p.grad is not None]
             found = found_inf(gradients, device, self.tracker.layout.ranks)
             overflow = found if overflow is None else overflow.to(device) + found
+        state = state.clone()
         if not self._fresh:
-            state = state.clone()
             self._accepted(state).fill_(1.0)
+        if self._peak is not None:
+            # Until there has been a curvature, the average: 0, or NaN where nothing was measured.
+            h, peak = ops.state_field(state, self.tracker.k, "h_ema"), self._peak.value
+            h.copy_(torch.where(peak.isnan(), h, peak))
         rates = self._descent.take(self.tracker, state, self, overflow)
         self._rates = self._rates if rates is None else rates
 
@@ -561,7 +610,7 @@ class LyapunovSGD(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
         if saved["tracker"] is not None:
-            self._load_tracker(saved["tracker"])
+            self._load_tracker(saved["tracker"], saved["peak"])
         elif any(p.requires_grad for p in self._all_parameters()):  # at that time none did
             self._measure_anew()
         for group in self.param_groups:
@@ -571,7 +620,7 @@ class LyapunovSGD(Optimizer):
         self._warm, self._measured = bool(saved["warm"]), False
         self._rates = saved["lr"].to(self.rates.device)
 
-    def _load_tracker(self, saved: dict[str, Any]) -> None:
+    def _load_tracker(self, saved: dict[str, Any], saved_peak: dict[str, Any] | None) -> None:
         """Into the same tracker, which logs may follow; nothing has changed after an error."""
         if not isinstance(saved, dict) or not isinstance(saved.get("sizes"), list):
             raise ValueError("state_dict: tracker isn't the state of a CurvatureTracker")
@@ -585,17 +634,22 @@ class LyapunovSGD(Optimizer):
                 f"{len(mine[0].parameters)}, or of other shapes\nit is of another model, or others "
                 "were frozen: make the optimizer, and load, with the\nsame parameters trainable"
             )
+        peak = self._new_peak(fitting[0])
+        if peak is not None:
+            peak.load_state_dict(saved_peak)
         if fitting[0] is not self._tracker:
             fitting[0].load_state_dict(saved)  # raises what is wrong with it
             self._measure_anew()
         self._tracker.load_state_dict(saved)
+        self._peak = peak
 
 
 def _add_own_state(optimizer: LyapunovSGD, saved: dict[str, Any]) -> dict[str, Any]:
     # Each by itself, not as a view of a buffer that several share.
     state = {i: _copied(entry) for i, entry in saved["state"].items()}
     tracker = None if optimizer._tracker is None else optimizer._tracker.state_dict()
-    own = (tracker, optimizer._warm, optimizer.rates.clone())
+    peak = None if optimizer._peak is None else optimizer._peak.state_dict()
+    own = (tracker, optimizer._warm, optimizer.rates.clone(), peak)
     return {**saved, "state": state, **dict(zip(_OWN_STATE, own, strict=True))}
 
 

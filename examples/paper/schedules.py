@@ -107,13 +107,14 @@ class Cyclic(Constant):
 
 
 class QuasiNewton(Schedule):
-    """The paper's own: ``lr = gain / h0``, from a smoothed h0."""
+    """The paper's own: ``lr = gain / h0``, from a smoothed h0, without momentum."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         self.optimizer = LyapunovSGD(
             model.parameters(),
             gain=config.gain,
             k=config.k,
+            momentum=0.0,
             weight_decay=config.weight_decay,
             perturbation=config.perturbation,
             estimate=config.estimate,

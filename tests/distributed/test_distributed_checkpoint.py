@@ -109,7 +109,7 @@ def optimizer_goes_on(rank: int, how: str, options: dict, folder: str) -> None:
     dcp.save(state, checkpoint_id=folder)
     model = wrap(copy.deepcopy(single), how)
     shared = new(model)
-    if options.get("momentum"):  # a fresh optimizer has no buffers yet to load into
+    if options.get("momentum", 0.9):  # a fresh optimizer has no buffers yet to load into
         optimizer_steps(model, shared, *part, 1)
     state = {"model": get_model_state_dict(model), "optimizer": started(shared)}
     dcp.load(state, checkpoint_id=folder)

@@ -43,7 +43,7 @@ def steps_are_those_of_one_process(rank: int, how: str, options: dict) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
     for a, b in zip(wrapped.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(whole(a), b.detach(), rtol=1e-7, atol=1e-9)
-        if options.get("momentum"):
+        if options.get("momentum", 0.9):
             held = optimizer.state[a]["momentum_buffer"]
             expected_buffer = plain.state[b]["momentum_buffer"]
             torch.testing.assert_close(whole(held), expected_buffer, rtol=1e-7, atol=1e-9)

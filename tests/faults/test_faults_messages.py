@@ -147,12 +147,12 @@ def entries() -> Iterator[Entry]:
         f"{names} history seed model mode",
         "model:module,empty,tensor,tensors",
     )
-    names = "gain k every momentum weight_decay max_lr perturbation estimate ema warmup_tol seed"
+    names = "gain k every momentum weight_decay max_lr perturbation estimate decay ema seed"
     yield from by_name(
         "LyapunovSGD",
         lambda **options: sgd(_PARAMS, **options),
-        f"{names} warmup_iterations",
-        "estimate:None gain:None",
+        f"{names} warmup_tol warmup_iterations",
+        "estimate:None gain:None momentum:None warmup_iterations:None",
     )
     yield from by_name(
         "HessianOperator",

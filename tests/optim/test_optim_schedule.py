@@ -128,7 +128,7 @@ def test_one_cycle_leaves_the_bound_of_one_over_h():
     for bound in (0.5, 2.0):
         theta, closure = quadratic([-3.0, -1.0])
         groups = [{"params": [theta], "max_lr": bound}]
-        optimizer = lyapcuda.LyapunovSGD(groups, warmup_iterations=4)
+        optimizer = lyapcuda.LyapunovSGD(groups, estimate="growth", warmup_iterations=4)
         scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
         late = nn.Parameter(torch.ones(1, dtype=torch.float64))
         optimizer.add_param_group({"params": [late], "max_lr": 0.25})
@@ -142,7 +142,7 @@ def test_one_cycle_leaves_the_bound_of_one_over_h():
 
 def test_the_bound_may_be_changed_in_a_group():
     theta, closure = quadratic([-3.0, -1.0])
-    optimizer = lyapcuda.LyapunovSGD([theta], max_lr=0.5, warmup_iterations=0)
+    optimizer = exact([theta], max_lr=0.5, warmup_iterations=0)
     for name in ("max_lr", "max_inverse_h"):
         optimizer.param_groups[0][name] = 0.125
         optimizer.step(closure)
@@ -154,7 +154,7 @@ def test_the_bound_may_be_changed_in_a_group():
 
 def test_a_rate_of_zero_moves_nothing_and_scales_the_bound_as_well():
     theta, closure = quadratic([-3.0, -1.0])
-    optimizer = lyapcuda.LyapunovSGD([theta], max_lr=0.5)
+    optimizer = lyapcuda.LyapunovSGD([theta], max_lr=0.5, estimate="growth")
     for factor in (0.0, 0.1, 1.0):
         optimizer.param_groups[0]["lr"] = factor
         before = theta.detach().clone()

@@ -124,17 +124,17 @@ def test_a_state_taken_back_into_the_same_optimizer_goes_on_alike():
 
 def test_groups_saved_before_the_bound_had_a_name_of_its_own():
     theta, closure = quadratic([-1.0, -2.0])
-    optimizer = exact([theta], max_lr=0.5, warmup_iterations=5)
+    optimizer = exact([theta], max_lr=0.5, warmup_iterations=5, estimate="growth")
     with pytest.warns(UserWarning, match="not stable"):
         run(optimizer, closure, 1)
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["max_inverse_h"]
-    other = exact([theta], max_lr=0.1)
+    other = exact([theta], max_lr=0.1, estimate="growth")
     other.load_state_dict(saved)
     other.step(closure)
     assert float(other.lr) == 0.5
     saved["param_groups"][0] |= {"max_lr": 7.0, "min_lr": 0.1, "initial_lr": 1.0}  # by OneCycleLR
-    other = exact([theta], max_lr=0.1)
+    other = exact([theta], max_lr=0.1, estimate="growth")
     other.load_state_dict(saved)
     other.step(closure)
     assert float(other.lr) == 0.1

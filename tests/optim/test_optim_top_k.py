@@ -45,7 +45,7 @@ def test_it_needs_far_fewer_steps_than_one_curvature_where_few_are_large():
     steps = []
     for k in (1, 4):
         theta, closure = quadratic(spectrum)
-        optimizer = exact([theta], k=k, warmup_tol=1e-6)
+        optimizer = exact([theta], k=k, estimate="rayleigh", warmup_tol=1e-6)
         count = 0
         while float(closure()) > 1e-3 and count < 400:
             optimizer.step(closure)

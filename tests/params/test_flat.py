@@ -236,7 +236,7 @@ def test_frozen_parameters_of_any_kind_are_left_out(kind):
     assert float(found.eigenvalues[0]) == pytest.approx(3.0, rel=1e-4)
     optimizer = lyapcuda.LyapunovSGD(module.parameters())
     optimizer.step(closure)
-    assert float(optimizer.lr) == pytest.approx(1 / 3, rel=1e-3)
+    assert float(optimizer.lr) == pytest.approx(1.5 / 3, rel=1e-3)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step(closure)
 

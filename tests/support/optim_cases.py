@@ -16,6 +16,14 @@ def quadratic(spectrum, start=1.0, dtype=torch.float64):
 
 
 def exact(params, *gain, **options):
-    """An optimizer that knows h0 to many digits after its warm-up."""
-    options = {"ema": 0.0, "warmup_tol": 1e-10, "warmup_iterations": 300, **options}
+    """An optimizer that knows h0 to many digits after its warm-up; of gain 1 without momentum."""
+    if not gain and "lr" not in options:
+        options = {"gain": 1.0, **options}
+    options = {
+        "ema": 0.0,
+        "momentum": 0.0,
+        "warmup_tol": 1e-10,
+        "warmup_iterations": 300,
+        **options,
+    }
     return lyapcuda.LyapunovSGD(params, *gain, **options)

@@ -228,7 +228,7 @@ def test_copies_of_a_tracker_and_its_model_go_on_alike(problem):
 def test_a_tracker_attached_to_another_ones_optimizer_measures_at_theta():
     truth = case("tanh_mlp", seed=1, dtype=torch.float64)
     optimizer = lyapcuda.LyapunovSGD(
-        truth.model.parameters(), perturbation=0.5, warmup_iterations=1
+        truth.model.parameters(), perturbation=0.5, warmup_iterations=1, estimate="growth"
     )
     inner = lyapcuda.CurvatureTracker(truth.model.parameters(), debug=False)
     weight, seen = truth.model[0].weight, []
