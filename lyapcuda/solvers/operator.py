@@ -184,7 +184,12 @@ class HessianOperator:
         #: edge of stability they are. None without one.
         self.metric: Metric | None = None
         if preconditioner is not None:
-            self.metric = Metric(self.layout, preconditioner, without="preconditioner=None")
+            self.metric = Metric(
+                self.layout,
+                preconditioner,
+                argument="preconditioner",
+                without="preconditioner=None",
+            )
             self.metric.refresh()
         scale = self.metric.buffers if self.metric is not None else None
         self.products = Products(self.layout, self.objective, debug, scale or None)

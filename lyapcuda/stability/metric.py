@@ -34,6 +34,7 @@ class Metric:
         source: what P is taken from.
         optimizer: whose rates and thresholds tell how near the edge, where ``source`` is no
             optimizer. One without a rule leaves the edge unknown.
+        argument: what the user passed an optimizer as, for messages.
         without: what measures H itself, for messages: the name of the user's argument and a value.
 
     Raises:
@@ -61,15 +62,16 @@ class Metric:
         source: Source,
         optimizer: Any = None,
         *,
+        argument: str = "optimizer",
         without: str = "preconditioned=False",
     ) -> None:
         self._layout = layout
-        self._argument = without.partition("=")[0]
+        self._argument = argument
         self._given: Given | None = None
         if isinstance(unwrapped(source), Optimizer):
-            optimizer, self._rule = source, rule_of(source, without)
+            optimizer, self._rule = source, rule_of(source, argument, without)
         else:
-            self._given = Given(source, layout.parameters, self._argument)
+            self._given = Given(source, layout.parameters, without.partition("=")[0])
             self._rule = known_rule(optimizer)
         self._optimizer = unwrapped(optimizer) if self._rule is not None else None
         if self._rule is not None:
@@ -82,7 +84,7 @@ class Metric:
     def _check(self, rule: Rule) -> None:
         """Raises ValueError where the optimizer's groups don't give one P."""
         parameters, held = self._layout.parameters, list(held_by(self._optimizer, self._parameters))
-        what = f"{self._argument}: {described(self._optimizer)}"
+        what = f"{self._argument}={described(self._optimizer)}: it"
         missing = set(range(len(parameters))).difference(*(part.positions for part in held))
         if missing:
             names = several([parameters[i].name for i in sorted(missing)])
@@ -125,8 +127,8 @@ class Metric:
         found = [part for part in found if part.positions]
         if not found:
             raise RuntimeError(
-                f"{self._argument}: {described(self._optimizer)} hasn't taken a step, so it has no "
-                "P yet"
+                f"{self._argument}={described(self._optimizer)}: it hasn't taken a step, so it has "
+                "no P yet"
             )
         return found
 

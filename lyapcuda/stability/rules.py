@@ -193,11 +193,12 @@ def known_rule(optimizer: Any) -> Rule | None:
     return next((rule for kind, rule in _RULES if isinstance(inner, kind)), None)
 
 
-def rule_of(optimizer: Any, without: str) -> Rule:
+def rule_of(optimizer: Any, argument: str, without: str) -> Rule:
     """The rule of an optimizer.
 
     Args:
         optimizer: it, or a wrapper of it that is known.
+        argument: what the user passed it as, for messages.
         without: what measures H itself, for messages: "preconditioned=False".
 
     Raises:
@@ -205,10 +206,9 @@ def rule_of(optimizer: Any, without: str) -> Rule:
     """
     rule = known_rule(optimizer)
     if rule is None:
-        argument = without.partition("=")[0]
         raise TypeError(
-            f"{argument}: {described(unwrapped(optimizer))} has no diagonal metric that is known "
-            f"here: {without} measures H itself;\nor pass {argument}=a function of a parameter "
-            "that returns its diagonal P"
+            f"{argument}={described(unwrapped(optimizer))}: it has no diagonal metric that is "
+            f"known here: {without} measures H itself;\nor pass {without.partition('=')[0]}=a "
+            "function of a parameter that returns its diagonal P"
         )
     return rule

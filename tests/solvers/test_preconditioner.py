@@ -275,7 +275,7 @@ def test_products_are_compared_as_if_the_loss_were_one_of_z(p):
 def test_what_is_refused():
     given = problem()
     params = list(given.model.parameters())
-    with pytest.raises(RuntimeError, match="preconditioner: <Adam> hasn't taken a step"):
+    with pytest.raises(RuntimeError, match="preconditioner=<Adam>: it hasn't taken a step"):
         given.operator(preconditioner=optim.Adam(params))
     with pytest.raises(TypeError, match="preconditioner=None measures H itself") as caught:
         given.operator(preconditioner=optim.LBFGS(params))

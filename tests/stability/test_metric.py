@@ -46,7 +46,7 @@ def test_there_is_no_p_before_the_first_step(make):
     metric = Metric(FlatLayout(params), optimizer)
     assert not metric.ready
     assert not metric.trivial
-    with pytest.raises(RuntimeError, match=f"<{make.__name__}> hasn't taken a step"):
+    with pytest.raises(RuntimeError, match=f"<{make.__name__}>: it hasn't taken a step"):
         metric.refresh()
     with pytest.raises(RuntimeError, match="taken a step"):
         metric.edge_of(torch.tensor(1.0))
@@ -190,11 +190,11 @@ def with_flag(make, flag):
 
 
 REFUSED = [
-    (optim.LBFGS, TypeError, "<LBFGS> has no diagonal metric that is known here: "),
+    (optim.LBFGS, TypeError, "<LBFGS>: it has no diagonal metric that is known here: "),
     (optim.LBFGS, TypeError, "preconditioned=False measures H itself;\nor pass preconditioned=a"),
-    (optim.Adafactor, TypeError, "<Adafactor> has no diagonal metric"),
+    (optim.Adafactor, TypeError, "<Adafactor>: it has no diagonal metric"),
     (functools.partial(optim.Adam, maximize=True), ValueError, "maximize=True for first"),
-    (lambda p: optim.Adam(p[:1]), ValueError, "<Adam> doesn't hold second, which is tracked"),
+    (lambda p: optim.Adam(p[:1]), ValueError, "<Adam>: it doesn't hold second, which is tracked"),
     (
         with_flag(optim.Adam, "amsgrad"),
         ValueError,
@@ -224,9 +224,9 @@ def test_few_of_many_names_are_shown_and_the_argument_is_the_callers():
     params = parameters(1, 2, 3, 4, 5)
     optimizer = optim.Adam(params[:1])
     with pytest.raises(
-        ValueError, match="^preconditioner: <Adam>.*second, third, fourth and 1 more"
+        ValueError, match="^preconditioner=<Adam>.*second, third, fourth and 1 more"
     ):
-        Metric(FlatLayout(named(params)), optimizer, without="preconditioner=None")
+        Metric(FlatLayout(named(params)), optimizer, argument="preconditioner")
 
 
 # --- P as a user gives it ------------------------------------------------------------------------
