@@ -30,7 +30,8 @@ class RateCap:
     Args:
         optimizer: the one that trains.
         tracker: ``CurvatureTracker(..., optimizer=optimizer)``. Its last measurement counts; before
-            the first there is no cap.
+            the first there is no cap. A tracker that is attached measures within the step, so it
+            is the last step's.
         c: the cap in thresholds. 1 is the edge itself. docs/decisions.md says what others cost.
 
     Attributes:

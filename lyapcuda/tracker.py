@@ -1121,6 +1121,10 @@ class CurvatureTracker:
                 f"state_dict: separations={described(saved)}: which={self.which!r} has "
                 f"{len(self._ends)}"
             )
+        if saved and self._given_metric is not None and not self._given_metric.ready:
+            raise ValueError(
+                "state_dict: the optimizer has no preconditioner yet; load its state first"
+            )
         history = state_dict["history"]
         if self._history is not None and history is not None:
             self._history.check(history)

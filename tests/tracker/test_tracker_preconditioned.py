@@ -183,6 +183,10 @@ def test_state_goes_on_where_it_was(tmp_path):
     plain = CurvatureTracker(problem.parameters, 2)
     with pytest.raises(ValueError, match="preconditioned"):
         plain.load_state_dict(one.state_dict())
+    problem.optimizer.state.clear()
+    early = make()
+    with pytest.raises(ValueError, match="load its state first"):
+        early.load_state_dict(one.state_dict())
 
 
 def test_the_edge_is_in_history_and_log(tmp_path):
