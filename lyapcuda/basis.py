@@ -51,14 +51,20 @@ class Basis:
         for panel in self.panels:
             release_pages(panel)
 
-    def gram(self, other: Basis) -> Tensor:
-        """(rows, rows of the other) float64, on the first group's device."""
-        return self.layout.reduce(self.partial_gram(other))
+    def gram(self, other: Basis, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """(rows, rows of the other) float64, on the first group's device.
 
-    def partial_gram(self, other: Basis) -> Tensor:
+        Args:
+            other: another, or self.
+            weights: a flat buffer a group, which every row is taken times; None for 1.
+        """
+        return self.layout.reduce(self.partial_gram(other, weights))
+
+    def partial_gram(self, other: Basis, weights: Sequence[Tensor] | None = None) -> Tensor:
         """The same, over this rank's elements alone."""
-        pairs = zip(self.panels, other.panels, strict=True)
-        return _sum([ops.gram(a, b) for a, b in pairs])
+        weights = weights or [None] * len(self.panels)
+        groups = zip(self.panels, other.panels, weights, strict=True)
+        return _sum([ops.gram(a, b, weights=w) for a, b, w in groups])
 
     def combine_(self, panel: Basis, matrix: Tensor) -> None:
         """Rows of self = matrixᵀ · rows of ``panel``, which may start at the same memory."""

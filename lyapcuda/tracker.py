@@ -488,8 +488,10 @@ class CurvatureTracker:
                 loss = evaluated.loss
             self._after_gradient()
             return loss
-        self.start()
-        self._refresh()
+        if self._separations is None:
+            self.start()
+        else:
+            self._refresh()
         before = self._before_exchange(bool(request.add))
         copies = self._separations.place()
         try:

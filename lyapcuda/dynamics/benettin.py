@@ -25,7 +25,7 @@ from lyapcuda.params.copies import Copies
 from lyapcuda.params.flat import FlatGroup, FlatLayout, squared_norm
 from lyapcuda.params.ranks import Ranks
 from lyapcuda.params.saved_state import check_finite, check_shapes, require_entries
-from lyapcuda.stability.metric import Metric
+from lyapcuda.stability.metric import Metric, unscale_
 
 __all__ = ["HOPELESS", "NOISY", "Benettin", "realised"]
 
@@ -196,7 +196,7 @@ class Benettin:
                 if part.scales is not None:  # random in θ's coordinates: z = q/S, 0 where S is
                     row.mul_(part.scales != 0)
                     displaced[j] += squared_norm(row)
-                    row.div_(part.scales).nan_to_num_(0.0, 0.0, 0.0)
+                    unscale_(row, part.scales)
                 squares[j] += squared_norm(row)
         total = torch.tensor([squares, displaced], dtype=torch.float64, device=self.layout.device)
         squares, displaced = self.layout.reduce(total).tolist()
@@ -290,20 +290,13 @@ class Benettin:
                 metric=part.scales,
                 **moved,
             )
-            products = self._with_displaced(gram, self._displaced(part)).to(self.state.device)
+            products = gram.reshape(-1)
+            if part.scales is not None:
+                displaced = ops.gram(part.d, part.d, weights=part.scales)
+                products = torch.cat([products, displaced.reshape(-1)])
+            products = products.to(self.state.device)
             total = products if total is None else total + products
         return total
-
-    def _displaced(self, part: _GroupPanels) -> Tensor | None:
-        """The Gram matrix of the S·d_j of one group; None without a metric."""
-        if part.scales is None:
-            return None
-        return ops.gram(part.d, part.d, weights=part.scales)
-
-    @staticmethod
-    def _with_displaced(gram: Tensor, displaced: Tensor | None) -> Tensor:
-        """Both as one vector, for one exchange."""
-        return torch.cat([x.reshape(-1) for x in (gram, displaced) if x is not None])
 
     def _step_of(self, state: Tensor, products: Tensor, losses: Tensor) -> None:
         """Has `benettin_` take the products of `measure`, over all elements, into a state."""
@@ -452,14 +445,14 @@ class Benettin:
         blocks = [0, 1, 0] if self._options["realised"] else [0, 1]
         sums = {(0, 0): vv, (0, 1): vy, (1, 0): vy.T, (1, 1): yy}
         gram = torch.cat([torch.cat([sums[i, j] for j in blocks], 1) for i in blocks])
-        if self._metric is not None:
-            found = [self._displaced(part).to(device) for part in self._groups]
-            return self._with_displaced(gram, self.layout.reduce(torch.stack(found).sum(0)))
-        if not momentum:
+        if not momentum and self._metric is None:
             return gram.reshape(-1)
-        parts = [ops.gram(part.d, part.d).to(device) for part in self._groups]
-        whole = torch.block_diag(gram, self.layout.reduce(torch.stack(parts).sum(0)))
-        return whole.reshape(-1)
+        # Of d, or of S·d.
+        parts = [ops.gram(part.d, part.d, weights=part.scales).to(device) for part in self._groups]
+        stepped = self.layout.reduce(torch.stack(parts).sum(0))
+        if momentum:
+            return torch.block_diag(gram, stepped).reshape(-1)
+        return torch.cat([gram.reshape(-1), stepped.reshape(-1)])
 
     def excuse(self) -> None:
         """What the other ranks exchange in `conclude`, on one whose closure raised."""

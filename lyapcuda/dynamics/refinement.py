@@ -387,12 +387,8 @@ class Refinement:
         """What column v, or S·v, is multiplied with to be Δq long, on the device."""
         if self._scales[0] is None:
             return size
-        row = slice(m, m + 1)
-        squares = [
-            ops.gram(panel[row], panel[row], weights=scales).to(size.device)
-            for panel, scales in zip(self._vectors.panels, self._scales, strict=True)
-        ]
-        return size / self._layout.reduce(torch.stack(squares).sum(0)).sqrt().reshape(1)
+        row = self._vectors[m : m + 1]
+        return size / row.gram(row, self._scales).sqrt().reshape(1)
 
     def _displace(self, m: int, away: Tensor) -> list[Tensor]:
         """Writes θ + away·v for column v (S·v with a metric); returns it, in the order of

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda import ops
+from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import Extent, active_sums
 from lyapcuda.objective.evaluator import check_same
 from lyapcuda.objective.fixed_objective import FixedObjective
@@ -27,6 +28,7 @@ from lyapcuda.objective.loss_graph import (
 )
 from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.flat import FlatGroup, FlatLayout
+from lyapcuda.stability.metric import unscale_
 
 __all__ = ["Buffers", "Products"]
 
@@ -292,7 +294,7 @@ class Products:
         """v ← v/S; 0 where S is."""
         if self._scale is not None:
             for s, v in zip(self._scale, vectors, strict=True):
-                v.div_(s).masked_fill_(s == 0, 0.0)
+                unscale_(v, s)
 
     @property
     def is_scaled(self) -> bool:
@@ -308,8 +310,8 @@ class Products:
         """
         if self._scale is None:
             return norm
-        pieces = (ops.gram(w[None], w[None])[0, 0] for w in self.scaled(vectors))
-        return sum(piece.to(self.layout.device) for piece in pieces).sqrt()
+        row = Basis(self.layout, [v[None] for v in vectors])
+        return row.gram(row, self._scale)[0, 0].sqrt()
 
     # --- products --------------------------------------------------------------------------------
 

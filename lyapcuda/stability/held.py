@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapcuda.params.collect import TrackedParameter
 from lyapcuda.params.shards import local
 
 __all__ = ["Held", "held_by", "several"]
@@ -47,9 +46,13 @@ class Held:
         return Held(self.group, [self.positions[i] for i in rows], [self.states[i] for i in rows])
 
 
-def held_by(optimizer: Any, parameters: Sequence[TrackedParameter]) -> Iterator[Held]:
-    """The optimizer's groups that hold any of the parameters, in the optimizer's order."""
-    position = {id(p.tensor): i for i, p in enumerate(parameters)}
+def held_by(optimizer: Any, position: Mapping[int, int]) -> Iterator[Held]:
+    """The optimizer's groups that hold any of the parameters, in the optimizer's order.
+
+    Args:
+        optimizer: whose groups.
+        position: of every parameter in `FlatLayout.parameters`, by the tensor's id.
+    """
     for group in optimizer.param_groups:
         members = [tensor for tensor in group["params"] if id(tensor) in position]
         if members:

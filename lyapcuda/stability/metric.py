@@ -17,10 +17,15 @@ from lyapcuda.stability.given import Given
 from lyapcuda.stability.held import Held, held_by, several
 from lyapcuda.stability.rules import Rule, known_rule, one_each, rule_of
 
-__all__ = ["Metric", "Source"]
+__all__ = ["Metric", "Source", "unscale_"]
 
 #: Where a diagonal P comes from: an optimizer, a function of a parameter, or a tensor a parameter.
 Source = Optimizer | Callable[[Tensor], Tensor] | Sequence[Tensor]
+
+
+def unscale_(vector: Tensor, scales: Tensor) -> None:
+    """vector ← vector/S; 0 where S is."""
+    vector.div_(scales).masked_fill_(scales == 0, 0.0)
 
 
 class Metric:
@@ -68,6 +73,7 @@ class Metric:
         self._layout = layout
         self._argument = argument
         self._given: Given | None = None
+        self._positions = {id(p.tensor): i for i, p in enumerate(layout.parameters)}
         if isinstance(unwrapped(source), Optimizer):
             optimizer, self._rule = source, rule_of(source, argument, without)
         else:
@@ -83,7 +89,7 @@ class Metric:
 
     def _check(self, rule: Rule) -> None:
         """Raises ValueError where the optimizer's groups don't give one P."""
-        parameters, held = self._layout.parameters, list(held_by(self._optimizer, self._parameters))
+        parameters, held = self._layout.parameters, list(held_by(self._optimizer, self._positions))
         what = f"{self._argument}={described(self._optimizer)}: it"
         missing = set(range(len(parameters))).difference(*(part.positions for part in held))
         if missing:
@@ -115,14 +121,10 @@ class Metric:
                     "is; give it an eps above 0"
                 )
 
-    @property
-    def _parameters(self) -> Sequence[Any]:
-        return self._layout.parameters
-
     def _started(self) -> list[Held]:
         """The optimizer's groups, with those of their parameters that have a P."""
         found = [
-            part.where(self._rule.started) for part in held_by(self._optimizer, self._parameters)
+            part.where(self._rule.started) for part in held_by(self._optimizer, self._positions)
         ]
         found = [part for part in found if part.positions]
         if not found:
@@ -137,7 +139,7 @@ class Metric:
         """Whether there is a P: an optimizer's is there from its first step on."""
         return self._rule is None or any(
             self._rule.started(state)
-            for part in held_by(self._optimizer, self._parameters)
+            for part in held_by(self._optimizer, self._positions)
             for state in part.states
         )
 

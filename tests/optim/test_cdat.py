@@ -13,7 +13,7 @@ from torch import nn
 import lyapcuda
 from fault_cases import bits
 from nets import case
-from noisy import snapshot
+from noisy import interrupted, snapshot
 from optim_cases import quadratic
 from sync import no_waiting
 
@@ -208,19 +208,9 @@ def test_after_an_exception_everything_is_as_it_was(at, noisy):
     model, closure = noisy
     optimizer = lyapcuda.CDAT(torch.optim.Adam(model.parameters()), every=1)
     optimizer.step(closure), optimizer.step(closure)
-    calls = 0
-
-    def failing():
-        nonlocal calls
-        calls += 1
-        loss = closure()
-        if calls == at:
-            raise KeyboardInterrupt
-        return loss
-
     before = snapshot(model), bits(optimizer.state_dict())
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(failing)
+        optimizer.step(interrupted(closure, at))
     assert (snapshot(model), bits(optimizer.state_dict())) == before
     optimizer.step(closure)
 

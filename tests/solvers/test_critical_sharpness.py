@@ -10,7 +10,7 @@ import lyapcuda
 from fault_cases import bits
 from lyapcuda.critical_sharpness import _search
 from nets import case
-from noisy import snapshot
+from noisy import interrupted, snapshot
 from optim_cases import quadratic
 
 LINES = {
@@ -141,18 +141,9 @@ def test_it_leaves_no_trace_after_an_exception(at, noisy):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     closure().backward()
     optimizer.step()
-    before, calls = everything(model, optimizer), 0
-
-    def failing():
-        nonlocal calls
-        calls += 1
-        loss = closure()
-        if calls == at:
-            raise KeyboardInterrupt
-        return loss
-
+    before = everything(model, optimizer)
     with pytest.raises(KeyboardInterrupt):
-        lyapcuda.critical_sharpness(failing, optimizer)
+        lyapcuda.critical_sharpness(interrupted(closure, at), optimizer)
     assert everything(model, optimizer) == before
 
 

@@ -24,6 +24,21 @@ class Noisy(nn.Module):
         return self.last(self.dropout(torch.tanh(self.norm(self.first(x)))))
 
 
+def interrupted(closure, at):
+    """A closure whose ``at``-th call raises a KeyboardInterrupt once it has evaluated."""
+    calls = 0
+
+    def failing():
+        nonlocal calls
+        calls += 1
+        loss = closure()
+        if calls == at:
+            raise KeyboardInterrupt
+        return loss
+
+    return failing
+
+
 def snapshot(model):
     """Bytes of everything that must not change."""
     tensors = [*model.parameters(), *model.buffers()]
