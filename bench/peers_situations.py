@@ -2,11 +2,12 @@
 
     python bench/peers_situations.py
 
-Every tool is asked for the largest eigenvalue of a small net's Hessian, with its defaults and enough
-products. The reference is the dense Hessian in float64, of a twin that has no hindrance: attention by
-its plain formula, no checkpoint, no compiler, the custom function by torch's own. A cell is the
-relative error, or what went wrong. "Left behind" is what the call changed of the user's model.
-PyHessian takes the model in eval mode, and leaves it so. Peers that aren't installed are listed as such (extra "peers").
+Every tool is asked for the largest eigenvalue of a small net's Hessian, with its defaults and
+enough products. The reference is the dense Hessian in float64, of a twin that has no hindrance:
+attention by its plain formula, no checkpoint, no compiler, the custom function by torch's own. A
+cell is the relative error, or what went wrong. "Left behind" is what the call changed of the user's
+model. PyHessian takes the model in eval mode, and leaves it so. Peers that aren't installed are
+listed as such (extra "peers").
 """
 
 from __future__ import annotations
