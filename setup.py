@@ -26,17 +26,12 @@ except ImportError:
         "with `pip install --no-build-isolation .`"
     )
 
-try:
-    import pybind11
-except ImportError:
-    sys.exit(
-        "lyapcuda: pybind11 is not installed here. It binds the extension's module: "
-        "`pip install 'pybind11>=2.13'` first"
-    )
-
 ROOT = Path(__file__).parent
 # The stable ABI of the oldest torch served: one build runs on every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+# Python's limited API, which torch's builders define: one build runs on every Python from 3.11 on.
+PY_LIMITED_API = cpp_extension.min_supported_cpython
+WHEEL_TAG = "cp311"
 # No contraction: every instruction set must round alike. psabi: the notes are about GCC 4.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
 # No contraction here either, or the device would round otherwise than the CPU: what is to be fused
@@ -162,22 +157,26 @@ def extension() -> cpp_extension.CppExtension:
         return cpp_extension.CppExtension(
             "lyapcuda._C",
             sources("cpu"),
-            include_dirs=[pybind11.get_include()],
             depends=headers(),
             define_macros=DEFINES,
             extra_compile_args={"cxx": CXX_FLAGS},
+            py_limited_api=True,
         )
     cpp_extension.CUDA_HOME = str(home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     return cpp_extension.CUDAExtension(
         "lyapcuda._C",
         sources("cpu") + [as_cuda(source) for source in sources("cuda")],
-        include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=CUDA_DEFINES,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
     )
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": WHEEL_TAG}},
+    )

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pybind11
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,8 +132,7 @@ def measured(only: Sequence[str] | None, jobs: int) -> list[Row]:
     if home is None:
         sys.exit("kernel_counts: nvcc was not found: put it on PATH or set CUDA_HOME")
     flags = [f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]]
-    flags += ["-DTORCH_EXTENSION_NAME=_C"]
-    flags += [f"-I{path}" for path in (pybind11.get_include(), *cpp_extension.include_paths())]
+    flags += [f"-I{path}" for path in cpp_extension.include_paths()]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, *setup["NVCC_FLAGS"]]
     sources = [name for name in setup["sources"]("cuda") if not only or Path(name).stem in only]
 

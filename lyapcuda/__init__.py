@@ -1,5 +1,7 @@
 """Curvature of a neural network's loss while it trains, from first-order gradients alone."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 import lyapcuda.extension  # noqa: F401, I001  (first: it says why the others couldn't be imported)
 from lyapcuda import ops
 from lyapcuda.cdat import CDAT
@@ -20,7 +22,10 @@ from lyapcuda.solvers.result import ConvergenceWarning, EigenResult
 from lyapcuda.solvers.trace import TraceResult, trace
 from lyapcuda.tracker import CurvatureTracker
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("lyapcuda")
+except PackageNotFoundError:  # imported from its sources' folder, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "CDAT",

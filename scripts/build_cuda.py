@@ -23,42 +23,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pybind11
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What torch's own CUDA build has beside its CPU build and the extension needs at run time.
 CUDA_LIBRARIES = ("c10_cuda", "torch_cuda")
-TORCH_LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
+TORCH_LIBRARIES = ("c10", "torch", "torch_cpu")
 
 
 @dataclass
 class Target:
-    """The interpreter that will import the extension."""
+    """An interpreter whose headers the extension is built with: any from 3.11 on can import it."""
 
     python: str
     include: Path
-    suffix: str
 
     @classmethod
     def of(cls, python: str) -> Target:
         """Asks an interpreter; its headers have to be there, its torch need not."""
-        code = (
-            "import sysconfig as s; print(s.get_path('include')); "
-            "print(s.get_config_var('EXT_SUFFIX')); print(s.get_python_version())"
-        )
+        code = "import sysconfig as s; print(s.get_path('include')); print(s.get_python_version())"
         try:
             told = subprocess.run([python, "-c", code], capture_output=True, text=True)
         except OSError as error:
             sys.exit(f"build_cuda: --python {python}: {error.strerror}")
         if told.returncode != 0:
             sys.exit(f"build_cuda: --python {python} does not run: {told.stderr.strip()[-300:]}")
-        include, suffix, version = told.stdout.split("\n")[:3]
+        include, version = told.stdout.split("\n")[:2]
         if tuple(map(int, version.split("."))) < (3, 11):
             sys.exit(f"build_cuda: --python {python} is Python {version}: 3.11 or newer is needed")
         if not (Path(include) / "Python.h").exists():
             sys.exit(f"build_cuda: no Python.h in {include}: install the headers of {python}")
-        return cls(python, Path(include), suffix)
+        return cls(python, Path(include))
 
 
 def quoted(words: Sequence[Any]) -> str:
@@ -109,8 +104,8 @@ def ninja_file(
     defines = [
         f"-D{name}" + (f"={value}" if value else "") for name, value in setup["CUDA_DEFINES"]
     ]
-    defines += ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
-    includes = [f"-I{path}" for path in (pybind11.get_include(), *cpp_extension.include_paths())]
+    defines += ["-DTORCH_API_INCLUDE_EXTENSION_H", f"-DPy_LIMITED_API={setup['PY_LIMITED_API']}"]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     common = [*defines, *includes, f"-I{target.include}"]
     nvcc = [*common, *cpp_extension.COMMON_NVCC_FLAGS, "-Xcompiler", "-fPIC", "-ccbin", compiler]
     nvcc += [*setup["NVCC_FLAGS"], *architecture_flags(architectures)]
@@ -198,10 +193,9 @@ def main() -> None:
     target = Target.of(options.python)
 
     start = time.monotonic()
-    out = options.out.resolve() / f"_C{target.suffix}"
+    out = options.out.resolve() / "_C.abi3.so"
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = target.suffix.strip(".").split(".")[0], options.arch.replace(";", "_")
-    folder = ROOT / "build" / "cuda" / "-".join(names)
+    folder = ROOT / "build" / "cuda" / options.arch.replace(";", "_")
     text = ninja_file(setup, target, home, options.arch, folder, out)
     if not compiled(text, folder, options.jobs):
         sys.exit("build_cuda: the build failed: see the lines above")

@@ -18,7 +18,7 @@ pip="$pip --constraint constraints.txt"
 # The interpreter's own flags ask for debug information, a third of the compiler's work.
 export CFLAGS="${CFLAGS--g0}"
 # torch first: the extension is built against it (and not in isolation, which would fetch another).
-$pip torch numpy setuptools ninja pybind11
+$pip torch numpy setuptools setuptools-scm ninja
 $pip --no-build-isolation --editable ".[examples,test]"
 
 lyapcuda info
