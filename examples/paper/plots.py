@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lyapcuda.command.picture import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure
 from lyapcuda.files import replace_file
 
 LOSS_NAMES = {"ce": "cross-entropy", "mse": "mean squared error"}

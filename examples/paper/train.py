@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lyapcuda.command.picture import require_matplotlib
+from lyapcuda.plots.figure import require_matplotlib
 from lyapcuda.command.problem import LOSSES
 from lyapcuda.command.program import usable_device
 

@@ -11,7 +11,7 @@ import torch
 
 import lyapcuda
 from lyapcuda import EigenResult, SpectralDensity, TraceResult
-from lyapcuda.command.picture import BLUE, GREEN, new_figure
+from lyapcuda.plots.figure import BLUE, GREEN, new_figure
 from lyapcuda.command.problem import Problem
 from lyapcuda.files import finite, replace_file, write_json
 from lyapcuda.solvers.density import check_steps

@@ -11,7 +11,7 @@ import lyapcuda
 ROOT = Path(lyapcuda.__file__).parent
 #: From below to above.
 LAYERS = [
-    {"_C", "extension", "arguments", "files"},
+    {"_C", "extension", "extras", "arguments", "files"},
     {"params"},
     {"stability"},
     {"ops"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"tracker"},
     {"log", "optim", "rate_cap"},
     {"cdat"},
-    {"command"},
+    {"command", "integrations"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 

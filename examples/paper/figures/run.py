@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import lyapcuda
-from lyapcuda.command.picture import require_matplotlib
+from lyapcuda.plots.figure import require_matplotlib
 from lyapcuda.command.program import usable_device
 from lyapcuda.files import finite, write_json
 
