@@ -174,9 +174,23 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, which leaves no other build of the extension beside the one that it makes."""
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for path in superseded(ROOT / "lyapcuda"):
+            path.unlink()
+
+
+def superseded(folder: Path) -> list[Path]:
+    """Builds for one Python, as earlier versions made them: Python would import them first."""
+    return sorted(folder.glob("_C.cpython-*.so"))
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[extension()],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": WHEEL_TAG}},
     )

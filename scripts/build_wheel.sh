@@ -30,4 +30,6 @@ if [ "$(uname)" = Linux ]; then
 else
   cp build/wheel/*.whl dist/
 fi
+# Every symbol of Python's is in the limited API of the Python that the tag names.
+abi3audit --strict dist/*.whl
 bash scripts/check_wheel.sh dist/*.whl

@@ -215,6 +215,31 @@ def test_only_the_stable_abi_of_torch_is_used():
     assert ops.build_info()["torch_target_version"].startswith("0x020b")
 
 
+def test_the_extension_is_one_for_every_python():
+    """Compiled with Py_LIMITED_API, which hides all else: that of the tag, or of an older one."""
+    assert Path(_C.__file__).name == "_C.abi3.so"
+    asked = int(SETUP["PY_LIMITED_API"], 16) >> 16
+    assert asked <= 0x0300 + int(SETUP["WHEEL_TAG"].removeprefix("cp3"))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm isn't here")
+def test_nothing_private_of_python_is_used():
+    command = ["nm", "--dynamic", "--undefined-only", _C.__file__]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = set(re.findall(r"\b_?Py\w+", told))
+    # Of the stable ABI: what Py_DECREF, PyArg_ParseTuple and Py_BuildValue stand for.
+    public = {"_Py_Dealloc", "_PyArg_ParseTuple_SizeT", "_Py_BuildValue_SizeT"}
+    assert symbols and not {name for name in symbols if name.startswith("_Py")} - public
+
+
+def test_a_build_in_place_supersedes_those_for_one_python(tmp_path):
+    """Python would import them first, old as they are."""
+    names = ["_C.abi3.so", "_C.cpython-311-x86_64-linux-gnu.so", "_C.cpython-313-darwin.so"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in SETUP["superseded"](tmp_path)] == names[1:]
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_only_torchs_own_openmp_is_loaded():
     """A second libgomp would make every call wait for its threads."""
