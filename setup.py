@@ -8,6 +8,7 @@ scripts/build_cuda.py takes the flags and lists from here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +25,12 @@ except ImportError:
     sys.exit(
         "lyapcuda: torch is not installed here. Install torch (2.11 to 2.15) first, then build "
         "with `pip install --no-build-isolation .`"
+    )
+
+if importlib.util.find_spec("setuptools_scm") is None:  # setuptools would call it 0.0.0
+    sys.exit(
+        "lyapcuda: setuptools-scm is not installed here. It tells the version: "
+        "`pip install setuptools setuptools-scm ninja` first"
     )
 
 ROOT = Path(__file__).parent

@@ -58,6 +58,16 @@ def test_no_torch_is_said_in_one_line(tmp_path):
     assert "torch is not installed" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_no_setuptools_scm_is_said_in_one_line(tmp_path):
+    """Without it setuptools would go on, with version 0.0.0."""
+    hidden = "import importlib.util as u; old = u.find_spec\n"
+    hidden += "u.find_spec = lambda name, *a: None if name == 'setuptools_scm' else old(name, *a)\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    result = setup("--version", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "setuptools-scm is not installed" in result.stderr
+
+
 def toolkit(folder: Path, release: str) -> Path:
     """A CUDA toolkit whose nvcc only tells its version and its home."""
     nvcc = folder / "bin" / "nvcc"
