@@ -17,7 +17,7 @@ tools=$(python -c 'if True:
   print(*project["optional-dependencies"]["release"])')
 # shellcheck disable=SC2086  # one word a tool
 $pip install --quiet --no-compile --constraint constraints.txt $tools
-rm -rf dist build/wheel
+rm -rf dist build/wheel && mkdir -p build
 python -m build --no-isolation --sdist --outdir dist . >build/sdist.log 2>&1 ||
   { cat build/sdist.log; exit 1; }
 # Stripped, and without debug information. Of the sdist: a file that it lacks would fail here.
