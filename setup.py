@@ -41,6 +41,9 @@ PY_LIMITED_API = cpp_extension.min_supported_cpython
 WHEEL_TAG = "cp311"
 # No contraction: every instruction set must round alike. psabi: the notes are about GCC 4.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+# The names of sources, which errors say, without the folders of the machine that builds.
+_FOLDERS = (ROOT.resolve(), Path(torch.__file__).absolute().parents[1])
+CXX_FLAGS += [f"-ffile-prefix-map={folder}/=" for folder in _FOLDERS]
 # No contraction here either, or the device would round otherwise than the CPU: what is to be fused
 # says fma() (csrc/kernels/vec.cuh).
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings"]

@@ -232,6 +232,13 @@ def test_the_extension_is_one_for_every_python():
     assert asked <= 0x0300 + int(SETUP["WHEEL_TAG"].removeprefix("cp3"))
 
 
+def test_no_folder_of_the_machine_that_built_it_is_in_the_file():
+    """A wheel would carry it to others. (Errors say the name of the source.)"""
+    content = Path(_C.__file__).read_bytes()
+    assert b"csrc/ops/gram.cpp" in content
+    assert not re.findall(rb"[\w./-]*/csrc/ops/\w+\.cpp", content)
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm isn't here")
 def test_nothing_private_of_python_is_used():
     command = ["nm", "--dynamic", "--undefined-only", _C.__file__]
