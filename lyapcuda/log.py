@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda.arguments import choice, described, users_level, whole
+from lyapcuda.extras import require
 from lyapcuda.files import LineFile
 from lyapcuda.tracker import CurvatureTracker
 
@@ -196,12 +197,9 @@ class TensorBoardWriter(Writer):
     def __init__(self, log: Any, prefix: str = "curvature/") -> None:
         self._log, self.prefix, self._own = log, prefix, not hasattr(log, "add_scalar")
         if self._own:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "log: TensorBoard isn't installed: pip install 'lyapcuda[tensorboard]'"
-                ) from error
+            require("tensorboard", "TensorBoardWriter")
+            from torch.utils.tensorboard import SummaryWriter
+
             self._new = SummaryWriter
 
     def prepare(self, columns: Sequence[str], step: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lyapcuda.arguments import choice, proper_fraction, whole
 from lyapcuda.arguments import seed as check_seed
 from lyapcuda.basis import MAX_ROWS
+from lyapcuda.extras import require
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import UNCOMPARED
 from lyapcuda.solvers.convergence import ConvergenceStatus
@@ -172,11 +173,7 @@ def _progress_bar(limit: int | None, k: int) -> Iterator[Any]:
     if limit is None:
         yield lambda status, gradients: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-
+    tqdm = require("tqdm", "progress=True").tqdm
     with tqdm(total=limit, unit="iteration", dynamic_ncols=True) as bar:
 
         def show(status: ConvergenceStatus, gradients: int) -> None:

@@ -20,6 +20,7 @@ from lyapcuda import ops
 from lyapcuda.arguments import choice, described, positive, users_level
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
+from lyapcuda.extras import require
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
@@ -268,6 +269,10 @@ class HessianOperator:
                 stacklevel=users_level(),
             )
 
+    def __repr__(self) -> str:
+        n, metric = self.layout.numel, ", preconditioned" if self.metric is not None else ""
+        return f"HessianOperator({n:,} parameters, {self.mode}{metric}, {self.dtype})"
+
     # --- as a matrix -----------------------------------------------------------------------------
 
     @property
@@ -352,10 +357,7 @@ class HessianOperator:
 
     def to_scipy(self) -> Any:
         """The same as a ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise ImportError("to_scipy() needs scipy: pip install scipy") from error
+        LinearOperator = require("scipy.sparse.linalg", "to_scipy()").LinearOperator
 
         def product(vector: Any) -> Any:
             tensor = torch.as_tensor(vector, dtype=self.dtype, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 
 import pytest
@@ -20,7 +21,12 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_run(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:  # an integration's package: CI has them all
+        if "lyapcuda[" not in str(error) or os.environ.get("LYAPCUDA_ALL_EXTRAS"):
+            raise
+        pytest.skip(str(error))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         found = doctest.testmod(module, extraglobs={"torch": torch, "lyapcuda": lyapcuda})

@@ -11,7 +11,8 @@ import lyapcuda
 ROOT = Path(lyapcuda.__file__).parent
 #: From below to above.
 LAYERS = [
-    {"_C", "extension", "arguments", "files"},
+    {"_C", "extension", "extras", "arguments", "files", "tables"},
+    {"plots"},
     {"params"},
     {"stability"},
     {"ops"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"tracker"},
     {"log", "optim", "rate_cap"},
     {"cdat"},
-    {"command"},
+    {"command", "integrations"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
