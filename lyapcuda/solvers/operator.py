@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -611,7 +611,26 @@ class HessianOperator(SymmetricOperator):
         return self.mode == "difference" and not self._fixed
 
 
-def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result", covariant=True)
+
+
+class _Solver(Protocol[_Options, _Result]):
+    """A solver as its callers see it: the two forms of `accepts_closure`."""
+
+    @overload
+    def __call__(
+        self, operator: HessianOperator, /, *args: _Options.args, **kwargs: _Options.kwargs
+    ) -> _Result: ...
+    @overload
+    def __call__(
+        self, closure: Closure, /, params: Parameters, *args: Any, **options: Any
+    ) -> _Result: ...
+
+
+def accepts_closure(
+    solver: Callable[Concatenate[HessianOperator, _Options], _Result],
+) -> _Solver[_Options, _Result]:
     """Lets a solver of an operator take a closure and its parameters too: the short form.
 
     ``solver(closure, params, …)`` is ``solver(HessianOperator(closure, params, …), …)``: arguments
@@ -630,7 +649,7 @@ def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
                 "HessianOperator, or a callable that returns the loss"
             )
         if arguments:
-            params, *arguments = arguments
+            params, arguments = arguments[0], arguments[1:]
         elif "params" in options:
             params = options.pop("params")
         else:
@@ -641,4 +660,4 @@ def accepts_closure(solver: Callable[..., Any]) -> Callable[..., Any]:
         rest = {name: value for name, value in options.items() if name not in known}
         return solver(HessianOperator(operator, params, **rest), *arguments, **own)
 
-    return solve
+    return cast("_Solver[_Options, _Result]", solve)
