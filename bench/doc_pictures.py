@@ -53,7 +53,9 @@ def lyapunov(figure: Figure) -> None:
     left.semilogy(distances, "o-", color=BLUE, markersize=3)
     left.set(xlabel="step", title="how far the copies are apart")
     left.title.set_fontsize(10)
-    right.plot(range(1, 26), exponents, "o-", color=BLUE, markersize=3, label="λ = log of the growth")
+    right.plot(
+        range(1, 26), exponents, "o-", color=BLUE, markersize=3, label="λ = log of the growth"
+    )
     right.axhline(np.log1p(beta * h[0]), color=ORANGE, label="log(1 + β·h0)")
     right.set(xlabel="step")
     right.set_title("growth per step", fontsize=10)
@@ -67,7 +69,9 @@ def kinks(figure: Figure) -> None:
     ax = figure.subplots()
     p = np.linspace(-0.6, 0.9, 1001)
     gradient = (p > 0) + 2 * p
-    ax.plot(np.where(np.abs(p) < 1e-3, np.nan, p), np.where(np.abs(p) < 1e-3, np.nan, gradient), "k")
+    ax.plot(
+        np.where(np.abs(p) < 1e-3, np.nan, p), np.where(np.abs(p) < 1e-3, np.nan, gradient), "k"
+    )
     for size, colour in ((0.07, GREEN), (0.2, RED), (0.5, BLUE)):
         ends = np.array([0.1 - size, 0.1 + size])
         values = (ends > 0) + 2 * ends

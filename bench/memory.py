@@ -73,7 +73,9 @@ def of_tracker(dtype: torch.dtype, k: int, metric: bool, **options: object) -> f
 
 def main() -> None:
     print("# Memory beside plain training\n")
-    print(f"Vectors of N float32 numbers; torch {torch.__version__}, CPU. `python bench/memory.py`\n")
+    print(
+        f"Vectors of N float32 numbers; torch {torch.__version__}, CPU. `python bench/memory.py`\n"
+    )
     print("| tracker | float32 | bfloat16 parameters |\n|---|---|---|")
     for k in (1, 5):
         for metric in (False, True):

@@ -33,7 +33,13 @@ def gigabytes(columns: int) -> list[list[float]]:
 
 
 def test_the_gigabytes_follow_from_the_formulas():
-    tracker = [(1, False, False), (1, False, True), (5, False, True), (1, True, True), (5, True, True)]
+    tracker = [
+        (1, False, False),
+        (1, False, True),
+        (5, False, True),
+        (1, True, True),
+        (5, True, True),
+    ]
     vectors = [tracker_vectors(*case) for case in tracker]
     assert len(gigabytes(5)) == 4
     for n, *said in gigabytes(5):
