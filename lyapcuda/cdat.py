@@ -119,6 +119,10 @@ class CDAT(Optimizer):
 
     # --- what is shared with the wrapped optimizer -----------------------------------------------
 
+    def __repr__(self) -> str:
+        """As torch's optimizers have it, around the one whose direction it takes."""
+        return f"CDAT(sigma={self.sigma:g}, {self.optimizer!r})"
+
     @property
     def optimizer(self) -> Optimizer:
         """The wrapped optimizer, whose update U is."""

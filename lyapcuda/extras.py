@@ -33,9 +33,9 @@ def require(module: str, what: str) -> ModuleType:
         ImportError: the package isn't installed; says which extra brings it.
 
     Example:
-        >>> require("lightning_that_is_not_there", "this line")
+        >>> require("not_there.part", "this line")
         Traceback (most recent call last):
-        ImportError: this line needs lightning_that_is_not_there: pip install lightning_that_is_not_there
+        ImportError: this line needs not_there: pip install not_there
     """
     package = module.partition(".")[0]
     try:

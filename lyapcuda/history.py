@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from lyapcuda.dynamics.separations import (
     schwarz_quotient,
 )
 from lyapcuda.params.saved_state import require_entries, require_list
+from lyapcuda.plots.figure import drawn, plotted, png_of
+from lyapcuda.plots.run import SIZE as _SIZE
+from lyapcuda.plots.run import draw_curvature, draw_run
+from lyapcuda.tables import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["CurvatureHistory", "Ring"]
 
@@ -26,7 +35,7 @@ __all__ = ["CurvatureHistory", "Ring"]
 _OWN = ("step", "loss")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CurvatureHistory:
     """Measurements in their order, on the host; n rows, the oldest first.
 
@@ -60,6 +69,44 @@ class CurvatureHistory:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    def __repr__(self) -> str:
+        lines = [f"CurvatureHistory of {len(self)} measurements", *aligned(self._last(), ">" * 9)]
+        return "\n".join(lines if len(self) else lines[:1])
+
+    def _repr_png_(self) -> bytes | None:
+        return png_of(self._draw, *_SIZE) if len(self) else None
+
+    def _last(self, count: int = 3) -> list[tuple[str, ...]]:
+        """A table of the newest measurements: its head, and a row each."""
+        names = ("step", "loss", "h", "h_low", "h_high", "edge")
+        columns = self.columns()
+        kept = [n for n in columns if n in names or n.rpartition("_")[0] in names[2:5]][:9]
+        rows = zip(*(columns[name][-count:] for name in kept), strict=True)
+        return [tuple(kept), *(tuple(f"{value:.6g}" for value in row) for row in rows)]
+
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes | list[Axes]:
+        """Draws the run: curvature and what is stable, edge, loss. On axes of yours the curvature
+        alone.
+
+        Args:
+            path: where to save it as a picture of its own; the suffix chooses the format.
+            ax: matplotlib axes to draw on. None for those of a new figure.
+
+        Returns:
+            The axes; all of them, the curvature's first, where there are several.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+            TypeError: ``ax`` is something else.
+            ValueError: both a path and axes.
+        """
+        if ax is not None:
+            return plotted(lambda ax: draw_curvature(ax, self.columns()), path, ax, "plot()")
+        return drawn(self._draw, path, "plot()", *_SIZE)
+
+    def _draw(self, figure: Figure) -> list[Axes]:
+        return draw_run(figure, self.columns())
 
     def columns(self) -> dict[str, list[float | int | bool]]:
         """A list of n numbers under every name; with k > 1 ``h_0``, ``h_1``, … and so on."""

@@ -80,6 +80,11 @@ class RateCap:
             self._optimizer.register_step_post_hook(self._after_step),
         ]
 
+    def __repr__(self) -> str:
+        """What it holds back, and by how much at present. Waits for the device."""
+        kind = type(self._optimizer).__name__
+        return f"RateCap({kind}, c={self.c:g}): rates times {float(self.factor):.3g}"
+
     def remove(self) -> None:
         """Ends it."""
         self._put_back()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure
 from lyapcuda.files import replace_file
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure
 
 LOSS_NAMES = {"ce": "cross-entropy", "mse": "mean squared error"}
 SCHEDULE_TITLES = {"constant": "constant rate", "cyclic": "cyclic rate", "qn": "quasi-Newton"}

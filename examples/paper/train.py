@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lyapcuda.plots.figure import require_matplotlib
 from lyapcuda.command.problem import LOSSES
 from lyapcuda.command.program import usable_device
+from lyapcuda.plots.figure import require_matplotlib
 
 from . import checkpoint, plots
 from .config import TrainConfig, require_same

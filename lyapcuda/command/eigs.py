@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lyapcuda.command import report
 from lyapcuda.command.problem import Problem, from_names
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     factory = "module:factory"
     add("--model", required=True, metavar=factory, help="a function that returns the module")
     add("--data", required=True, metavar=factory, help="returns batches of (inputs, targets)")
+    add("--model-args", type=_options, metavar="JSON", help="of the first, as in '{\"width\": 64}'")
+    add("--data-args", type=_options, metavar="JSON", help="of the second")
     add("--loss", default="ce", metavar="ce|mse|module:function", help="default ce")
     add("--sizes", metavar="sum|module:function", help="what a batch counts (default: see docs)")
     add_measurement(parser)
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_measurement(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what to measure of a problem, and where to show it."""
     add = parser.add_argument
-    add("--weights", type=Path, metavar="PATH", help="a state_dict for the model")
+    add("--weights", type=Path, metavar="PATH", help="a checkpoint: .pt, .ckpt, .safetensors")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
     add("-k", type=int, default=5, help="how many (default 5)")
     add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
@@ -55,6 +58,17 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     add("--no-progress", action="store_true", help="no progress bar")
 
 
+def _options(text: str) -> dict[str, Any]:
+    """A JSON object, for argparse."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object, as in {{}}")
+    return found
+
+
 def _run(arguments: argparse.Namespace) -> int:
     def problem(device: str) -> Problem:
         return from_names(
@@ -65,6 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
             weight_decay=arguments.weight_decay,
             device=device,
             sizes=arguments.sizes,
+            model_options=arguments.model_args,
+            data_options=arguments.data_args,
         )
 
     return measure(problem, arguments)
@@ -87,7 +103,7 @@ def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) ->
         maxiter=arguments.maxiter,
         select=arguments.select,
         seed=arguments.seed,
-        progress=not arguments.no_progress,
+        progress=not (arguments.no_progress or arguments.json) and sys.stderr.isatty(),
         trace_samples=arguments.trace,
         density_steps=arguments.density,
     )

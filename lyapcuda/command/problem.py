@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lyapcuda.extras import require
 
 __all__ = ["LOSSES", "Problem", "from_names", "load_weights", "mse", "resolve"]
 
@@ -101,11 +105,15 @@ def resolve(argument: str, path: str) -> Any:
         raise ValueError(f"{argument}={path!r}: can't be loaded: {error}") from error
 
 
-def _called(argument: str, path: str) -> Any:
+def _called(argument: str, path: str, options: Mapping[str, Any]) -> Any:
     factory = resolve(argument, path)
     if not callable(factory):
         raise ValueError(f"{argument}={path!r}: a {type(factory).__name__}, expected a function")
-    return factory()
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{argument}={path!r}: can't be called so: {error}") from error
+    return factory(**options)
 
 
 def from_names(
@@ -117,24 +125,27 @@ def from_names(
     weight_decay: float = 0.0,
     device: str = "cpu",
     sizes: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
 ) -> Problem:
     """Puts a problem together.
 
     Args:
-        model: ``package.module:factory``, a function of no arguments that returns a module, in the
-            mode that it is to be measured in.
-        data: ``package.module:factory``, a function of no arguments that returns an iterable of
-            (inputs, targets), the same at every pass.
+        model: ``package.module:factory``, a function that returns a module, in the mode that
+            it is to be measured in.
+        data: ``package.module:factory``, a function that returns an iterable of (inputs,
+            targets), the same at every pass.
         loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets).
-        weights: a state_dict for the model, loaded with weights_only=True.
+        weights: a checkpoint for the model, as `load_weights` takes it.
         weight_decay: counts as part of the loss.
         device: a torch device for the model and every batch.
         sizes: how much each batch counts: ``sum``, or ``package.module:function`` of a batch.
+        model_options, data_options: by name, what the factories are called with.
 
     Raises:
         ValueError, OSError: naming the argument and its value.
     """
-    module = _called("model", model)
+    module = _called("model", model, model_options or {})
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"model={model!r}: returned a {type(module).__name__}, expected a torch.nn.Module"
@@ -143,22 +154,81 @@ def from_names(
         load_weights(module, weights)
     loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
     names = {"model": model, "data": data, "loss": loss}
-    batches = _called("data", data)
+    batches = _called("data", data, data_options or {})
     size_of = sizes if sizes in (None, "sum") else resolve("sizes", sizes)
     return Problem(module.to(device), loss_of, batches, weight_decay, names, device, size_of)
 
 
+#: Under which a checkpoint may hold its model's state_dict.
+_NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
+#: What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a state_dict from a file, with weights_only=True.
+    """Load a checkpoint's weights, without running what is in it.
+
+    Args:
+        module: takes them.
+        path: of ``.safetensors``, or of what torch.save wrote: a state_dict, or a dict that holds
+            one as "state_dict" (Lightning's .ckpt), "model_state_dict", "model", ... Names may
+            begin with what wrappers put there (``module.``, ``_orig_mod.``).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it can't be read, or is another model's.
+        ValueError: it can't be read, or is another model's: says which names or shapes differ.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    wanted = module.state_dict()
+    found = _as_named(_state_dict(path), wanted)
+    missing, more = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if missing or more:
+        told = [f"it lacks {_some(missing)}"] * bool(missing)
+        told += [f"it has {_some(more)}, which the model hasn't"] * bool(more)
+        raise ValueError(f"{path}: not this model's weights: {'; '.join(told)}")
+    for name, value in wanted.items():
+        if isinstance(value, Tensor) and found[name].shape != value.shape:
+            raise ValueError(
+                f"{path}: not this model's weights: {name} has shape {tuple(found[name].shape)}, "
+                f"the model's {tuple(value.shape)}"
+            )
+    module.load_state_dict(found)
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    """What a file holds, taken out of the dicts around it."""
+    if path.suffix == ".safetensors":
+        load = require("safetensors.torch", f"--weights {path}").load_file
+    else:
+        load = partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        found = load(path)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a state_dict of this model: {reason}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: can't be read as weights: {reason}") from error
+    while isinstance(found, Mapping) and not any(isinstance(v, Tensor) for v in found.values()):
+        inner = next((found[n] for n in _NESTED if isinstance(found.get(n), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path}: a {type(found).__name__}, expected a state_dict")
+    return dict(found)
+
+
+def _as_named(found: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights under the model's own names, where a wrapper's prefix is all that is between."""
+    while found and not wanted.keys() & found.keys():
+        prefix = next((p for p in _PREFIXES if all(n.startswith(p) for n in found)), None)
+        if prefix is None:
+            break
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """The first of several names, in order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

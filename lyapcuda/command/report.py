@@ -11,11 +11,12 @@ import torch
 
 import lyapcuda
 from lyapcuda import EigenResult, SpectralDensity, TraceResult
-from lyapcuda.plots.figure import BLUE, GREEN, new_figure
 from lyapcuda.command.problem import Problem
 from lyapcuda.files import finite, replace_file, write_json
+from lyapcuda.plots.figure import new_figure
 from lyapcuda.solvers.density import check_steps
 from lyapcuda.solvers.trace import check_samples
+from lyapcuda.tables import aligned
 
 __all__ = ["EigsReport", "measure"]
 
@@ -40,18 +41,7 @@ class EigsReport:
 
     def table(self) -> str:
         """Eigenvalues with their error bars, for people."""
-        rows = ["  i   eigenvalue     residual   an eigenvalue lies in         converged"]
-        values = zip(
-            self.result.eigenvalues.tolist(),
-            self.result.residuals.tolist(),
-            self.result.interval.tolist(),
-            self.result.converged.tolist(),
-            strict=True,
-        )
-        for i, (value, residual, (low, high), converged) in enumerate(values):
-            bar = f"[{low:.6g}, {high:.6g}]"
-            word = "yes" if converged else "NO"
-            rows.append(f"{i:>3}   {value:<12.6g}   {residual:<8.2g}   {bar:<28}  {word}")
+        rows = aligned(self.result.table(), ">><")
         if self.trace is not None:
             rows.append(f"trace {self.trace.trace:.6g} ± {self.trace.standard_error:.2g}")
         rows.append(f"{self.gradient_evaluations} gradient evaluations")
@@ -101,23 +91,10 @@ class EigsReport:
         panels = 1 if self.density is None else 2
         figure = new_figure(height=4.0 * panels)
         figure.set_layout_engine("constrained")
-        axes = figure.add_subplot(panels, 1, 1)
-        values = self.result.eigenvalues
-        axes.errorbar(
-            range(len(values)),
-            values,
-            yerr=self.result.residuals,
-            fmt="o",
-            color=BLUE,
-            capsize=3,
-            label="eigenvalue ± residual",
-        )
-        axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
-        axes.set(xlabel="i", ylabel="eigenvalue", title=f"{self.problem.names['model']}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
+        axes = self.result.plot(ax=figure.add_subplot(panels, 1, 1))
+        axes.set_title(self.problem.names["model"])
         if self.density is not None:
-            self.density.draw(figure.add_subplot(panels, 1, 2), color=GREEN)
+            self.density.plot(ax=figure.add_subplot(panels, 1, 2))
         return figure
 
 

@@ -36,8 +36,8 @@ def watch(
 
     Training stays bitwise what it was: under accumulation, clipping, mixed precision and activation
     checkpointing. Without accumulation a measurement costs one gradient; with it, two of the last
-    micro-batch, whose curvature it is. The tracker's state is in the Trainer's checkpoints, and goes
-    on where a run is resumed.
+    micro-batch, whose curvature it is. The tracker's state is in the Trainer's checkpoints: a
+    resumed run goes on where it was.
 
     Args:
         trainer: before its ``train()``.

@@ -1,4 +1,4 @@
-"""What all trainers need alike: a tracker of a model and its optimizer, and its readings by name."""
+"""What all trainers need: a tracker of a model and its optimizer, and its readings by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures: `figure` (axes, colours, files), `run` (a training run), `spectrum` (what solvers find).
+"""Pictures: `figure` (colours, files), `run` (a training run), `spectrum` (what solvers find).
 
 matplotlib is imported where one is drawn.
 """

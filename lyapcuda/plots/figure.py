@@ -1,4 +1,4 @@
-"""Figures, axes and colours; where a picture goes: to the user's axes, to pyplot's, to a file."""
+"""Figures and colours; where a picture goes: to the user's axes, to pyplot, or to a file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "RED",
-    "axes_for",
+    "drawn",
     "new_figure",
+    "plotted",
     "png_of",
     "require_matplotlib",
     "tidy",
@@ -55,26 +56,6 @@ def new_figure(width: float = 7.6, height: float = 4.6, dpi: int = 150) -> Figur
     return Figure(figsize=(width, height), dpi=dpi, facecolor="white")
 
 
-def axes_for(ax: Axes | None, what: str, width: float = 7.0, height: float = 4.0) -> Axes:
-    """Returns the axes to draw on: the user's, or those of a new figure of pyplot's.
-
-    Args:
-        ax: the user's; None for new ones, which a notebook shows and ``plt.show()`` does.
-        what: draws, for messages: "plot()".
-        width, height: of a new figure, in inches.
-
-    Raises:
-        ImportError: without matplotlib.
-        TypeError: ``ax`` is something else.
-    """
-    if ax is None:
-        pyplot = require("matplotlib.pyplot", what)
-        return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
-    if not hasattr(ax, "fill_between"):
-        raise TypeError(f"ax={described(ax)}: expected matplotlib axes, as of plt.subplots()")
-    return ax
-
-
 def png_of(draw: Callable[[Figure], Any], width: float = 7.0, height: float = 4.0) -> bytes | None:
     """Returns what ``draw`` draws on a new figure as PNG; None without matplotlib."""
     try:
@@ -88,13 +69,56 @@ def png_of(draw: Callable[[Figure], Any], width: float = 7.0, height: float = 4.
     return file.getvalue()
 
 
-def saved(draw: Callable[[Figure], Any], path: str | Path, width: float, height: float) -> Path:
-    """Draws on a new figure and saves it; the path's suffix chooses the format."""
-    figure = new_figure(width, height)
+def drawn(
+    draw: Callable[[Figure], Any], path: str | Path | None, what: str, width: float, height: float
+) -> Any:
+    """Draws on a new figure, pyplot's or a file's; returns what ``draw`` returns.
+
+    Args:
+        draw: draws on an empty figure.
+        path: of a file, whose suffix chooses the format; pyplot doesn't hear of it.
+        what: draws, for messages.
+        width, height: in inches.
+    """
+    if path is None:
+        figure = require("matplotlib.pyplot", what).figure(figsize=(width, height))
+    else:
+        figure = new_figure(width, height)
     figure.set_layout_engine("constrained")
-    draw(figure)
-    figure.savefig(path)
-    return Path(path)
+    found = draw(figure)
+    if path is not None:
+        figure.savefig(path)
+    return found
+
+
+def plotted(
+    draw: Callable[[Axes], Any],
+    path: str | Path | None,
+    ax: Axes | None,
+    what: str,
+    width: float = 7.0,
+    height: float = 4.0,
+) -> Axes:
+    """Draws on axes: the user's, or those of a figure as of `drawn`; returns them.
+
+    Raises:
+        TypeError: ``ax`` is something else.
+        ValueError: both a path and axes.
+    """
+
+    def alone(figure: Figure) -> Axes:
+        axes = figure.subplots()
+        draw(axes)
+        return axes
+
+    if ax is None:
+        return drawn(alone, path, what, width, height)
+    if path is not None:
+        raise ValueError("path, ax: a file of its own, or axes of yours: pass one of them")
+    if not hasattr(ax, "fill_between"):
+        raise TypeError(f"ax={described(ax)}: expected matplotlib axes, as of plt.subplots()")
+    draw(ax)
+    return ax
 
 
 def tidy(ax: Axes) -> None:

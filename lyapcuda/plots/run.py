@@ -9,18 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, tidy
+from lyapcuda.files import replace_file
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure, tidy
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_curvature", "draw_run", "read_run"]
+__all__ = ["SIZE", "draw_curvature", "draw_run", "read_run", "save_run"]
 
 #: Columns by name: a number a measurement.
 Run = Mapping[str, Sequence[float]]
 
+#: Of a picture of a run, in inches.
+SIZE = (9.0, 4.6)
+#: Where the panels stand, by how many there are.
+_GRIDS = {1: "a", 2: "a;b", 3: "ab;ac", 4: "ab;cd"}
 #: Names under which a log may hold the learning rate.
 RATES = ("lr", "learning_rate", "rate")
 #: The first measurements, of a separation that has found no eigenvector yet: not to scale to.
@@ -116,25 +121,35 @@ def draw_run(figure: Figure, run: Run | Mapping[str, Run]) -> list[Axes]:
     ):
         if any(name in columns for columns in runs.values() for name in names):
             panels.append((title, (names, colour)))
-    columns = 1 if len(panels) == 1 else 2
-    grid = figure.subplots(-(-len(panels) // columns), columns, sharex=True, squeeze=False)
-    for spare in grid.flat[len(panels) :]:
-        spare.remove()
-    for ax, (title, what) in zip(grid.flat, panels, strict=False):
+    grid = figure.subplot_mosaic(_GRIDS[len(panels)], sharex=True)
+    axes = [grid[letter] for letter in "abcd"[: len(panels)]]
+    for ax, (title, what) in zip(axes, panels, strict=True):
         for label, one in runs.items():
             if what is None:
                 draw_curvature(ax, one, label)
             else:
                 _draw_column(ax, title, one, what[0], what[1] if not label else None)
-    for ax in grid.flat[max(0, len(panels) - columns) : len(panels)]:
-        ax.set_xlabel("training step")
-        ax.tick_params(labelbottom=True)
-    return list(grid.flat[: len(panels)])
+        if ax.get_subplotspec().is_last_row():
+            ax.set_xlabel("training step")
+    return axes
 
 
-def _draw_column(
-    ax: Axes, title: str, run: Run, names: Sequence[str], colour: str | None
-) -> None:
+def save_run(run: Run | Mapping[str, Run], path: str | Path, dpi: int = 100) -> None:
+    """Writes the picture of a run, or of several by name, as `draw_run` draws it.
+
+    Args:
+        run: columns, as `read_run` returns them; or a mapping of names to such.
+        path: whose suffix chooses the format. An old file is replaced once the new one is whole.
+        dpi: dots per inch, of 9 to 4.6 inches.
+    """
+    figure = new_figure(*SIZE, dpi=dpi)
+    figure.set_layout_engine("constrained")
+    draw_run(figure, run)
+    path = Path(path)
+    replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
+
+
+def _draw_column(ax: Axes, title: str, run: Run, names: Sequence[str], colour: str | None) -> None:
     for name in names:
         if name in run:
             values = _array(run[name])

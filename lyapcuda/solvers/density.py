@@ -12,18 +12,19 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.arguments import positive, whole
+from lyapcuda.plots.figure import plotted, png_of
+from lyapcuda.plots.spectrum import draw_density
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
 from lyapcuda.solvers.product_error import product_error
 from lyapcuda.solvers.random_vectors import RandomVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["SpectralDensity", "check_steps", "spectral_density"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralDensity:
     """How many eigenvalues lie where: a density over ``grid`` whose integral is 1.
 
@@ -54,38 +55,35 @@ class SpectralDensity:
     reason: str
     doubts: tuple[str, ...]
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure of the density.
+    def __repr__(self) -> str:
+        low, high = float(self.grid[0]), float(self.grid[-1])
+        return (
+            f"SpectralDensity(from {low:.4g} to {high:.4g}, {len(self.nodes)} draws, "
+            f"{self.mode}, {self.gradient_evaluations} gradients)"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        return png_of(lambda figure: self._draw(figure.subplots()))
+
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draws the density on a logarithmic scale, with a band of one standard error.
 
         Args:
-            path: where to save it; the suffix chooses the format.
+            path: where to save it as a picture of its own; the suffix chooses the format.
+            ax: matplotlib axes to draw on. None for those of a new figure.
+
+        Returns:
+            The axes.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib isn't installed.
+            TypeError: ``ax`` is something else.
+            ValueError: both a path and axes.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(7.0, 4.0), layout="constrained")
-        self.draw(figure.add_subplot())
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return plotted(self._draw, path, ax, "plot()")
 
-    def draw(self, axes: Axes, color: str | None = None) -> None:
-        """Draws the density on a logarithmic scale, with a band of one standard error."""
-        floor = 1e-6 * float(self.density.max())
-        low, high = (
-            (self.density + side * self.standard_error.nan_to_num()).clamp_min(floor)
-            for side in (-1, 1)
-        )
-        axes.fill_between(
-            self.grid, low, high, color=color, alpha=0.3, linewidth=0, label="± 1 standard error"
-        )
-        axes.semilogy(self.grid, self.density.clamp_min(floor), color=color, label="density")
-        axes.set(xlabel="eigenvalue", ylabel="density", ylim=(floor, None))
-        axes.legend()
+    def _draw(self, ax: Axes) -> None:
+        draw_density(ax, self.grid, self.density, self.standard_error)
 
 
 def check_steps(steps: int) -> None:

@@ -269,6 +269,10 @@ class HessianOperator:
                 stacklevel=users_level(),
             )
 
+    def __repr__(self) -> str:
+        n, metric = self.layout.numel, ", preconditioned" if self.metric is not None else ""
+        return f"HessianOperator({n:,} parameters, {self.mode}{metric}, {self.dtype})"
+
     # --- as a matrix -----------------------------------------------------------------------------
 
     @property

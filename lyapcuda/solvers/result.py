@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import warnings
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ from torch import Tensor
 from lyapcuda.arguments import described, users_level
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
+from lyapcuda.plots.figure import plotted
+from lyapcuda.plots.spectrum import draw_eigenvalues
+from lyapcuda.tables import aligned, html_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "KINKS",
@@ -55,7 +63,7 @@ class ConvergenceWarning(RuntimeWarning):
     """Some of the returned eigenvalues aren't known to the tolerance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EigenResult:
     """Eigenpairs of the Hessian, in the order of ``which``: LA and BE descend, SA ascends, LM goes
     by magnitude.
@@ -125,6 +133,63 @@ class EigenResult:
         """
         width = self.residuals + 3.0 * self.difference_errors
         return torch.stack([self.eigenvalues - width, self.eigenvalues + width], 1)
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            [f"EigenResult: {self.summary}", *aligned(self.table(), ">><")]
+            + [f"doubt: {doubt}" for doubt in self.doubts]
+        )
+
+    def _repr_html_(self) -> str:
+        doubts = "".join(f"<p>{html.escape(doubt)}</p>" for doubt in self.doubts)
+        return f"{html_table(self.table())}<p>{html.escape(self.summary)}</p>{doubts}"
+
+    @property
+    def summary(self) -> str:
+        """How it was found, in a line."""
+        known, k = int(self.converged.sum()), len(self.converged)
+        how = (
+            f"exact products ({self.reason})"
+            if self.mode == "exact"
+            else (f"{self.difference} differences ({self.reason})")
+        )
+        return f"{known} of {k} to tol={self.tol:g}, {self.gradient_evaluations} gradients, {how}"
+
+    def table(self) -> list[tuple[str, ...]]:
+        """A table: its head, and a row an eigenvalue."""
+        rows = [("", "eigenvalue", "some eigenvalue lies in", "converged")]
+        for i, (value, (low, high), done) in enumerate(
+            zip(
+                self.eigenvalues.tolist(),
+                self.interval.tolist(),
+                self.converged.tolist(),
+                strict=True,
+            )
+        ):
+            interval = f"[{low:.6g}, {high:.6g}]"
+            rows.append((str(i), f"{value:.6g}", interval, "yes" if done else "NO"))
+        return rows
+
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draws the eigenvalues by their number, each in its interval.
+
+        Args:
+            path: where to save it as a picture of its own; the suffix chooses the format.
+            ax: matplotlib axes to draw on. None for those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+            TypeError: ``ax`` is something else.
+            ValueError: both a path and axes.
+        """
+
+        def draw(ax: Axes) -> None:
+            draw_eigenvalues(ax, self.eigenvalues, self.interval, self.converged)
+
+        return plotted(draw, path, ax, "plot()")
 
     def unflatten(self, i: int) -> list[Tensor]:
         """Eigenvector i as views shaped like the parameters, in their order."""

@@ -17,7 +17,7 @@ from lyapcuda.solvers.random_vectors import RandomVectors
 __all__ = ["TraceResult", "check_samples", "trace"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TraceResult:
     """The trace of a Hessian, the sum of its eigenvalues.
 
@@ -40,6 +40,12 @@ class TraceResult:
     mode: str
     reason: str
     doubts: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"TraceResult({self.trace:.6g} ± {self.standard_error:.2g}, {self.mode}, "
+            f"{self.gradient_evaluations} gradients)"
+        )
 
 
 def _orthonormalised(panel: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def test_what_has_not_converged_is_said(factories, capsys):
         (["--data", "my_net:odd_targets", "--loss", "mse"], ["loss=mse", "(40, 3)", "(40,)"]),
         (["--loss", "huber"], ["loss='huber'"]),
         (["--weights", "none.pt"], ["none.pt"]),
-        (["--weights", "other.pt"], ["other.pt", "state_dict of this model"]),
+        (["--weights", "other.pt"], ["other.pt", "it lacks 0.bias"]),
         (["--threads", "0"], ["threads", "0"]),
         (["-k", "0"], ["k=0"]),
         (["--method", "guess"], ["--method", "guess"]),

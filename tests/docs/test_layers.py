@@ -11,7 +11,8 @@ import lyapcuda
 ROOT = Path(lyapcuda.__file__).parent
 #: From below to above.
 LAYERS = [
-    {"_C", "extension", "extras", "arguments", "files"},
+    {"_C", "extension", "extras", "arguments", "files", "tables"},
+    {"plots"},
     {"params"},
     {"stability"},
     {"ops"},

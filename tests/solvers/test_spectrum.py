@@ -158,9 +158,9 @@ def test_reruns_are_bit_identical_and_leave_no_trace():
 def test_a_density_is_drawn_and_saved(tmp_path):
     truth = case("linear", seed=7)
     found = lyapcuda.spectral_density(truth.closure, truth.model.parameters(), draws=3, steps=10)
-    figure = found.plot(tmp_path / "density.png")
+    axes = found.plot(tmp_path / "density.png")
     assert (tmp_path / "density.png").stat().st_size > 5000
-    line = figure.axes[0].lines[0]
+    line = axes.lines[0]
     assert len(line.get_xdata()) == 1000
     single = lyapcuda.spectral_density(truth.closure, truth.model.parameters(), draws=1, steps=5)
     assert bool(single.standard_error.isnan().all())

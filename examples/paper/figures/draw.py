@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, new_figure
 from lyapcuda.files import replace_file
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, new_figure
 
 from ..plots import draw_curves
 from .table import Figure, Panel, Spectrum

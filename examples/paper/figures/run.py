@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import lyapcuda
-from lyapcuda.plots.figure import require_matplotlib
 from lyapcuda.command.program import usable_device
 from lyapcuda.files import finite, write_json
+from lyapcuda.plots.figure import require_matplotlib
 
 from .. import plots
 from ..config import TrainConfig
