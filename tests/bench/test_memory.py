@@ -1,4 +1,4 @@
-"""docs/howto/large_models.md: its gigabytes follow from its formulas, and these from what is held."""
+"""docs/howto/large_models.md: its gigabytes follow from its formulas, these from what is held."""
 
 from __future__ import annotations
 

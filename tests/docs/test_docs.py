@@ -1,4 +1,4 @@
-"""The examples of all pages run, a page's blocks one after another, and print what the page says."""
+"""The examples of all pages run, block after block, and print what the page says they print."""
 
 from __future__ import annotations
 
