@@ -38,6 +38,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what to measure of a problem, and where to show it."""
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="a checkpoint: .pt, .ckpt, .safetensors")
+    add("--weights-key", metavar="KEY", help="where in it the weights are, as in ema_model")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
     add("-k", type=int, default=5, help="how many (default 5)")
     add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
@@ -76,6 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.data,
             arguments.loss,
             weights=arguments.weights,
+            weights_key=arguments.weights_key,
             weight_decay=arguments.weight_decay,
             device=device,
             sizes=arguments.sizes,

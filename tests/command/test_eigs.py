@@ -184,6 +184,7 @@ def test_what_has_not_converged_is_said(factories, capsys):
         (["--loss", "huber"], ["loss='huber'"]),
         (["--weights", "none.pt"], ["none.pt"]),
         (["--weights", "other.pt"], ["other.pt", "it lacks 0.bias"]),
+        (["--weights-key", "ema"], ["weights_key='ema'", "path"]),
         (["--threads", "0"], ["threads", "0"]),
         (["-k", "0"], ["k=0"]),
         (["--method", "guess"], ["--method", "guess"]),
