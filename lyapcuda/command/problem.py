@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lyapcuda.command.weights import load_weights
 
-__all__ = ["LOSSES", "Problem", "from_names", "mse", "resolve"]
+__all__ = ["LOSSES", "OWN", "Problem", "from_names", "mse", "resolve"]
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -36,15 +36,20 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets)
 
 
+#: By name: of (outputs, targets).
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "mse": mse}
+#: The name of a model's own loss, as those of Hugging Face return it.
+OWN = "model"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """loss(model(inputs), targets) of all ``batches`` of (inputs, targets) together.
+    """loss(model(inputs), targets) of all ``batches`` of (inputs, targets) together; or the
+    model's own loss, model(**batch).loss of batches that are dicts.
 
     Attributes:
-        model, loss, batches: the parts.
+        model, batches: the parts.
+        loss: None for the model's own.
         weight_decay: counts as part of the loss.
         names: what each part was called, for reports.
         device: where a batch is taken before the model sees it.
@@ -52,7 +57,7 @@ class Problem:
     """
 
     model: nn.Module
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor] | None
     batches: Iterable[Any]
     weight_decay: float
     names: dict[str, str]
@@ -61,6 +66,13 @@ class Problem:
 
     def closure(self, batch: Any) -> Tensor:
         """The loss of one batch."""
+        if self.loss is None:
+            return self._own_loss(batch)
+        if isinstance(batch, Mapping):
+            raise ValueError(
+                f"data: batches are dicts: loss={OWN} takes the model's own loss, "
+                "any other batches of (inputs, targets)"
+            )
         try:
             inputs, targets = batch
         except (TypeError, ValueError):
@@ -69,12 +81,28 @@ class Problem:
             ) from None
         return self.loss(self.model(_to(inputs, self.device)), _to(targets, self.device))
 
+    def _own_loss(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"data: expected dicts for loss={OWN}, which are passed to the model by name; got "
+                f"a {type(batch).__name__}"
+            )
+        outputs = self.model(**_to(batch, self.device))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        loss = getattr(outputs, "loss", None) if loss is None else loss
+        if loss is None:
+            raise ValueError(
+                f"loss={OWN}: the model returned a {type(outputs).__name__} without a loss; do the "
+                f"batches have labels? They have {', '.join(map(str, batch))}"
+            )
+        return loss
+
 
 def _to(value: Any, device: str) -> Any:
     """A tensor on a device; so the tensors of a list, a tuple or a dict."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _to(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_to(item, device) for item in value)
@@ -133,8 +161,9 @@ def from_names(
         model: ``package.module:factory``, a function that returns a module, in the mode that
             it is to be measured in.
         data: ``package.module:factory``, a function that returns an iterable of (inputs,
-            targets), the same at every pass.
-        loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets).
+            targets), the same at every pass; with the model's own loss, of dicts.
+        loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets); ``model`` for
+            the model's own.
         weights: a checkpoint for the model, as `load_weights` takes it.
         weights_key: where in it the weights are.
         weight_decay: counts as part of the loss.
@@ -154,7 +183,8 @@ def from_names(
         )
     if weights is not None:
         load_weights(module, weights, weights_key)
-    loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
+    named = {OWN: None, **LOSSES}
+    loss_of = named[loss] if loss in named else resolve("loss", loss)
     names = {"model": model, "data": data, "loss": loss}
     batches = _called("data", data, data_options or {})
     size_of = sizes if sizes in (None, "sum") else resolve("sizes", sizes)

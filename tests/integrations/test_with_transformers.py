@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import lyapcuda
+from lyapcuda.command.problem import Problem
 from lyapcuda.command.weights import load_weights
 from lyapcuda.integrations.transformers import FILE, watch
 
@@ -176,3 +178,11 @@ def test_the_command_line_reads_what_is_saved(tmp_path):
     body = model().transformer
     load_weights(body, tmp_path / "one")
     assert torch.equal(body.wte.weight, saved.lm_head.weight)
+
+
+def test_the_command_line_takes_its_loss():
+    batch = transformers.BatchEncoding({"input_ids": IDS, "labels": IDS})
+    net = model(dropout=0.0)
+    assert Problem(net, None, [batch], 0.0, {}).closure(batch) == net(**batch).loss
+    with pytest.raises(ValueError, match="without a loss; .*They have input_ids"):
+        Problem(net, None, [], 0.0, {}).closure({"input_ids": IDS})
