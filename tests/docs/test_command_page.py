@@ -1,4 +1,4 @@
-"""docs/command.md: its files and commands, run as a reader would, and what the page says of them."""
+"""docs/command.md: its files and commands, run as a reader would, do what the page says."""
 
 from __future__ import annotations
 
