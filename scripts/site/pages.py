@@ -22,6 +22,7 @@ BESIDE = (
     "bench/README.md",
     "bench/results/**/*.md",
     "bench/results/**/*.png",
+    "examples/*.ipynb",
 )
 _LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(\))")
 
