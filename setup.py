@@ -8,6 +8,7 @@ scripts/build_cuda.py takes the flags and lists from here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -26,6 +27,12 @@ except ImportError:
         "with `pip install --no-build-isolation .`"
     )
 
+if importlib.util.find_spec("setuptools_scm") is None:  # setuptools would call it 0.0.0
+    sys.exit(
+        "lyapcuda: setuptools-scm is not installed here. It tells the version: "
+        "`pip install setuptools setuptools-scm ninja` first"
+    )
+
 ROOT = Path(__file__).parent
 # The stable ABI of the oldest torch served: one build runs on every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -34,6 +41,9 @@ PY_LIMITED_API = cpp_extension.min_supported_cpython
 WHEEL_TAG = "cp311"
 # No contraction: every instruction set must round alike. psabi: the notes are about GCC 4.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+# The names of sources, which errors say, without the folders of the machine that builds.
+_FOLDERS = (ROOT.resolve(), Path(torch.__file__).absolute().parents[1])
+CXX_FLAGS += [f"-ffile-prefix-map={folder}/=" for folder in _FOLDERS]
 # No contraction here either, or the device would round otherwise than the CPU: what is to be fused
 # says fma() (csrc/kernels/vec.cuh).
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings"]
@@ -174,9 +184,23 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, which leaves no other build of the extension beside the one that it makes."""
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for path in superseded(ROOT / "lyapcuda"):
+            path.unlink()
+
+
+def superseded(folder: Path) -> list[Path]:
+    """Builds for one Python, as earlier versions made them: Python would import them first."""
+    return sorted(folder.glob("_C.cpython-*.so"))
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[extension()],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": WHEEL_TAG}},
     )

@@ -1,4 +1,4 @@
-"""Builds lyapcuda._C with its CUDA backend, for this or another interpreter: one stripped file.
+"""Builds lyapcuda._C with its CUDA backend: one stripped file, for every Python from 3.11 on.
 
     bash scripts/build_cuda.sh        # see there
 
@@ -175,7 +175,11 @@ def compiled(text: str, folder: Path, jobs: int | None = None) -> bool:
 def main() -> None:
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="interpreter to build for")
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="whose headers are taken, and which imports the file",
+    )
     parser.add_argument(
         "--arch",
         default=os.environ.get("TORCH_CUDA_ARCH_LIST", setup["CUDA_ARCHITECTURES"]),

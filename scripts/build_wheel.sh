@@ -17,7 +17,7 @@ tools=$(python -c 'if True:
   print(*project["optional-dependencies"]["release"])')
 # shellcheck disable=SC2086  # one word a tool
 $pip install --quiet --no-compile --constraint constraints.txt $tools
-rm -rf dist build/wheel
+rm -rf dist build/wheel && mkdir -p build
 python -m build --no-isolation --sdist --outdir dist . >build/sdist.log 2>&1 ||
   { cat build/sdist.log; exit 1; }
 # Stripped, and without debug information. Of the sdist: a file that it lacks would fail here.
@@ -30,4 +30,6 @@ if [ "$(uname)" = Linux ]; then
 else
   cp build/wheel/*.whl dist/
 fi
+# Every symbol of Python's is in the limited API of the Python that the tag names.
+abi3audit --strict dist/*.whl
 bash scripts/check_wheel.sh dist/*.whl

@@ -21,8 +21,10 @@ OPTIONAL = ("matplotlib", "scipy", "tqdm", "tensorboard", "lightning", "transfor
 def main() -> None:
     folder = Path(lyapcuda.__file__).parent
     assert "site-packages" in folder.parts, f"{folder}: this is not an installed lyapcuda"
-    assert (folder / "py.typed").exists(), "the type hints aren't shipped"
-    assert [path.name for path in folder.glob("_C.*")] == ["_C.abi3.so"], list(folder.glob("_C.*"))
+    for name in ("py.typed", "_C.pyi"):
+        assert (folder / name).exists(), f"{name} is missing: the type hints aren't shipped"
+    compiled = [path.name for path in folder.glob("_C.*") if path.suffix != ".pyi"]
+    assert compiled == ["_C.abi3.so"], compiled
     assert lyapcuda.__version__ == version("lyapcuda")
     tags = distribution("lyapcuda").read_text("WHEEL")
     assert "Tag: cp311-abi3-" in tags, tags

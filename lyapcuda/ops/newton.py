@@ -6,6 +6,7 @@ Buffers, panels, segments and states are those of `lyapcuda.ops.step`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -128,7 +129,9 @@ def descend_(
     )
 
 
-def _rates(theta, gradient, state, *, panel=None, **options):
+def _rates(
+    theta: Tensor, gradient: Tensor, state: Tensor, *, panel: Tensor | None = None, **options: Any
+) -> Tensor:
     return state.new_empty(() if panel is None else (panel.shape[0] + 1,))
 
 

@@ -31,6 +31,7 @@ coordinates where the curvature is S·H·S, and its copy lies at θ + displaceme
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -104,7 +105,18 @@ def ascent_(
     )
 
 
-def _stacked_gram(d, q, g0, g1, offsets, state, *, theta=None, p=None, **options):
+def _stacked_gram(
+    d: Tensor,
+    q: Tensor,
+    g0: Tensor,
+    g1: Tensor,
+    offsets: Sequence[int],
+    state: Tensor,
+    *,
+    theta: Tensor | None = None,
+    p: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     rows = (2 + (theta is not None) + (p is not None)) * q.shape[0]
     return state.new_empty(rows, rows)
 

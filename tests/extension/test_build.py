@@ -58,6 +58,16 @@ def test_no_torch_is_said_in_one_line(tmp_path):
     assert "torch is not installed" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_no_setuptools_scm_is_said_in_one_line(tmp_path):
+    """Without it setuptools would go on, with version 0.0.0."""
+    hidden = "import importlib.util as u; old = u.find_spec\n"
+    hidden += "u.find_spec = lambda name, *a: None if name == 'setuptools_scm' else old(name, *a)\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    result = setup("--version", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "setuptools-scm is not installed" in result.stderr
+
+
 def toolkit(folder: Path, release: str) -> Path:
     """A CUDA toolkit whose nvcc only tells its version and its home."""
     nvcc = folder / "bin" / "nvcc"
@@ -213,6 +223,38 @@ def test_only_the_stable_abi_of_torch_is_used():
     assert "aoti_torch_library_def" in symbols  # the C shim: it is what we link to
     assert not re.findall(r"\b(?:c10|at|torch|caffe2)::\S+", symbols)
     assert ops.build_info()["torch_target_version"].startswith("0x020b")
+
+
+def test_the_extension_is_one_for_every_python():
+    """Compiled with Py_LIMITED_API, which hides all else: that of the tag, or of an older one."""
+    assert Path(_C.__file__).name == "_C.abi3.so"
+    asked = int(SETUP["PY_LIMITED_API"], 16) >> 16
+    assert asked <= 0x0300 + int(SETUP["WHEEL_TAG"].removeprefix("cp3"))
+
+
+def test_no_folder_of_the_machine_that_built_it_is_in_the_file():
+    """A wheel would carry it to others. (Errors say the name of the source.)"""
+    content = Path(_C.__file__).read_bytes()
+    assert b"csrc/ops/gram.cpp" in content
+    assert not re.findall(rb"[\w./-]*/csrc/ops/\w+\.cpp", content)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm isn't here")
+def test_nothing_private_of_python_is_used():
+    command = ["nm", "--dynamic", "--undefined-only", _C.__file__]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = set(re.findall(r"\b_?Py\w+", told))
+    # Of the stable ABI: what Py_DECREF, PyArg_ParseTuple and Py_BuildValue stand for.
+    public = {"_Py_Dealloc", "_PyArg_ParseTuple_SizeT", "_Py_BuildValue_SizeT"}
+    assert symbols and not {name for name in symbols if name.startswith("_Py")} - public
+
+
+def test_a_build_in_place_supersedes_those_for_one_python(tmp_path):
+    """Python would import them first, old as they are."""
+    names = ["_C.abi3.so", "_C.cpython-311-x86_64-linux-gnu.so", "_C.cpython-313-darwin.so"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in SETUP["superseded"](tmp_path)] == names[1:]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

@@ -1,0 +1,9 @@
+"""What csrc/module.cpp offers to Python. The ops themselves are in torch.ops.lyapcuda."""
+
+max_k: int
+
+def build_info() -> dict[str, str]: ...
+def state_fields(k: int, /) -> dict[str, tuple[int, tuple[int, ...]]]: ...
+def curvature_of_growth(
+    exponent: float, rate: float, momentum: float, estimate: int, /
+) -> float: ...
