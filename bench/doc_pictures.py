@@ -2,13 +2,13 @@
 
     python bench/doc_pictures.py [FOLDER]
 
-Writes curvature.png, lyapunov.png, kinks.png, edge_rates.png and spectrum.png; FOLDER is docs/images by default.
-Half a minute.
+FOLDER is docs/images by default. Half a minute.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lyapcuda
-from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, RED, saved, tidy
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, RED, new_figure, tidy
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -135,12 +135,22 @@ def spectrum(figure: Figure) -> None:
     lyapcuda.finite_scale(H, result).plot(ax=right)
 
 
+#: By name, with its width and height in inches.
+PICTURES: dict[str, tuple[Callable[[Figure], None], float, float]] = {
+    "curvature": (curvature, 8, 3.4),
+    "lyapunov": (lyapunov, 8, 3),
+    "kinks": (kinks, 6, 3.6),
+    "edge_rates": (edge_rates, 8, 4.6),
+    "spectrum": (spectrum, 12, 3.6),
+}
+
+
 def main(folder: Path = IMAGES) -> None:
-    saved(curvature, folder / "curvature.png", 8, 3.4)
-    saved(lyapunov, folder / "lyapunov.png", 8, 3)
-    saved(kinks, folder / "kinks.png", 6, 3.6)
-    saved(edge_rates, folder / "edge_rates.png", 8, 4.6)
-    saved(spectrum, folder / "spectrum.png", 12, 3.6)
+    for name, (draw, width, height) in PICTURES.items():
+        figure = new_figure(width, height)
+        figure.set_layout_engine("constrained")
+        draw(figure)
+        figure.savefig(folder / f"{name}.png")
 
 
 if __name__ == "__main__":
