@@ -14,7 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 #: Patterns of files outside of docs/ that the site has.
 BESIDE = (
     "CHANGELOG.md",
@@ -40,8 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Returns the page with links that lead out of docs/, or into it, as the site has them."""
-    docs = Path(config.docs_dir)
-    source = Path(page.file.abs_src_path or "")
+    docs = Path(config.docs_dir).resolve()
+    source = Path(page.file.abs_src_path or "").resolve()
 
     def on_the_site(match: re.Match[str]) -> str:
         target = (source.parent / match[2]).resolve()
