@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -77,10 +76,12 @@ class CurvatureCallback(lightning.Callback):
     ) -> None:
         """Measures on the batch that the optimizer's step follows."""
         count, of = batch_idx + 1, trainer.accumulate_grad_batches
-        self._measured = count % of == 0 or count == trainer.num_training_batches
+        last = trainer.is_last_batch or count == trainer.num_training_batches
+        self._measured = last or count % of == 0
         if not self._measured:
             return
-        takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        asks = lightning.utilities.signature_utils.is_param_in_hook_signature  # as the trainer does
+        takes_index = asks(module.training_step, "batch_idx", min_args=2)
         arguments = (batch, batch_idx) if takes_index else (batch,)
 
         def loss() -> Tensor:

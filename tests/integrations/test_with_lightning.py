@@ -45,8 +45,8 @@ class Net(lightning.LightningModule):
         return self.make(self.net.parameters(), lr=self.lr)
 
 
-def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, **options):
-    data = torch.utils.data.TensorDataset(X, Y)
+def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, data=None, **options):
+    shuffle, data = data is None, data or torch.utils.data.TensorDataset(X, Y)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -60,7 +60,7 @@ def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, **optio
         **options,
     )
     torch.manual_seed(5)
-    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=shuffle)
     trainer.fit(net, loader, ckpt_path=checkpoint, weights_only=False)
     return trainer
 
@@ -99,6 +99,20 @@ def test_training_is_bitwise_what_it_was(tmp_path, case):
     assert float(rows[-1]["curvature/edge"]) == pytest.approx(
         float(callback.tracker.edge), rel=1e-5
     )
+
+
+def test_a_loader_of_unknown_length_and_another_name_for_the_index(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return zip(X, Y, strict=True)
+
+    class Other(Net):
+        def training_step(self, batch, i):
+            return super().training_step(batch, i)
+
+    callback = CurvatureCallback()
+    trainer = fit(tmp_path, Other(), callback, data=Stream(), accumulate_grad_batches=3)
+    assert int(callback.tracker.steps) == trainer.global_step == 4
 
 
 @pytest.mark.parametrize("case", ["plain", "clipped"])
