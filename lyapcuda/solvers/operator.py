@@ -629,7 +629,7 @@ class _Solver(Protocol[_Options, _Result]):
 
 
 def accepts_closure(
-    solver: Callable[Concatenate[HessianOperator, _Options], _Result],
+    solver: Callable[Concatenate[SymmetricOperator, _Options], _Result],
 ) -> _Solver[_Options, _Result]:
     """Lets a solver of an operator take a closure and its parameters too: the short form.
 
