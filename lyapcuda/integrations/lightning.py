@@ -53,6 +53,7 @@ class CurvatureCallback(lightning.Callback):
         self._prefix, self._prog_bar, self._options = prefix, prog_bar, options
         self._loaded: dict[str, Any] | None = None
         self._measured = False
+        self._now: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Makes the tracker, or has it go on from a checkpoint."""
@@ -95,14 +96,15 @@ class CurvatureCallback(lightning.Callback):
                 self.tracker.step(loss)
             except _NoLoss:
                 self._measured = False
+                return
+        self._now = readings(self.tracker, self._prefix)  # the edge is that of this step's rate
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, *args: Any
     ) -> None:
         """Logs what was measured before this batch's step."""
         if self._measured:
-            now = readings(self.tracker, self._prefix)
-            module.log_dict(now, on_step=True, on_epoch=False, prog_bar=self._prog_bar)
+            module.log_dict(self._now, on_step=True, on_epoch=False, prog_bar=self._prog_bar)
 
     def state_dict(self) -> dict[str, Any]:
         """The tracker's state, for Lightning's checkpoints."""

@@ -115,6 +115,22 @@ def test_a_loader_of_unknown_length_and_another_name_for_the_index(tmp_path):
     assert int(callback.tracker.steps) == trainer.global_step == 4
 
 
+def test_the_edge_is_that_of_the_steps_own_rate(tmp_path):
+    class Decaying(Net):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    callback = CurvatureCallback()
+    trainer = fit(tmp_path, Decaying(), callback, epochs=1)
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["curvature/h"]]
+    rates = [0.1, 0.075, 0.05, 0.025]
+    expected = [rate * float(row["curvature/h"]) / 2 for rate, row in zip(rates, rows, strict=True)]
+    assert [float(row["curvature/edge"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("case", ["plain", "clipped"])
 def test_h_is_the_losses_own_largest_eigenvalue(tmp_path, case):
     net, callback = Net(lr=0.0, dropout=0), CurvatureCallback()
