@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -54,6 +53,7 @@ class CurvatureCallback(lightning.Callback):
         self._prefix, self._prog_bar, self._options = prefix, prog_bar, options
         self._loaded: dict[str, Any] | None = None
         self._measured = False
+        self._now: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Makes the tracker, or has it go on from a checkpoint."""
@@ -77,10 +77,12 @@ class CurvatureCallback(lightning.Callback):
     ) -> None:
         """Measures on the batch that the optimizer's step follows."""
         count, of = batch_idx + 1, trainer.accumulate_grad_batches
-        self._measured = count % of == 0 or count == trainer.num_training_batches
+        last = trainer.is_last_batch or count == trainer.num_training_batches
+        self._measured = last or count % of == 0
         if not self._measured:
             return
-        takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        asks = lightning.utilities.signature_utils.is_param_in_hook_signature  # as the trainer does
+        takes_index = asks(module.training_step, "batch_idx", min_args=2)
         arguments = (batch, batch_idx) if takes_index else (batch,)
 
         def loss() -> Tensor:
@@ -94,14 +96,15 @@ class CurvatureCallback(lightning.Callback):
                 self.tracker.step(loss)
             except _NoLoss:
                 self._measured = False
+                return
+        self._now = readings(self.tracker, self._prefix)  # the edge is that of this step's rate
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, *args: Any
     ) -> None:
         """Logs what was measured before this batch's step."""
         if self._measured:
-            now = readings(self.tracker, self._prefix)
-            module.log_dict(now, on_step=True, on_epoch=False, prog_bar=self._prog_bar)
+            module.log_dict(self._now, on_step=True, on_epoch=False, prog_bar=self._prog_bar)
 
     def state_dict(self) -> dict[str, Any]:
         """The tracker's state, for Lightning's checkpoints."""

@@ -88,6 +88,7 @@ class Watch(transformers.TrainerCallback):
     ) -> None:
         self.tracker, self._prefix, self._options = tracker, prefix, options
         self._trainer, self._resumed = trainer, None
+        self._now: dict[str, Tensor] = {}
         self._plain = {name: getattr(trainer, name) for name in ("training_step", "log", "train")}
         trainer.training_step, trainer.log, trainer.train = self._step, self._log, self._train
         trainer.add_callback(self)
@@ -134,8 +135,8 @@ class Watch(transformers.TrainerCallback):
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the readings to a row that has the training loss."""
-        if self.tracker is not None and "loss" in logs:
-            now = {n: float(value) for n, value in readings(self.tracker, self._prefix).items()}
+        if "loss" in logs:
+            now = {name: float(value) for name, value in self._now.items()}
             logs = {**logs, **{name: value for name, value in now.items() if math.isfinite(value)}}
         self._plain["log"](logs, *args, **kwargs)
 
@@ -148,6 +149,10 @@ class Watch(transformers.TrainerCallback):
         saved = self._resumed / FILE if self._resumed else None
         if saved is not None and saved.exists():
             self.tracker.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the readings while the rate is that of this step: the edge is rate·h."""
+        self._now = readings(self.tracker, self._prefix)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts the tracker's state beside the trainer's. Shards are for torch.distributed's

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +64,17 @@ CHECKS = {
 }
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one state a process: what another test chose isn't the page's."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")

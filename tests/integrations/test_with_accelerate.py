@@ -92,6 +92,23 @@ def test_accelerates_checkpoints_hold_the_tracker(tmp_path):
     assert torch.equal(tracker.h, h) and tracker.calls == calls
 
 
+def test_an_exception_of_the_closure_leaves_everything_as_it_was():
+    accelerator, tracker, model, *_ = trained(True)
+    backward(accelerator, tracker, lambda: nn.functional.cross_entropy(model(X), Y))
+    grads = [p.grad.clone() for p in model.parameters()]
+    h, calls, random = tracker.h.clone(), tracker.calls, torch.get_rng_state()
+
+    def raising():
+        model(X)  # has drawn a dropout mask
+        raise ZeroDivisionError("here")
+
+    with pytest.raises(ZeroDivisionError, match="here"):
+        backward(accelerator, tracker, raising)
+    assert torch.equal(tracker.h, h) and tracker.calls == calls
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+
+
 def test_bad_arguments_are_named():
     accelerator, tracker, *_ = trained(False)
     with pytest.raises(TypeError, match="accelerator=3"):

@@ -46,8 +46,8 @@ class Net(lightning.LightningModule):
         return self.make(self.net.parameters(), lr=self.lr)
 
 
-def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, **options):
-    data = torch.utils.data.TensorDataset(X, Y)
+def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, data=None, **options):
+    shuffle, data = data is None, data or torch.utils.data.TensorDataset(X, Y)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -61,7 +61,7 @@ def fit(folder, net, callback=None, batch=16, epochs=2, checkpoint=None, **optio
         **options,
     )
     torch.manual_seed(5)
-    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=shuffle)
     trainer.fit(net, loader, ckpt_path=checkpoint, weights_only=False)
     return trainer
 
@@ -100,6 +100,36 @@ def test_training_is_bitwise_what_it_was(tmp_path, case):
     assert float(rows[-1]["curvature/edge"]) == pytest.approx(
         float(callback.tracker.edge), rel=1e-5
     )
+
+
+def test_a_loader_of_unknown_length_and_another_name_for_the_index(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return zip(X, Y, strict=True)
+
+    class Other(Net):
+        def training_step(self, batch, i):
+            return super().training_step(batch, i)
+
+    callback = CurvatureCallback()
+    trainer = fit(tmp_path, Other(), callback, data=Stream(), accumulate_grad_batches=3)
+    assert int(callback.tracker.steps) == trainer.global_step == 4
+
+
+def test_the_edge_is_that_of_the_steps_own_rate(tmp_path):
+    class Decaying(Net):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    callback = CurvatureCallback()
+    trainer = fit(tmp_path, Decaying(), callback, epochs=1)
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["curvature/h"]]
+    rates = [0.1, 0.075, 0.05, 0.025]
+    expected = [rate * float(row["curvature/h"]) / 2 for rate, row in zip(rates, rows, strict=True)]
+    assert [float(row["curvature/edge"]) for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", ["plain", "clipped"])

@@ -112,6 +112,16 @@ def test_training_is_bitwise_what_it_was_and_the_rows_have_the_curvature(tmp_pat
     assert int(found.tracker.steps) == 4 - (first - 1)
 
 
+def test_the_edge_is_that_of_the_steps_own_rate(tmp_path):
+    trainer, found, _ = trained(tmp_path, True, lr_scheduler_type="linear")
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+    for row in rows:
+        edge = row["learning_rate"] * row["curvature/h"] / 2
+        assert row["curvature/edge"] == pytest.approx(edge)
+    assert [row["curvature/h"] for row in rows] == pytest.approx(found.tracker.history().h.tolist())
+
+
 @pytest.mark.parametrize("batch", [8, 4])
 def test_h_is_that_of_the_loss_of_a_micro_batch(tmp_path, batch):
     """With accumulation, of the last of them: the model stands still, the rows come as they are.
@@ -140,6 +150,27 @@ def test_a_resumed_run_goes_on_where_the_tracker_was(tmp_path):
     assert torch.equal(again.tracker.h, found.tracker.h)
     for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_exception_of_the_model_leaves_everything_as_it_was(tmp_path, parts):
+    changed = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": parts}
+    trainer, found, _ = trained(tmp_path, True, **changed)
+    batch = {"input_ids": IDS[:4], "labels": IDS[:4]}
+    trainer.training_step(trainer.model, batch)
+    before = [p.grad.clone() for p in trainer.model.parameters()]
+    h, calls, random = found.tracker.h.clone(), found.tracker.calls, torch.get_rng_state()
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("here")
+
+    trainer.model.transformer.ln_f.forward = broken
+    with pytest.raises(ZeroDivisionError, match="here"):
+        trainer.training_step(trainer.model, batch)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(found.tracker.h, h) and found.tracker.calls == calls
+    for p, grad in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
 
 
 def test_remove_leaves_the_trainer_as_it_was(tmp_path):
