@@ -17,8 +17,10 @@ from lyapcuda.rate_cap import RateCap
 from lyapcuda.solvers.density import SpectralDensity, spectral_density
 from lyapcuda.solvers.eigsh import eigsh
 from lyapcuda.solvers.finite_scale import FiniteScale, finite_scale
+from lyapcuda.solvers.gauss_newton import EmpiricalFisherOperator, GGNOperator
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import ConvergenceWarning, EigenResult
+from lyapcuda.solvers.symmetric import SymmetricOperator
 from lyapcuda.solvers.trace import TraceResult, trace
 from lyapcuda.tracker import CurvatureTracker
 
@@ -36,13 +38,16 @@ __all__ = [
     "CurvatureLog",
     "CurvatureTracker",
     "EigenResult",
+    "EmpiricalFisherOperator",
     "FiniteScale",
+    "GGNOperator",
     "HessianOperator",
     "JsonlWriter",
     "LyapunovSGD",
     "RankError",
     "RateCap",
     "SpectralDensity",
+    "SymmetricOperator",
     "TensorBoardWriter",
     "TraceResult",
     "at_a_copy",

@@ -254,8 +254,7 @@ class CurvatureLog:
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
-        FileExistsError: a file is there and mode is "x".
-        All of these before any file is touched.
+        FileExistsError: a file is there and mode is "x". All of these before any file is touched.
 
     Example:
         >>> import tempfile

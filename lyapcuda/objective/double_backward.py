@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from lyapcuda.objective.evaluator import Closure, check_loss
 
-__all__ = ["DoubleBackwardError", "GradientGraph"]
+__all__ = [
+    "DoubleBackwardError",
+    "GradientGraph",
+    "held_bytes",
+    "loss_to_differentiate",
+    "receive",
+    "twice",
+]
 
 
 class DoubleBackwardError(RuntimeError):
@@ -54,24 +62,12 @@ class GradientGraph:
         look: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
         self._parameters = parameters
-        for parameter in parameters:
-            parameter.grad = None
-        torch.clear_autocast_cache()
-        with torch.enable_grad():
-            loss = closure()
-            check_loss(loss)
-            if any(p.grad is not None for p in parameters):
-                raise DoubleBackwardError(
-                    "closure: it called backward(); an exact product needs the loss alone"
-                )
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise DoubleBackwardError("closure: the loss it returned can't be differentiated")
+        with loss_to_differentiate(closure, parameters) as loss:
             others = look(loss) if look is not None else ()
-            with _twice():
+            with twice():
                 gradients = torch.autograd.grad(
                     loss, [*parameters, *others], create_graph=True, allow_unused=True
                 )
-        torch.clear_autocast_cache()
         self.loss = loss.detach().reshape(())
         self.versions = [p._version for p in parameters]
         self._edges = [
@@ -83,21 +79,7 @@ class GradientGraph:
 
     def held_bytes(self) -> int:
         """How much memory it holds: what its functions have saved, as far as that shows."""
-        nodes = [edge.node for edge in self._edges if edge is not None]
-        seen, held = set(nodes), {}
-        while nodes:
-            node = nodes.pop()
-            for name in dir(node):
-                if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
-                    saved = getattr(node, name)
-                    if isinstance(saved, Tensor):
-                        storage = saved.untyped_storage()
-                        held[storage.data_ptr()] = storage.nbytes()
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
-        return sum(held.values())
+        return held_bytes([edge.node for edge in self._edges if edge is not None])
 
     def parts(self, vector: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor | None]:
         """Returns the product as autograd gives it: None where it is zero.
@@ -108,7 +90,7 @@ class GradientGraph:
         if not outputs:  # the loss is linear in the parameters
             return [None] * len(self._parameters)
         edges, factors = zip(*outputs, strict=True)
-        with _twice():
+        with twice():
             return torch.autograd.grad(
                 edges, self._parameters, factors, retain_graph=keep, allow_unused=True
             )
@@ -142,11 +124,60 @@ class GradientGraph:
             for hook in hooks:
                 hook.remove()
         for out, row in zip(total, rows, strict=True):
-            if row is None:
-                if weight is None:
-                    out.zero_()
-            elif row.data_ptr() != out.data_ptr() or row.dtype != out.dtype:
-                _receiver(out, weight)(row)
+            if row is None or row.data_ptr() != out.data_ptr() or row.dtype != out.dtype:
+                receive(row, out, weight)
+
+
+def receive(row: Tensor | None, out: Tensor, weight: float | None) -> None:
+    """Writes a part of a product, None for zero, to ``out``; with a weight adds that many of it."""
+    if row is not None:
+        _receiver(out, weight)(row)
+    elif weight is None:
+        out.zero_()
+
+
+def held_bytes(roots: Sequence[Any]) -> int:
+    """How much memory the functions above some nodes of autograd's graph have saved, as far as that
+    shows.
+    """
+    nodes = [node for node in roots if node is not None]
+    seen, held = set(nodes), {}
+    while nodes:
+        node = nodes.pop()
+        for name in dir(node):
+            if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
+                saved = getattr(node, name)
+                if isinstance(saved, Tensor):
+                    storage = saved.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return sum(held.values())
+
+
+@contextmanager
+def loss_to_differentiate(closure: Closure, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Gives the loss, with its graph, of a closure that hasn't called ``backward()``.
+
+    Raises:
+        DoubleBackwardError: it has, or its loss has no graph.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    torch.clear_autocast_cache()
+    with torch.enable_grad():
+        loss = closure()
+        check_loss(loss)
+        if any(p.grad is not None for p in parameters):
+            raise DoubleBackwardError(
+                "closure: it called backward(); an exact product needs the loss alone"
+            )
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise DoubleBackwardError("closure: the loss it returned can't be differentiated")
+        yield loss
+    torch.clear_autocast_cache()
 
 
 def _receiver(out: Tensor, weight: float | None) -> Callable[[Tensor], Tensor]:
@@ -158,11 +189,12 @@ def _receiver(out: Tensor, weight: float | None) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _twice() -> Iterator[None]:
+def twice(what: str = "the loss") -> Iterator[None]:
+    """A context in which what has no second derivative raises a DoubleBackwardError."""
     try:
         yield
     except RuntimeError as error:
         raise DoubleBackwardError(
-            f"mode=exact: the loss can't be differentiated twice ({error}); gradient differences "
+            f"mode=exact: {what} can't be differentiated twice ({error}); gradient differences "
             "(mode='difference') don't need that"
         ) from error

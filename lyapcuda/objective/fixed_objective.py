@@ -20,6 +20,7 @@ from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.first_evaluation import FirstEvaluation
+from lyapcuda.objective.gauss_newton import Direction, GaussNewtonGraph, OutputsAndLoss
 from lyapcuda.objective.isolation import Snapshot
 from lyapcuda.objective.random_states import RandomStates
 from lyapcuda.params.memory import free_bytes
@@ -29,6 +30,8 @@ __all__ = ["FixedObjective", "Point"]
 #: What is handed the gradients where they lie, None where a parameter gets none, and the loss.
 Take = Callable[[Sequence[Tensor | None], Tensor], None]
 #: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
+#: What products are taken from.
+Graph = GradientGraph | GaussNewtonGraph
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 
 # Graphs of several batches are kept where there are at most so many, and they take at most this
@@ -64,6 +67,8 @@ class FixedObjective:
         closure: returns the loss; with ``batches`` it takes a batch.
         batches: losses and gradients are averaged over them, or added up.
         weights: how much each batch counts. Default: what the losses say.
+        pair: the closure's own two parts, where products are those of Gauss and Newton, of
+            `Direction`s; None for the Hessian's, of tensors of the parameters' shapes.
 
     Example:
         >>> p = torch.tensor([3.0], requires_grad=True)
@@ -81,17 +86,19 @@ class FixedObjective:
         closure: Closure,
         batches: Batches | None = None,
         weights: BatchWeights | None = None,
+        pair: OutputsAndLoss | None = None,
     ) -> None:
         self.evaluator, self.closure, self.batches = evaluator, closure, batches
+        self._pair = pair
         self.weights = BatchWeights() if weights is None else weights
         self._generators = batches.generators if batches else ()
-        devices = (p.device for p in evaluator.parameters)
-        self._states = RandomStates(devices, self._generators)
+        self._devices = {p.device for p in evaluator.parameters}
+        self._states = RandomStates(self._devices, self._generators)
         #: Of one batch, from one product to the next, inside `keeping_graph`.
-        self._graph: GradientGraph | None = None
+        self._graph: Graph | None = None
         self._keeps = False
         #: The same of several batches, each with its weight, where there is memory for all of them.
-        self._graphs: list[tuple[GradientGraph, float]] = []
+        self._graphs: list[tuple[Graph, float]] = []
 
     @_decided
     def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:
@@ -239,7 +246,7 @@ class FixedObjective:
     @_decided
     def hessian_products(
         self,
-        vectors: Sequence[Sequence[Tensor]],
+        vectors: Sequence[Sequence[Tensor] | Direction],
         totals: Sequence[Sequence[Tensor]],
         closure: Closure | None = None,
     ) -> Tensor:
@@ -263,7 +270,7 @@ class FixedObjective:
                 loss_sum = loss_sum + weight * graph.loss.double()
             if kept:
                 return _divided(sums, loss_sum, self.weights.divisor)
-            graphs: list[tuple[GradientGraph, float]] = []
+            graphs: list[tuple[Graph, float]] = []
 
             def add(one: Weighed) -> Tensor:
                 graph = self._new_graph(partial(one.loss, closure), before)
@@ -299,14 +306,14 @@ class FixedObjective:
         """Lets go of what is kept within `keeping_graph`."""
         self._graph, self._graphs = None, []
 
-    def _kept_graphs(self) -> list[tuple[GradientGraph, float]]:
+    def _kept_graphs(self) -> list[tuple[Graph, float]]:
         """Those of all batches, where they are kept and the parameters are what they were."""
         versions = [p._version for p in self.evaluator.parameters]
         if any(graph.versions != versions for graph, _ in self._graphs):
             self._graphs = []
         return self._graphs
 
-    def _affords(self, graph: GradientGraph) -> bool:
+    def _affords(self, graph: Graph) -> bool:
         """Whether there is memory for graphs like this one of all batches."""
         count, device = self.batches.count, self.evaluator.parameters[0].device
         if count is None or count > _MANY:
@@ -323,7 +330,7 @@ class FixedObjective:
         closure: Closure,
         before: Snapshot,
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
-    ) -> GradientGraph:
+    ) -> Graph:
         """The graph at θ: the one kept, or a new one."""
         parameters = self.evaluator.parameters
         if self._graph is not None and self._graph.versions == [p._version for p in parameters]:
@@ -342,10 +349,28 @@ class FixedObjective:
         closure: Closure,
         before: Snapshot,
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
-    ) -> GradientGraph:
+    ) -> Graph:
+        parameters = self.evaluator.parameters
         with self.evaluator.looking(self.closure, before) as seen:
             look = None if seen is None else partial(_shown, seen)
-            return GradientGraph(closure, self.evaluator.parameters, take, look)
+            if self._pair is None:
+                return GradientGraph(closure, parameters, take, look)
+            at = partial(self._at, before, RandomStates(self._devices, self._generators))
+            return GaussNewtonGraph(closure, self._pair, parameters, at, look)
+
+    @contextmanager
+    def _at(
+        self, before: Snapshot, states: RandomStates, values: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """Inside, the parameters are others; from buffers as they were, and these random states."""
+        after = RandomStates(self._devices, self._generators)
+        before.restore()
+        states.restore()
+        try:
+            with self.evaluator.pointing_to(values):
+                yield
+        finally:
+            after.restore()
 
     @contextmanager
     def _as_it_was(self) -> Iterator[Snapshot]:

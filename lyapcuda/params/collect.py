@@ -21,6 +21,7 @@ __all__ = [
     "BUFFER_DTYPES",
     "Parameters",
     "TrackedParameter",
+    "chosen_by_name",
     "collect",
     "entries_of",
     "require_iterable",
@@ -133,12 +134,34 @@ def collect(
     return list(found.values())
 
 
-def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]:
+def chosen_by_name(
+    params: Parameters,
+    select: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None = None,
+) -> Any:
+    """`params` as they are, or those of them that are selected, without those that are excluded.
+
+    Raises:
+        TypeError, ValueError: as `select_by_name`; nothing is left.
+    """
+    if select is not None:
+        params = select_by_name(params, select)
+    if exclude is not None:
+        params = select_by_name(params, exclude, argument="exclude")
+        if not params:
+            raise ValueError(f"exclude={described(exclude)}: no parameter is left")
+    return params
+
+
+def select_by_name(
+    params: Parameters, select: str | Sequence[str], argument: str = "select"
+) -> list[Any]:
     """Those of `params` whose names match: the same (name, tensor) pairs or groups, fewer of them.
 
     Args:
         params: (name, tensor) pairs, or groups of those.
         select: a shell pattern ("layer4.*"), or several.
+        argument: "select", or "exclude": those whose names don't match.
 
     Raises:
         TypeError: parameters without names.
@@ -146,18 +169,17 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
     """
     several = list(select) if isinstance(select, Iterable) else []
     patterns = [select] if isinstance(select, str) else several
+    given = f"{argument}={described(select)}"
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"select={described(select)}: expected a pattern or a list of patterns")
+        raise ValueError(f"{given}: expected a pattern or a list of patterns")
     matched: set[str] = set()
 
     def chosen(member: Any) -> bool:
         if not isinstance(member, tuple):
-            raise TypeError(
-                f"select={described(select)}: needs names; pass model.named_parameters() as params"
-            )
+            raise TypeError(f"{given}: needs names; pass model.named_parameters() as params")
         hits = {pattern for pattern in patterns if fnmatchcase(member[0], pattern)}
         matched.update(hits)
-        return bool(hits)
+        return bool(hits) == (argument == "select")
 
     kept: list[Any] = []
     for entry in entries_of(params):
@@ -169,7 +191,7 @@ def select_by_name(params: Parameters, select: str | Sequence[str]) -> list[Any]
         kept += [{**entry, "params": members}] if members else []
     for pattern in patterns:
         if pattern not in matched:
-            raise ValueError(f"select: no parameter's name matches {described(pattern)}")
+            raise ValueError(f"{argument}: no parameter's name matches {described(pattern)}")
     return kept
 
 

@@ -26,7 +26,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.solvers.missed import KrylovGrowth
 from lyapcuda.solvers.ritz import Ritz, error_bounds, order, spacing
 
@@ -69,6 +71,21 @@ DIFFERENCE_ACCURACY = {"forward": (1.5, 1 / 2), "central": (5.0, 2 / 3)}
 EXACT_ACCURACY = 2.0
 # Forward differences do for tolerances of at least so many times their accuracy.
 FORWARD_MARGIN = 1.9
+
+
+def accuracy_of(kind: str, epsilon: float, dtype: torch.dtype) -> float:
+    """Relative error of an eigenvalue that products have on a smooth loss.
+
+    Args:
+        kind: "exact", or "forward" or "central" differences.
+        epsilon: machine epsilon of what the loss is computed in.
+        dtype: of the vectors.
+    """
+    if kind == "exact":
+        coarse = epsilon > COARSE
+        return EXACT_ACCURACY * epsilon if coarse else torch.finfo(dtype).eps
+    factor, power = DIFFERENCE_ACCURACY[kind]
+    return factor * epsilon**power
 
 
 def ends(which: str, k: int) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from lyapcuda import ops
 from lyapcuda.arguments import positive, whole
 from lyapcuda.plots.figure import plotted, png_of
 from lyapcuda.plots.spectrum import draw_density
-from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.operator import accepts_closure
 from lyapcuda.solvers.product_error import product_error
 from lyapcuda.solvers.random_vectors import RandomVectors
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps={steps}: at most 128")
 
 
-def _quadrature(operator: HessianOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _quadrature(operator: SymmetricOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Gauss quadrature of the spectrum as ``start`` sees it: Lanczos with full
     reorthogonalisation, then nodes and weights of its tridiagonal matrix (Golub, Welsch 1969).
     """
@@ -126,7 +127,7 @@ def _quadrature(operator: HessianOperator, start: Tensor, steps: int) -> tuple[T
 
 @accepts_closure
 def spectral_density(
-    operator: HessianOperator,
+    operator: SymmetricOperator,
     *,
     draws: int = 4,
     steps: int = 40,
@@ -156,7 +157,7 @@ def spectral_density(
 
     Example:
         >>> p = torch.ones(4, dtype=torch.float64, requires_grad=True)
-        >>> H = HessianOperator(lambda: (torch.arange(4.0) * p.square()).sum(), [p])
+        >>> H = lyapcuda.HessianOperator(lambda: (torch.arange(4.0) * p.square()).sum(), [p])
         >>> density = spectral_density(H, draws=2)
         >>> [round(abs(x), 3) for x in density.nodes[0, :4].tolist()]
         [0.0, 2.0, 4.0, 6.0]

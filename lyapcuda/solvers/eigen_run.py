@@ -15,8 +15,8 @@ import torch
 
 from lyapcuda.basis import Basis
 from lyapcuda.objective.double_backward import DoubleBackwardError
-from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.solvers.agreement import (
+    ASYMMETRIC,
     OTHER_GRADIENT,
     UNCOMPARED,
     Agreement,
@@ -28,13 +28,7 @@ from lyapcuda.solvers.agreement import (
     one_side,
     unbelieved,
 )
-from lyapcuda.solvers.convergence import (
-    DIFFERENCE_ACCURACY,
-    EXACT_ACCURACY,
-    FORWARD_MARGIN,
-    ConvergenceStatus,
-    Criterion,
-)
+from lyapcuda.solvers.convergence import FORWARD_MARGIN, ConvergenceStatus, Criterion
 from lyapcuda.solvers.difference_error import TruncationError, truncation_along
 from lyapcuda.solvers.initial_vectors import fill_, refill_
 from lyapcuda.solvers.lanczos import lanczos
@@ -42,6 +36,7 @@ from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import NOT_ITS_OWN, jumping
 from lyapcuda.solvers.solution import Solution
 from lyapcuda.solvers.subspace_iteration import subspace_iteration
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["EigenOutcome", "EigenRequest", "EigenRun"]
 
@@ -69,7 +64,7 @@ class EigenRequest:
 class EigenOutcome:
     """What a run ended with: whose products, and what speaks against every one of its values."""
 
-    operator: HessianOperator
+    operator: SymmetricOperator
     solution: Solution
     doubts: list[str]
 
@@ -86,15 +81,31 @@ class EigenRun:
         spent: the gradients spent, by iteration of what `outcome` ended with.
     """
 
-    def __init__(self, operator: HessianOperator, request: EigenRequest, show: Any) -> None:
+    def __init__(self, operator: SymmetricOperator, request: EigenRequest, show: Any) -> None:
         self.operator, self.request, self.show = operator, request, show
         self.before = operator.gradient_evaluations
         self.spent: list[int] = []
 
     def outcome(self) -> EigenOutcome:
         """Solves, by the products that ``mode`` says."""
+        if not isinstance(self.operator, HessianOperator):
+            return self._as_it_is()
         found = self._by_exact_products() if self.operator.mode != "difference" else None
         return self._by_differences() if found is None else found
+
+    def _as_it_is(self) -> EigenOutcome:
+        """Solves by the products that the operator has. Nothing is known to compare them with."""
+        operator = self.operator
+        basis = self._start(operator)
+        # The first product decides how they are taken.
+        spare = Basis.empty(operator.layout, 1)
+        operator.product(basis.row(0), spare.row(0))
+        criterion = self._criterion(operator, operator.accuracy)
+        solution = self._solve(operator, basis, criterion)
+        doubts, status = list(operator.doubts), solution.status
+        if operator.mode == "exact" and _is_skewed(operator, status, self.request.tol):
+            doubts.append(ASYMMETRIC)
+        return EigenOutcome(operator, solution, doubts)
 
     def _by_exact_products(self) -> EigenOutcome | None:
         """Solves by double backward; None where ``mode="auto"`` then takes differences."""
@@ -104,7 +115,7 @@ class EigenRun:
             basis = self._start(operator)
             if operator.products.wrong is not None and not asked:
                 return self._turn_away(known_wrong(operator.products.wrong))
-            criterion = self._criterion(operator, _accuracy(operator))
+            criterion = self._criterion(operator, operator.accuracy)
             solution = self._solve(operator, basis, criterion)
         except (DoubleBackwardError, FloatingPointError) as error:
             if asked:
@@ -166,20 +177,17 @@ class EigenRun:
         self, operator: HessianOperator, status: ConvergenceStatus, found: Agreement | None
     ) -> str | None:
         """Why exact products aren't believed; None where they are."""
-        # The extremes of a matrix that isn't symmetric aren't its eigenvalues.
-        lead = int(np.abs(status.values).argmax())
-        slack = max(asymmetry_allowed(operator.epsilon), self.request.tol)
-        skewed = bool(status.errors[lead] > slack * status.scale)
+        skewed = _is_skewed(operator, status, self.request.tol)
         return unbelieved(found, skewed, operator.products.custom)
 
     def _by_differences(self) -> EigenOutcome:
         """Solves by differences of gradients: finer ones where the first are too coarse."""
         operator, tol = self.operator, self.request.tol
-        coarse = operator.needs_central or tol < FORWARD_MARGIN * _accuracy(operator, "forward")
+        coarse = operator.needs_central or tol < FORWARD_MARGIN * operator.accuracy_of("forward")
         if coarse and operator.chooses_difference:
             operator = operator.central()
         basis = self._start(operator)
-        criterion = self._criterion(operator, _accuracy(operator))
+        criterion = self._criterion(operator, operator.accuracy)
         found: Basis | None = None
         history, iterations = [], 0
         for reruns in range(_RERUNS + 1):
@@ -195,7 +203,7 @@ class EigenRun:
                 break
             expected = TruncationError(0.0, length).central(finer.perturbation)
             operator, found = finer, solution.vectors
-            criterion = replace(criterion, accuracy=max(_accuracy(operator), expected))
+            criterion = replace(criterion, accuracy=max(operator.accuracy, expected))
         solution = replace(solution, history=history, iterations=iterations)
         doubts = _doubts(operator)
         if not doubts and operator.kinked:
@@ -207,18 +215,18 @@ class EigenRun:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _criterion(self, operator: HessianOperator, accuracy: float) -> Criterion:
+    def _criterion(self, operator: SymmetricOperator, accuracy: float) -> Criterion:
         request, layout = self.request, operator.layout
         rounding = torch.finfo(layout.dtype).eps
         return Criterion(request.k, request.which, request.tol, accuracy, rounding, layout.numel)
 
-    def _generators(self, operator: HessianOperator) -> list[torch.Generator]:
+    def _generators(self, operator: SymmetricOperator) -> list[torch.Generator]:
         return [
             torch.Generator(group.device).manual_seed(self.request.seed + i)
             for i, group in enumerate(operator.layout.groups)
         ]
 
-    def _start(self, operator: HessianOperator) -> Basis:
+    def _start(self, operator: SymmetricOperator) -> Basis:
         """A basis that holds the start vectors."""
         request = self.request
         basis = Basis.empty(operator.layout, request.rows)
@@ -227,13 +235,13 @@ class EigenRun:
         if request.starts is None:
             fill_(basis[:starts], operator, generators)
         else:
-            operator.products.start(basis.row(0), exact=operator.mode == "exact")
+            operator.start(basis.row(0))
             refill_(basis, starts, request.starts, generators, random=False)
         return basis
 
     def _solve(
         self,
-        operator: HessianOperator,
+        operator: SymmetricOperator,
         basis: Basis,
         criterion: Criterion,
         found: Basis | None = None,
@@ -282,17 +290,17 @@ def _doubts(operator: HessianOperator) -> list[str]:
 # --- products: how good, and finer ones -----------------------------------------------------------
 
 
-def _accuracy(operator: HessianOperator, difference: str | None = None) -> float:
-    """Relative error of an eigenvalue that the operator's products have on a smooth loss."""
-    if operator.mode == "exact":
-        coarse = operator.epsilon > COARSE
-        return EXACT_ACCURACY * operator.epsilon if coarse else torch.finfo(operator.dtype).eps
-    factor, power = DIFFERENCE_ACCURACY[difference or operator.difference]
-    return factor * operator.epsilon**power
+def _is_skewed(operator: SymmetricOperator, status: ConvergenceStatus, tol: float) -> bool:
+    """Whether products aren't those of a symmetric matrix, whose extremes are its eigenvalues."""
+    lead = int(np.abs(status.values).argmax())
+    slack = max(asymmetry_allowed(operator.epsilon), tol)
+    return bool(status.errors[lead] > slack * status.scale)
 
 
-def _may_refine(operator: HessianOperator) -> bool:
+def _may_refine(operator: SymmetricOperator) -> bool:
     """Whether differences that are too coarse may be made finer."""
+    if not isinstance(operator, HessianOperator):
+        return False
     if operator.mode == "exact" or operator.changed is not None:
         return False
     if operator.difference == "forward":

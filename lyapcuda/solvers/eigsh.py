@@ -18,10 +18,11 @@ from lyapcuda.solvers.agreement import UNCOMPARED
 from lyapcuda.solvers.convergence import ConvergenceStatus
 from lyapcuda.solvers.eigen_run import EigenOutcome, EigenRequest, EigenRun
 from lyapcuda.solvers.initial_vectors import start_vectors
-from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.operator import accepts_closure
 from lyapcuda.solvers.result import EigenResult, warn_unless_converged
 from lyapcuda.solvers.ritz import WHICH
 from lyapcuda.solvers.subspace_iteration import MAX_BLOCK, block_size
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["METHODS", "eigsh"]
 
@@ -34,7 +35,7 @@ _ROWS, _SMALL = 64, 2**22
 
 @accepts_closure
 def eigsh(
-    operator: HessianOperator,
+    operator: SymmetricOperator,
     k: int = 1,
     which: str = "LA",
     *,
@@ -98,7 +99,7 @@ def eigsh(
 
     Example:
         >>> p = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        >>> H = HessianOperator(lambda: (p * torch.tensor([1.0, 2.0, 5.0]) * p).sum(), [p])
+        >>> H = lyapcuda.HessianOperator(lambda: (p * torch.tensor([1.0, 2.0, 5.0]) * p).sum(), [p])
         >>> eigsh(H, k=2).eigenvalues.round(decimals=4)
         tensor([10.,  4.], dtype=torch.float64)
     """
@@ -196,9 +197,9 @@ def _result(outcome: EigenOutcome, run: EigenRun) -> EigenResult:
     vectors = torch.empty(shape, dtype=layout.dtype, device=layout.device)
     operator.release()
     for i, vector in enumerate(vectors):
-        operator.products.scale_(solution.vectors.row(i))
+        changed = operator.displace_(solution.vectors.row(i))
         layout.gather(solution.vectors.row(i), out=vector)
-        if operator.products.is_scaled:
+        if changed:
             norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
             vector.div_(torch.where(norm > 0, norm, 1.0))
         solution.vectors[i : i + 1].release()

@@ -97,6 +97,11 @@ def finite_scale(
         tensor([[2.0000],
                 [2.5000]], dtype=torch.float64)
     """
+    if not isinstance(operator, HessianOperator):
+        raise TypeError(
+            f"operator={described(operator)}: finite_scale is of a HessianOperator's differences "
+            "of gradients"
+        )
     before, operator = operator.gradient_evaluations, operator.central()
     rows = vectors.eigenvectors if isinstance(vectors, EigenResult) else vectors
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != operator.shape[0]:

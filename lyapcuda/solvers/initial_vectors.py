@@ -6,28 +6,34 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lyapcuda.arguments import described
 from lyapcuda.basis import Basis
-from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["fill_", "refill_", "start_vectors"]
 
 
-def start_vectors(v0: Any, operator: HessianOperator) -> Basis:
+def start_vectors(v0: Any, operator: SymmetricOperator) -> Basis:
     """The user's, of norm 1, a row each.
 
     Args:
-        v0: (n,) or (m, n) real; or a tracker of the same parameters, whose separations they are.
+        v0: (n,) or (m, n) real, a tensor or an array; one vector as a list of tensors of the
+            parameters' shapes; or a tracker of the same parameters, whose separations they are.
 
     Raises:
         TypeError, ValueError: something else, naming it.
     """
     layout, (n, _) = operator.layout, operator.shape
+    if isinstance(v0, np.ndarray) and v0.dtype.kind in "fiu":
+        v0 = torch.as_tensor(v0, dtype=operator.dtype, device=operator.device)
     if hasattr(type(v0), "separations") and hasattr(v0, "parameters"):
-        rows = [_flat(vector, operator) for vector in _separations_of(v0)]
+        rows = [_flat(vector, operator, "this tracker follows") for vector in _separations_of(v0)]
+    elif isinstance(v0, list | tuple) and all(isinstance(part, Tensor) for part in v0):
+        rows = [_flat(v0, operator, f"{described(v0)} is of")]
     elif not isinstance(v0, Tensor) or v0.is_complex() or v0.shape[-1:] != (n,) or v0.dim() > 2:
         raise ValueError(
             f"v0: expected a real tensor of shape ({n},) or (m, {n}), or a tracker of these "
@@ -52,24 +58,24 @@ def _separations_of(tracker: Any) -> list[list[Tensor]]:
     return tracker.separations.vectors()
 
 
-def _flat(vector: Sequence[Tensor], operator: HessianOperator) -> Tensor:
-    """One vector of a tracker's, shaped like its parameters, as a flat one."""
+def _flat(vector: Sequence[Tensor], operator: SymmetricOperator, what: str) -> Tensor:
+    """One vector shaped like the parameters, as a flat one; ``what`` has it, for the message."""
     shapes = [p.tensor.shape for p in operator.layout.parameters]
     if [part.shape for part in vector] != shapes:
         raise ValueError(
-            f"v0: this tracker follows {len(vector)} other parameters than the {len(shapes)} of "
-            "this Hessian"
+            f"v0: {what} {len(vector)} other parameters than the {len(shapes)} of this operator"
         )
     return torch.cat([part.detach().reshape(-1).to(operator.dtype) for part in vector])
 
 
-def fill_(basis: Basis, operator: HessianOperator, generators: Sequence[torch.Generator]) -> None:
-    """Random vectors in every row; the first one mixed half and half with g(θ).
+def fill_(basis: Basis, operator: SymmetricOperator, generators: Sequence[torch.Generator]) -> None:
+    """Random vectors in every row; the first one mixed half and half with what the operator starts
+    from, of a Hessian g(θ).
 
     Half of it is known to matter, half makes sure that nothing is left out.
     """
     first = basis[:1]
-    operator.products.start(first.row(0), exact=operator.mode == "exact")
+    operator.start(first.row(0))
     square = first.gram(first)[0, 0]
     gradient = [row.clone() for row in first.row(0)]
     for i in range(len(basis)):

@@ -1,4 +1,4 @@
-"""The Hessian of a loss as a symmetric linear operator."""
+"""The Hessian of a loss as a symmetric linear operator; solvers' short form."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lyapcuda import ops
 from lyapcuda.arguments import choice, described, positive, users_level
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
-from lyapcuda.extras import require
 from lyapcuda.objective.batch_weights import BatchWeights, Sizes
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import DoubleBackwardError
@@ -29,7 +27,7 @@ from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.isolation import chosen_modules, modules_of
 from lyapcuda.objective.loss_graph import COARSE
-from lyapcuda.params.collect import Parameters, select_by_name
+from lyapcuda.params.collect import Parameters, chosen_by_name
 from lyapcuda.params.flat import FlatLayout
 from lyapcuda.solvers.agreement import (
     BEND,
@@ -43,7 +41,10 @@ from lyapcuda.solvers.agreement import (
     known_wrong,
     unbelieved,
 )
+from lyapcuda.solvers.convergence import accuracy_of
 from lyapcuda.solvers.products import Products
+from lyapcuda.solvers.result import jumping
+from lyapcuda.solvers.symmetric import SymmetricOperator, Vector, chosen_groups
 from lyapcuda.stability.metric import Metric, Source
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
@@ -61,7 +62,7 @@ class _Choice:
     reason: str = ""
 
 
-class HessianOperator:
+class HessianOperator(SymmetricOperator):
     """H, the Hessian of the loss at θ (plus weight decay), without ever forming it.
 
     Products are exact, by double backward, where that works and agrees with differences of
@@ -103,6 +104,7 @@ class HessianOperator:
             precision, from ``difference``, and from whether the loss has kinks (ReLU), which take a
             larger one: it is known from the first product on.
         select: pattern or patterns of the names of the parameters that take part ("layer4.*").
+        exclude: pattern or patterns of those that don't ("*.bias").
         weight_decay: for parameters whose group names none.
         model: the modules whose buffers are put back. Without it: every module that holds one of
             the parameters, with its children.
@@ -139,6 +141,7 @@ class HessianOperator:
         difference: str | None = None,
         perturbation: float | None = None,
         select: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         weight_decay: float = 0.0,
         model: nn.Module | Iterable[nn.Module] | None = None,
         preconditioner: Source | None = None,
@@ -153,20 +156,23 @@ class HessianOperator:
             choice("difference", difference, DIFFERENCES)
         positive("perturbation", perturbation)
         modules = chosen_modules(model)
-        self.layout = FlatLayout(
-            params if select is None else select_by_name(params, select), weight_decay
-        )
+        self.layout = FlatLayout(chosen_by_name(params, select, exclude), weight_decay)
         if self.layout.sharded:
             raise NotImplementedError(
                 "params: DTensor parameters (FSDP2) are not supported yet by HessianOperator, "
                 "eigsh, trace and spectral_density; CurvatureTracker takes them"
             )
-        self._mode, self.difference, self.debug = mode, difference or "forward", debug
+        self._mode, self._difference, self.debug = mode, difference or "forward", debug
+        self._perturbation: float | None = None
+        options = {"data": data, "sizes": sizes, "mode": mode, "difference": difference}
+        options |= {"perturbation": perturbation, "model": model, "debug": debug}
+        self._made_of = {
+            "closure": closure,
+            "options": {**options, "preconditioner": preconditioner},
+        }
         self._choice = _Choice(*((mode, "as asked for") if mode != "auto" else ()))
         #: Whether `difference` was left to the solvers.
         self.chooses_difference = difference is None
-        #: Δq; None until the first difference has chosen it. With exact products, that of the
-        #: differences they were compared with.
         self.perturbation = perturbation
         self._fixed = perturbation is not None
         self._warned = False
@@ -200,6 +206,26 @@ class HessianOperator:
         replicas = any(isinstance(m, DistributedDataParallel) for m in evaluator.modules)
         if mode == "auto" and replicas:
             self.settle("difference", "DistributedDataParallel averages first gradients alone")
+
+    @property
+    def difference(self) -> str:
+        """Of differences, which: "forward" or "central"."""
+        return self._difference
+
+    @difference.setter
+    def difference(self, value: str) -> None:
+        self._difference = value
+
+    @property
+    def perturbation(self) -> float | None:
+        """Δq; None until the first difference has chosen it. With exact products, that of the
+        differences they were compared with.
+        """
+        return self._perturbation
+
+    @perturbation.setter
+    def perturbation(self, value: float | None) -> None:
+        self._perturbation = value
 
     # --- which products --------------------------------------------------------------------------
 
@@ -275,24 +301,12 @@ class HessianOperator:
 
     # --- as a matrix -----------------------------------------------------------------------------
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layout.numel, self.layout.numel
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layout.device
-
     @entry_point
-    def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor:
-        """Returns Hv.
+    def matvec(self, v: Vector, *, perturbation: float | None = None) -> Any:
+        """Returns Hv, of the kind that v is.
 
         Args:
-            v: (n,), in the order of the parameters.
+            v: (n,), in the order of the parameters; or a list of tensors of their shapes.
             perturbation: Δq of this product; None for the operator's own.
 
         Warns:
@@ -301,40 +315,11 @@ class HessianOperator:
         Raises:
             ValueError: another shape, or not real.
         """
-        if not isinstance(v, Tensor) or v.shape != (self.layout.numel,) or v.is_complex():
-            raise ValueError(
-                f"v: expected a real tensor of shape {self.shape[:1]}, got {described(v)}"
-            )
-        vectors, out = self.scattered(v), self._new_buffers()
-        square = sum(
-            ops.gram(buffer[None], buffer[None])[0, 0].to(self.device) for buffer in vectors
-        )
-        self.product(vectors, out, norm=square.sqrt(), perturbation=perturbation)
+        product = super().matvec(v, perturbation=perturbation)
         if self.changed is not None and not self._warned:
             self._warned = True
             warnings.warn(f"closure: {self.changed}", RuntimeWarning, stacklevel=users_level())
-        return self.layout.gather(out)
-
-    @entry_point
-    def matmat(self, matrix: Tensor) -> Tensor:
-        """H times the columns of an (n, m) matrix."""
-        n = self.layout.numel
-        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) != n:
-            raise ValueError(
-                f"matrix: expected a tensor of shape ({n}, m), got {described(matrix)}"
-            )
-        with self.keeping_graph():
-            columns = self._columns(list(matrix.T))
-        return torch.stack(columns, 1) if columns else matrix.new_empty(matrix.shape)
-
-    def _new_buffers(self) -> list[Tensor]:
-        return [group.new_buffer() for group in self.layout.groups]
-
-    def scattered(self, v: Tensor) -> list[Tensor]:
-        """A vector as one flat buffer a group."""
-        buffers = self._new_buffers()
-        self.layout.scatter(v.detach(), buffers)
-        return buffers
+        return product
 
     def _columns(self, columns: list[Tensor]) -> list[Tensor]:
         """The products; exact ones over several batches for one pass over the data."""
@@ -350,21 +335,9 @@ class HessianOperator:
             self.products.exact(vectors, products, 1.0)
         return found + [self.layout.gather(product) for product in products]
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        if isinstance(other, Tensor) and other.dim() == 2:
-            return self.matmat(other)
-        return self.matvec(other)
-
-    def to_scipy(self) -> Any:
-        """The same as a ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
-        LinearOperator = require("scipy.sparse.linalg", "to_scipy()").LinearOperator
-
-        def product(vector: Any) -> Any:
-            tensor = torch.as_tensor(vector, dtype=self.dtype, device=self.device)
-            return self.matvec(tensor.reshape(-1)).cpu().numpy()
-
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=product, rmatvec=product, dtype=dtype)
+    def start(self, out: Sequence[Tensor]) -> None:
+        """Writes g(θ): it lies in the leading eigenspace for a good part."""
+        self.products.start(out, exact=self.mode == "exact")
 
     def coordinates(self, displacement: Tensor) -> Tensor:
         """P^(1/2)·x of a displacement x of the parameters: the vector z of this operator that
@@ -375,6 +348,46 @@ class HessianOperator:
         buffers = self.scattered(displacement)
         self.products.unscale_(buffers)
         return self.layout.gather(buffers)
+
+    def displace_(self, vectors: Sequence[Tensor]) -> bool:
+        """P^(-1/2)·z in place, the displacement of the parameters that z stands for. Returns
+        whether there is a `preconditioner`.
+        """
+        self.products.scale_(vectors)
+        return self.products.is_scaled
+
+    def block(self, select: str | Sequence[str]) -> HessianOperator:
+        """Returns the Hessian of the parameters whose names match, the others fixed.
+
+        Args:
+            select: pattern or patterns of names ("layer4.*").
+
+        Raises:
+            ValueError: a pattern matches none.
+        """
+        return HessianOperator(
+            self._made_of["closure"], chosen_groups(self.layout, select), **self._made_of["options"]
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """How far products may be off, relative to the Hessian's norm, on a smooth loss."""
+        return self.accuracy_of(self.difference)
+
+    def accuracy_of(self, difference: str) -> float:
+        """The same, of "forward" or "central" differences where differences are taken."""
+        return accuracy_of(
+            "exact" if self.mode == "exact" else difference, self.epsilon, self.dtype
+        )
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against all products, a sentence each."""
+        if self.changed is not None:
+            return (f"closure: {self.changed}",)
+        if self.mode == "difference" and self.kinked:
+            return (jumping(self.epsilon),)
+        return ()
 
     # --- over flat buffers -----------------------------------------------------------------------
 
@@ -628,13 +641,13 @@ def accepts_closure(
 
     @entry_point
     @functools.wraps(solver)
-    def solve(operator: HessianOperator | Closure, *arguments: Any, **options: Any) -> Any:
-        if isinstance(operator, HessianOperator):
+    def solve(operator: SymmetricOperator | Closure, *arguments: Any, **options: Any) -> Any:
+        if isinstance(operator, SymmetricOperator):
             return solver(operator, *arguments, **options)
         if not callable(operator):
             raise TypeError(
-                f"closure={described(operator)}: {solver.__name__} expects a HessianOperator, or a "
-                "callable that returns the loss"
+                f"closure={described(operator)}: {solver.__name__} expects an operator, as "
+                "HessianOperator, or a callable that returns the loss"
             )
         if arguments:
             params, arguments = arguments[0], arguments[1:]

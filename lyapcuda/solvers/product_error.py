@@ -11,6 +11,7 @@ from lyapcuda.arguments import users_level
 from lyapcuda.solvers.agreement import ASYMMETRIC, asymmetry_allowed, is_rough
 from lyapcuda.solvers.operator import HessianOperator
 from lyapcuda.solvers.result import NOT_ITS_OWN, ConvergenceWarning, jumping
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["ProductError", "product_error", "with_asymmetry"]
 
@@ -45,7 +46,7 @@ class ProductError:
             )
 
 
-def with_asymmetry(off: ProductError, operator: HessianOperator, inside: Tensor) -> ProductError:
+def with_asymmetry(off: ProductError, operator: SymmetricOperator, inside: Tensor) -> ProductError:
     """The same, and what the asymmetry of H in a basis says about its trace.
 
     Args:
@@ -61,13 +62,18 @@ def with_asymmetry(off: ProductError, operator: HessianOperator, inside: Tensor)
     return ProductError(off.along + half * len(inside) ** 0.5, off.across, doubts)
 
 
-def product_error(operator: HessianOperator, v: Tensor, hv: Tensor) -> ProductError:
-    """Measures it along v: by a second g(θ), and of differences by others at four times the Δq.
+def product_error(operator: SymmetricOperator, v: Tensor, hv: Tensor) -> ProductError:
+    """Measures it along v: by a second g(θ), and of differences by others at four times the Δq. Of
+    other operators than a Hessian it is what such products usually have.
 
     Args:
         v, hv: (n,), and Hv as the operator gave it.
     """
     v, hv = v.double(), hv.double()
+    if not isinstance(operator, HessianOperator):
+        across = operator.accuracy * float(hv.norm())
+        along = across * float(v.norm()) / len(v) ** 0.5
+        return ProductError(along, across, operator.doubts)
     if operator.mode == "exact":
         operator.products.look(gradient=False)
         across = operator.epsilon * float(hv.norm())

@@ -30,7 +30,7 @@ from lyapcuda.objective.same_function import ADVICE, Fingerprint
 from lyapcuda.params.flat import FlatGroup, FlatLayout
 from lyapcuda.stability.metric import unscale_
 
-__all__ = ["Buffers", "Products"]
+__all__ = ["Buffers", "Products", "displace"]
 
 #: Flat buffers, one a group.
 Buffers = Sequence[Tensor]
@@ -53,6 +53,30 @@ class _GroupBuffers:
         if self._minus_copies is None:
             self._minus_copies = self.group.new_buffer(self.group.dtype)
         return self._minus_copies
+
+
+def displace(layout: FlatLayout, copies: Buffers, vectors: Buffers, step: Tensor) -> Tensor:
+    """Writes θ + step·v to ``copies``, in the parameters' types.
+
+    Args:
+        layout: of the parameters, whose values are θ.
+        copies, vectors: one flat buffer a group.
+        step: 0-dim float64.
+
+    Returns:
+        (2,) float64: the displacement that was realised times v, and v·v.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    for group, where, v in zip(layout.groups, copies, vectors, strict=True):
+        sums = ops.displace_(
+            group.segments(group.views(where)),
+            v,
+            group.segments(group.tensors),
+            group.offsets,
+            step.to(v.device),
+        )
+        total += sums.to(total.device)
+    return total
 
 
 class Products:
@@ -271,7 +295,7 @@ class Products:
         losses = []
         for side in (size, -size):
             step = torch.full((), side / length, dtype=torch.float64, device=self.layout.device)
-            self._displace(copies, direction, step)
+            displace(self.layout, copies, direction, step)
             losses.append(float(self.objective.loss_at(self.layout.views(copies))))
         moved = size * (norm / length)
         return losses[0] - losses[1], 2.0 * moved * norm, moved
@@ -339,12 +363,12 @@ class Products:
             buffer if part.copies is None else part.copies
             for part, buffer in zip(self._buffers, out, strict=True)
         ]
-        sums = self._displace(copies, vectors, step)
+        sums = displace(self.layout, copies, vectors, step)
         minus: Sequence[Tensor | None] = self._origin
         if central:
             self._holds_gradient = False
             others = [part.minus_copies for part in self._buffers]
-            sums = sums - self._displace(others, vectors, -step) * self._unit
+            sums = sums - displace(self.layout, others, vectors, -step) * self._unit
             minus = self.layout.views([part.minus for part in self._buffers])
         # Divided by what was realised along v; 0 for v = 0.
         moved = sums[0] * length
@@ -381,19 +405,6 @@ class Products:
         self.scale_(out)
         self.gradient_evaluations += len(points)
         return losses[-1]
-
-    def _displace(self, copies: Buffers, vectors: Buffers, step: Tensor) -> Tensor:
-        total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        for group, where, v in zip(self.layout.groups, copies, vectors, strict=True):
-            sums = ops.displace_(
-                group.segments(group.views(where)),
-                v,
-                group.segments(group.tensors),
-                group.offsets,
-                step.to(v.device),
-            )
-            total += sums.to(total.device)
-        return total
 
     def exact(self, vectors: Sequence[Buffers], out: Sequence[Buffers], length: float) -> Tensor:
         """Writes Hv/length of each of several vectors, by double backward.

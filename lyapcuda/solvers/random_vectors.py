@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lyapcuda.arguments import seed as check_seed
-from lyapcuda.solvers.operator import HessianOperator
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["RandomVectors"]
 
@@ -19,7 +19,7 @@ class RandomVectors:
         seed: the global random states are not touched.
     """
 
-    def __init__(self, operator: HessianOperator, seed: int) -> None:
+    def __init__(self, operator: SymmetricOperator, seed: int) -> None:
         check_seed("seed", seed)
         self._n, self._dtype = operator.shape[0], operator.dtype
         self._device = operator.device

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.arguments import whole
-from lyapcuda.solvers.operator import HessianOperator, accepts_closure
+from lyapcuda.solvers.operator import accepts_closure
 from lyapcuda.solvers.product_error import product_error, with_asymmetry
 from lyapcuda.solvers.random_vectors import RandomVectors
+from lyapcuda.solvers.symmetric import SymmetricOperator
 
 __all__ = ["TraceResult", "check_samples", "trace"]
 
@@ -74,7 +75,7 @@ def check_samples(samples: int) -> None:
 
 @accepts_closure
 def trace(
-    operator: HessianOperator,
+    operator: SymmetricOperator,
     *,
     samples: int = 30,
     seed: int = 0,
@@ -99,7 +100,7 @@ def trace(
 
     Example:
         >>> p = torch.ones(4, dtype=torch.float64, requires_grad=True)
-        >>> H = HessianOperator(lambda: (torch.arange(4.0) * p.square()).sum(), [p])
+        >>> H = lyapcuda.HessianOperator(lambda: (torch.arange(4.0) * p.square()).sum(), [p])
         >>> round(trace(H, samples=12).trace, 4)
         12.0
     """

@@ -1,4 +1,4 @@
-"""The examples of docs/distributed.md run, on two ranks; the exchange it describes is counted."""
+"""The examples of distributed.md and fsdp2.md run, on two ranks; the exchange is counted."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ from wrapped_nets import loss_of, setting
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def examples(rank: int, folder: str) -> None:
-    os.chdir(folder)
+def run(page: str, least: int) -> tuple[dict, str]:
+    """(the names that a page's blocks leave, what they print); there are ``least``."""
     names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "distributed.md").read_text("utf-8"), re.S)
-    assert len(blocks) >= 5
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S)
+    assert len(blocks) >= least
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for block in blocks:
-            exec(compile(block, "docs/distributed.md", "exec"), names)
-    assert "DTensor" in printed.getvalue() and "RankError" not in printed.getvalue()
+            exec(compile(block, f"docs/{page}", "exec"), names)
+    return names, printed.getvalue()
+
+
+def examples(rank: int, folder: str) -> None:
+    os.chdir(folder)
+    watch = run("howto/fsdp2.md", 1)[0]["watch"]
+    assert int(watch.steps) == 3 and 0 < watch.edge < 1  # Adam has no P before its first step
+    names, printed = run("distributed.md", 5)
+    assert "DTensor" in printed and "RankError" not in printed
     tracker, resumed = names["tracker"], names["resumed"]
     assert int(resumed.steps) == 5 and torch.equal(tracker.h, resumed.h)
 
