@@ -46,6 +46,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     add("--tol", type=float, default=1e-3, help="relative (default 1e-3)")
     add("--maxiter", type=int, metavar="N", help="products at most")
     add("--select", action="append", metavar="PATTERN", help="only parameters of such names")
+    add("--exclude", action="append", metavar="PATTERN", help="not parameters of such names")
     add("--trace", type=int, metavar="N", help="also the trace, from N products")
     add(
         "--density", type=int, metavar="N", help="also the spectral density, N Lanczos steps a draw"
@@ -102,6 +103,7 @@ def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) ->
         method=arguments.method,
         maxiter=arguments.maxiter,
         select=arguments.select,
+        exclude=arguments.exclude,
         seed=arguments.seed,
         progress=not (arguments.no_progress or arguments.json) and sys.stderr.isatty(),
         trace_samples=arguments.trace,

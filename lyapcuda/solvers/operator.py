@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +45,7 @@ from lyapcuda.solvers.agreement import (
 from lyapcuda.solvers.convergence import accuracy_of
 from lyapcuda.solvers.products import Products
 from lyapcuda.solvers.result import jumping
-from lyapcuda.solvers.symmetric import SymmetricOperator, Vector, chosen_groups
+from lyapcuda.solvers.symmetric import SymmetricOperator, chosen_groups
 from lyapcuda.stability.metric import Metric, Source
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
@@ -301,8 +302,14 @@ class HessianOperator(SymmetricOperator):
 
     # --- as a matrix -----------------------------------------------------------------------------
 
+    @overload
+    def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor: ...
+    @overload
+    def matvec(self, v: np.ndarray, *, perturbation: float | None = None) -> np.ndarray: ...
+    @overload
+    def matvec(self, v: Sequence[Tensor], *, perturbation: float | None = None) -> list[Tensor]: ...
     @entry_point
-    def matvec(self, v: Vector, *, perturbation: float | None = None) -> Any:
+    def matvec(self, v: Any, *, perturbation: float | None = None) -> Any:
         """Returns Hv, of the kind that v is.
 
         Args:
