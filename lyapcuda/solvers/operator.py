@@ -618,16 +618,17 @@ class HessianOperator(SymmetricOperator):
         return self.mode == "difference" and not self._fixed
 
 
+_Operator = TypeVar("_Operator", contravariant=True)
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result", covariant=True)
 
 
-class _Solver(Protocol[_Options, _Result]):
+class _Solver(Protocol[_Operator, _Options, _Result]):
     """A solver as its callers see it: the two forms of `accepts_closure`."""
 
     @overload
     def __call__(
-        self, operator: HessianOperator, /, *args: _Options.args, **kwargs: _Options.kwargs
+        self, operator: _Operator, /, *args: _Options.args, **kwargs: _Options.kwargs
     ) -> _Result: ...
     @overload
     def __call__(
@@ -636,8 +637,8 @@ class _Solver(Protocol[_Options, _Result]):
 
 
 def accepts_closure(
-    solver: Callable[Concatenate[SymmetricOperator, _Options], _Result],
-) -> _Solver[_Options, _Result]:
+    solver: Callable[Concatenate[_Operator, _Options], _Result],
+) -> _Solver[_Operator, _Options, _Result]:
     """Lets a solver of an operator take a closure and its parameters too: the short form.
 
     ``solver(closure, params, …)`` is ``solver(HessianOperator(closure, params, …), …)``: arguments
@@ -667,4 +668,4 @@ def accepts_closure(
         rest = {name: value for name, value in options.items() if name not in known}
         return solver(HessianOperator(operator, params, **rest), *arguments, **own)
 
-    return cast("_Solver[_Options, _Result]", solve)
+    return cast("_Solver[_Operator, _Options, _Result]", solve)
