@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lyapcuda
 from lyapcuda.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,12 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
             if printed is not None:
                 assert output.getvalue() == printed, f"{page}: printed otherwise"
     CHECKS.get(page, lambda names, folder: None)(names, tmp_path)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "\n".join(path.read_text("utf-8") for path in DOCS.glob("reference/*.md"))
+    shown = set(re.findall(r"^::: lyapcuda\.(\w+)", pages, re.M))
+    assert set(lyapcuda.__all__) - {"lyapunov"} <= shown  # it is shown as lyapcuda.dynamics's
 
 
 def test_pages_of_several_ranks_are_run_there():
