@@ -1,14 +1,14 @@
-"""The pictures of docs/concepts: what its pages say, drawn from running it.
+"""The pictures of docs/concepts and docs/howto: what its pages say, drawn from running it.
 
     python bench/doc_pictures.py [FOLDER]
 
-Writes curvature.png, lyapunov.png, kinks.png and edge_rates.png; FOLDER is docs/images by default.
-Half a minute.
+FOLDER is docs/images by default. Half a minute.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lyapcuda
-from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, RED, saved, tidy
+from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, RED, new_figure, tidy
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -116,11 +116,41 @@ def edge_rates(figure: Figure) -> None:
         tidy(ax)
 
 
+def spectrum(figure: Figure) -> None:
+    """What solvers find of a small net that was trained for 200 steps."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 20)
+    y = x[:, :3].sin()
+    model = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    H = lyapcuda.HessianOperator(lambda: nn.functional.mse_loss(model(x), y), model.parameters())
+    result = lyapcuda.eigsh(H, k=8)
+    left, middle, right = figure.subplots(1, 3)
+    result.plot(ax=left)
+    lyapcuda.spectral_density(H, draws=2, steps=30).plot(ax=middle)
+    lyapcuda.finite_scale(H, result).plot(ax=right)
+
+
+#: By name, with its width and height in inches.
+PICTURES: dict[str, tuple[Callable[[Figure], None], float, float]] = {
+    "curvature": (curvature, 8, 3.4),
+    "lyapunov": (lyapunov, 8, 3),
+    "kinks": (kinks, 6, 3.6),
+    "edge_rates": (edge_rates, 8, 4.6),
+    "spectrum": (spectrum, 12, 3.6),
+}
+
+
 def main(folder: Path = IMAGES) -> None:
-    saved(curvature, folder / "curvature.png", 8, 3.4)
-    saved(lyapunov, folder / "lyapunov.png", 8, 3)
-    saved(kinks, folder / "kinks.png", 6, 3.6)
-    saved(edge_rates, folder / "edge_rates.png", 8, 4.6)
+    for name, (draw, width, height) in PICTURES.items():
+        figure = new_figure(width, height)
+        figure.set_layout_engine("constrained")
+        draw(figure)
+        figure.savefig(folder / f"{name}.png")
 
 
 if __name__ == "__main__":

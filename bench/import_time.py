@@ -20,17 +20,9 @@ import torch
 
 from ops import cpu_name
 
-#: Prints the seconds of both imports, and the packages that the second one brought.
-IMPORTS = """
-import json, sys, time
-start = time.perf_counter()
-import torch
-between, before = time.perf_counter(), set(sys.modules)
-import lyapcuda
-end, new = time.perf_counter(), set(sys.modules) - before
-packages = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
-print(json.dumps([between - start, end - between, len(new), sorted(packages)]))
-"""
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from import_cost import IMPORTS  # noqa: E402
 
 
 def imported() -> tuple[float, float, int, list[str]]:

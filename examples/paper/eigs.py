@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lyapcuda.command.eigs import add_measurement, measure
-from lyapcuda.command.problem import LOSSES, Problem, load_weights
+from lyapcuda.command.problem import LOSSES, Problem
+from lyapcuda.command.weights import load_weights
 
 from . import checkpoint
 from .config import TrainConfig, classes_argument
@@ -79,7 +80,7 @@ def _at_the_start(arguments: argparse.Namespace, device: str) -> Problem:
         shape = (dataset.in_channels, dataset.image_size, len(dataset.classes))
         model = build(config.model, *shape).eval()
     if arguments.weights is not None:
-        load_weights(model, arguments.weights)
+        load_weights(model, arguments.weights, arguments.weights_key)
     return Problem(
         model.to(device),
         LOSSES[arguments.loss],

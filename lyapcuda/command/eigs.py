@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     factory = "module:factory"
     add("--model", required=True, metavar=factory, help="a function that returns the module")
-    add("--data", required=True, metavar=factory, help="returns batches of (inputs, targets)")
+    add(
+        "--data",
+        required=True,
+        metavar=factory,
+        help="returns batches of (inputs, targets), or dicts",
+    )
     add("--model-args", type=_options, metavar="JSON", help="of the first, as in '{\"width\": 64}'")
     add("--data-args", type=_options, metavar="JSON", help="of the second")
-    add("--loss", default="ce", metavar="ce|mse|module:function", help="default ce")
+    add("--loss", default="ce", metavar="ce|mse|model|module:function", help="default ce")
     add("--sizes", metavar="sum|module:function", help="what a batch counts (default: see docs)")
     add_measurement(parser)
     parser.set_defaults(run=_run)
@@ -38,6 +44,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what to measure of a problem, and where to show it."""
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="a checkpoint: .pt, .ckpt, .safetensors")
+    add("--weights-key", metavar="KEY", help="where in it the weights are, as in ema_model")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="part of the loss (default 0)")
     add("-k", type=int, default=5, help="how many (default 5)")
     add("--which", default="LA", choices=WHICH, help="largest, smallest, ... (default LA)")
@@ -46,6 +53,7 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     add("--tol", type=float, default=1e-3, help="relative (default 1e-3)")
     add("--maxiter", type=int, metavar="N", help="products at most")
     add("--select", action="append", metavar="PATTERN", help="only parameters of such names")
+    add("--exclude", action="append", metavar="PATTERN", help="not parameters of such names")
     add("--trace", type=int, metavar="N", help="also the trace, from N products")
     add(
         "--density", type=int, metavar="N", help="also the spectral density, N Lanczos steps a draw"
@@ -76,6 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.data,
             arguments.loss,
             weights=arguments.weights,
+            weights_key=arguments.weights_key,
             weight_decay=arguments.weight_decay,
             device=device,
             sizes=arguments.sizes,
@@ -102,8 +111,9 @@ def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) ->
         method=arguments.method,
         maxiter=arguments.maxiter,
         select=arguments.select,
+        exclude=arguments.exclude,
         seed=arguments.seed,
-        progress=not (arguments.no_progress or arguments.json) and sys.stderr.isatty(),
+        progress=_shows_progress(arguments),
         trace_samples=arguments.trace,
         density_steps=arguments.density,
     )
@@ -115,3 +125,9 @@ def measure(problem: Callable[[str], Problem], arguments: argparse.Namespace) ->
         for path in found.write(arguments.out):
             print(path, file=sys.stderr if arguments.json else sys.stdout)
     return 0 if bool(found.result.converged.all()) else EXIT_NOT_CONVERGED
+
+
+def _shows_progress(arguments: argparse.Namespace) -> bool:
+    """Whether someone is there to see it, and tqdm to draw it."""
+    wanted = not (arguments.no_progress or arguments.json) and sys.stderr.isatty()
+    return wanted and find_spec("tqdm") is not None

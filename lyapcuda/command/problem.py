@@ -9,17 +9,15 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lyapcuda.extras import require
+from lyapcuda.command.weights import load_weights
 
-__all__ = ["LOSSES", "Problem", "from_names", "load_weights", "mse", "resolve"]
+__all__ = ["LOSSES", "OWN", "Problem", "from_names", "mse", "resolve"]
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -38,15 +36,20 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets)
 
 
+#: By name: of (outputs, targets).
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": F.cross_entropy, "mse": mse}
+#: The name of a model's own loss, as those of Hugging Face return it.
+OWN = "model"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """loss(model(inputs), targets) of all ``batches`` of (inputs, targets) together.
+    """loss(model(inputs), targets) of all ``batches`` of (inputs, targets) together; or the
+    model's own loss, model(**batch).loss of batches that are dicts.
 
     Attributes:
-        model, loss, batches: the parts.
+        model, batches: the parts.
+        loss: None for the model's own.
         weight_decay: counts as part of the loss.
         names: what each part was called, for reports.
         device: where a batch is taken before the model sees it.
@@ -54,7 +57,7 @@ class Problem:
     """
 
     model: nn.Module
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor] | None
     batches: Iterable[Any]
     weight_decay: float
     names: dict[str, str]
@@ -63,6 +66,13 @@ class Problem:
 
     def closure(self, batch: Any) -> Tensor:
         """The loss of one batch."""
+        if self.loss is None:
+            return self._own_loss(batch)
+        if isinstance(batch, Mapping):
+            raise ValueError(
+                f"data: batches are dicts: loss={OWN} takes the model's own loss, "
+                "any other batches of (inputs, targets)"
+            )
         try:
             inputs, targets = batch
         except (TypeError, ValueError):
@@ -71,12 +81,28 @@ class Problem:
             ) from None
         return self.loss(self.model(_to(inputs, self.device)), _to(targets, self.device))
 
+    def _own_loss(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"data: expected dicts for loss={OWN}, which are passed to the model by name; got "
+                f"a {type(batch).__name__}"
+            )
+        outputs = self.model(**_to(batch, self.device))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        loss = getattr(outputs, "loss", None) if loss is None else loss
+        if loss is None:
+            raise ValueError(
+                f"loss={OWN}: the model returned a {type(outputs).__name__} without a loss; do the "
+                f"batches have labels? They have {', '.join(map(str, batch))}"
+            )
+        return loss
+
 
 def _to(value: Any, device: str) -> Any:
     """A tensor on a device; so the tensors of a list, a tuple or a dict."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _to(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_to(item, device) for item in value)
@@ -122,6 +148,7 @@ def from_names(
     loss: str = "ce",
     *,
     weights: Path | None = None,
+    weights_key: str | None = None,
     weight_decay: float = 0.0,
     device: str = "cpu",
     sizes: str | None = None,
@@ -134,9 +161,11 @@ def from_names(
         model: ``package.module:factory``, a function that returns a module, in the mode that
             it is to be measured in.
         data: ``package.module:factory``, a function that returns an iterable of (inputs,
-            targets), the same at every pass.
-        loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets).
+            targets), the same at every pass; with the model's own loss, of dicts.
+        loss: ``ce``, ``mse`` or ``package.module:function`` of (outputs, targets); ``model`` for
+            the model's own.
         weights: a checkpoint for the model, as `load_weights` takes it.
+        weights_key: where in it the weights are.
         weight_decay: counts as part of the loss.
         device: a torch device for the model and every batch.
         sizes: how much each batch counts: ``sum``, or ``package.module:function`` of a batch.
@@ -145,90 +174,18 @@ def from_names(
     Raises:
         ValueError, OSError: naming the argument and its value.
     """
+    if weights is None and weights_key is not None:
+        raise ValueError(f"weights_key={weights_key!r}: it is a checkpoint's; give its path, too")
     module = _called("model", model, model_options or {})
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"model={model!r}: returned a {type(module).__name__}, expected a torch.nn.Module"
         )
     if weights is not None:
-        load_weights(module, weights)
-    loss_of = LOSSES[loss] if loss in LOSSES else resolve("loss", loss)
+        load_weights(module, weights, weights_key)
+    named = {OWN: None, **LOSSES}
+    loss_of = named[loss] if loss in named else resolve("loss", loss)
     names = {"model": model, "data": data, "loss": loss}
     batches = _called("data", data, data_options or {})
     size_of = sizes if sizes in (None, "sum") else resolve("sizes", sizes)
     return Problem(module.to(device), loss_of, batches, weight_decay, names, device, size_of)
-
-
-#: Under which a checkpoint may hold its model's state_dict.
-_NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
-#: What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a checkpoint's weights, without running what is in it.
-
-    Args:
-        module: takes them.
-        path: of ``.safetensors``, or of what torch.save wrote: a state_dict, or a dict that holds
-            one as "state_dict" (Lightning's .ckpt), "model_state_dict", "model", ... Names may
-            begin with what wrappers put there (``module.``, ``_orig_mod.``).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it can't be read, or is another model's: says which names or shapes differ.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    wanted = module.state_dict()
-    found = _as_named(_state_dict(path), wanted)
-    missing, more = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    if missing or more:
-        told = [f"it lacks {_some(missing)}"] * bool(missing)
-        told += [f"it has {_some(more)}, which the model hasn't"] * bool(more)
-        raise ValueError(f"{path}: not this model's weights: {'; '.join(told)}")
-    for name, value in wanted.items():
-        if isinstance(value, Tensor) and found[name].shape != value.shape:
-            raise ValueError(
-                f"{path}: not this model's weights: {name} has shape {tuple(found[name].shape)}, "
-                f"the model's {tuple(value.shape)}"
-            )
-    module.load_state_dict(found)
-
-
-def _state_dict(path: Path) -> dict[str, Any]:
-    """What a file holds, taken out of the dicts around it."""
-    if path.suffix == ".safetensors":
-        load = require("safetensors.torch", f"--weights {path}").load_file
-    else:
-        load = partial(torch.load, map_location="cpu", weights_only=True)
-    try:
-        found = load(path)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: can't be read as weights: {reason}") from error
-    while isinstance(found, Mapping) and not any(isinstance(v, Tensor) for v in found.values()):
-        inner = next((found[n] for n in _NESTED if isinstance(found.get(n), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{path}: a {type(found).__name__}, expected a state_dict")
-    return dict(found)
-
-
-def _as_named(found: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights under the model's own names, where a wrapper's prefix is all that is between."""
-    while found and not wanted.keys() & found.keys():
-        prefix = next((p for p in _PREFIXES if all(n.startswith(p) for n in found)), None)
-        if prefix is None:
-            break
-        found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    """The first of several names, in order, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -108,6 +108,7 @@ def measure(
     method: str,
     maxiter: int | None,
     select: list[str] | None,
+    exclude: list[str] | None,
     seed: int,
     progress: bool,
     trace_samples: int | None = None,
@@ -131,6 +132,7 @@ def measure(
         sizes=problem.sizes,
         mode=mode,
         select=select,
+        exclude=exclude,
         model=problem.model,
     )
     result = lyapcuda.eigsh(

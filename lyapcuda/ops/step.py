@@ -16,10 +16,10 @@ A step, per group of parameters where a panel is an argument:
     reseed_(q, offsets, sizes, state, elements=...)
 
 For k > 1 the separations are the rows of q, and `recenter_` writes the next ones there: q_j =
-``Σ_i d_i·transform[i][j]``, where ``pending`` says so. For k = 1 nothing is rewritten: the separation
-is ``transform·q``, and the momentum ``transform·p``. After `benettin_` the caller swaps q and d, p
-and p_next. Where ``pending`` is then 0 the step wasn't taken, and `recenter_` takes q and p back
-from d and p_next, where they were. The two ops of the second pass, `combine_` and
+``Σ_i d_i·transform[i][j]``, where ``pending`` says so. For k = 1 nothing is rewritten: the
+separation is ``transform·q``, and the momentum ``transform·p``. After `benettin_` the caller swaps
+q and d, p and p_next. Where ``pending`` is then 0 the step wasn't taken, and `recenter_` takes q
+and p back from d and p_next, where they were. The two ops of the second pass, `combine_` and
 `benettin_refine_`, have nothing to do for k = 1.
 
 With a diagonal *metric* S, a flat buffer that all rows share, a separation is q_j in the

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +45,7 @@ from lyapcuda.solvers.agreement import (
 from lyapcuda.solvers.convergence import accuracy_of
 from lyapcuda.solvers.products import Products
 from lyapcuda.solvers.result import jumping
-from lyapcuda.solvers.symmetric import SymmetricOperator, Vector, chosen_groups
+from lyapcuda.solvers.symmetric import SymmetricOperator, chosen_groups
 from lyapcuda.stability.metric import Metric, Source
 
 __all__ = ["DIFFERENCES", "MODES", "HessianOperator", "accepts_closure"]
@@ -301,8 +302,14 @@ class HessianOperator(SymmetricOperator):
 
     # --- as a matrix -----------------------------------------------------------------------------
 
+    @overload
+    def matvec(self, v: Tensor, *, perturbation: float | None = None) -> Tensor: ...
+    @overload
+    def matvec(self, v: np.ndarray, *, perturbation: float | None = None) -> np.ndarray: ...
+    @overload
+    def matvec(self, v: Sequence[Tensor], *, perturbation: float | None = None) -> list[Tensor]: ...
     @entry_point
-    def matvec(self, v: Vector, *, perturbation: float | None = None) -> Any:
+    def matvec(self, v: Any, *, perturbation: float | None = None) -> Any:
         """Returns Hv, of the kind that v is.
 
         Args:
@@ -611,16 +618,17 @@ class HessianOperator(SymmetricOperator):
         return self.mode == "difference" and not self._fixed
 
 
+_Operator = TypeVar("_Operator", contravariant=True)
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result", covariant=True)
 
 
-class _Solver(Protocol[_Options, _Result]):
+class _Solver(Protocol[_Operator, _Options, _Result]):
     """A solver as its callers see it: the two forms of `accepts_closure`."""
 
     @overload
     def __call__(
-        self, operator: HessianOperator, /, *args: _Options.args, **kwargs: _Options.kwargs
+        self, operator: _Operator, /, *args: _Options.args, **kwargs: _Options.kwargs
     ) -> _Result: ...
     @overload
     def __call__(
@@ -629,8 +637,8 @@ class _Solver(Protocol[_Options, _Result]):
 
 
 def accepts_closure(
-    solver: Callable[Concatenate[SymmetricOperator, _Options], _Result],
-) -> _Solver[_Options, _Result]:
+    solver: Callable[Concatenate[_Operator, _Options], _Result],
+) -> _Solver[_Operator, _Options, _Result]:
     """Lets a solver of an operator take a closure and its parameters too: the short form.
 
     ``solver(closure, params, …)`` is ``solver(HessianOperator(closure, params, …), …)``: arguments
@@ -660,4 +668,4 @@ def accepts_closure(
         rest = {name: value for name, value in options.items() if name not in known}
         return solver(HessianOperator(operator, params, **rest), *arguments, **own)
 
-    return cast("_Solver[_Options, _Result]", solve)
+    return cast("_Solver[_Operator, _Options, _Result]", solve)

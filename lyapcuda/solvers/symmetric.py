@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -158,8 +158,14 @@ class SymmetricOperator(ABC):
     def device(self) -> torch.device:
         return self.layout.device
 
+    @overload
+    def matvec(self, v: Tensor, **options: Any) -> Tensor: ...
+    @overload
+    def matvec(self, v: np.ndarray, **options: Any) -> np.ndarray: ...
+    @overload
+    def matvec(self, v: Sequence[Tensor], **options: Any) -> list[Tensor]: ...
     @entry_point
-    def matvec(self, v: Vector, **options: Any) -> Any:
+    def matvec(self, v: Any, **options: Any) -> Any:
         """Returns Av, of the kind that v is.
 
         Args:
@@ -179,8 +185,12 @@ class SymmetricOperator(ABC):
         self.product(vectors, out, norm=square.sqrt(), **options)
         return back(self.layout.gather(out))
 
+    @overload
+    def matmat(self, matrix: Tensor) -> Tensor: ...
+    @overload
+    def matmat(self, matrix: np.ndarray) -> np.ndarray: ...
     @entry_point
-    def matmat(self, matrix: Tensor | np.ndarray) -> Any:
+    def matmat(self, matrix: Any) -> Any:
         """A times the columns of an (n, m) matrix, of the kind that that is."""
         flat, back = self._flat(matrix)
         if flat.dim() != 2:
@@ -194,7 +204,13 @@ class SymmetricOperator(ABC):
     def _columns(self, columns: list[Tensor]) -> list[Tensor]:
         return [self.matvec(column) for column in columns]
 
-    def __matmul__(self, other: Vector) -> Any:
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: np.ndarray) -> np.ndarray: ...
+    @overload
+    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
+    def __matmul__(self, other: Any) -> Any:
         return self.matmat(other) if getattr(other, "ndim", 1) == 2 else self.matvec(other)
 
     #: NumPy leaves ``array @ operator`` and ``number * operator`` to us.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from lyapcuda.__main__ import main
-from lyapcuda.command import problem
+from lyapcuda.command import eigs, problem
 
 pytest.importorskip("matplotlib")
 
@@ -39,6 +40,20 @@ FACTORIES = """
 
     def one_tensor():
         return [torch.randn(3, 4).double()]
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, input, labels):
+            return {"loss": nn.functional.cross_entropy(self.net(input), labels), "more": 3}
+
+    def labelled():
+        return [{"input": x, "labels": y} for x, y in batches()]
+
+    def dicts():
+        return [{"input": x} for x, _ in batches()]
 
     def odd_targets():
         return [(torch.randn(40, 4).double(), torch.randn(40).double())]
@@ -74,8 +89,6 @@ def test_what_a_batch_counts(factories, capsys):
 
 
 def test_a_models_factory_and_its_files(factories, capsys):
-    import sys
-
     run(
         *("--model", "my_net.py:net", "--data", "my_net.py:batches", "--loss", "my_net.py:loss"),
         *("-k", "3", "--tol", "1e-6", "--trace", "12", "--density", "10", "--out", "found"),
@@ -133,12 +146,33 @@ def test_the_same_by_module_name_as_json(factories, capsys):
     assert found["eigenvalues"] == pytest.approx(shifted, rel=1e-3)
 
 
+def test_a_models_own_loss_of_batches_by_name(factories, capsys):
+    found = []
+    for model, data, loss in (("net", "batches", "ce"), ("WithLoss", "labelled", "model")):
+        run("--model", f"my_net:{model}", "--data", f"my_net:{data}", "--loss", loss, "--json")
+        found.append(json.loads(capsys.readouterr().out)["eigenvalues"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_bar_where_someone_sees_it(factories, capsys, monkeypatch, there):
+    """On a terminal; without tqdm there is none, and with --json nothing but JSON."""
+    common = ["eigs", "--model", "my_net:net", "--data", "my_net:batches", "-k", "1"]
+    if not there:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        monkeypatch.setattr(eigs, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(common) == 0
+    assert ("iteration" in capsys.readouterr().err) == there
+    for more in ("--json", "--no-progress"):
+        assert main([*common, more]) == 0
+        assert capsys.readouterr().err == ""
+
+
 def test_weights_are_loaded(factories, capsys):
     arguments = ["--model", "my_net:net", "--data", "my_net:batches", "-k", "1", "--json"]
     run(*arguments)
     before = json.loads(capsys.readouterr().out)["eigenvalues"][0]
-    import sys
-
     sys.path.insert(0, str(factories))
     import my_net
 
@@ -182,8 +216,12 @@ def test_what_has_not_converged_is_said(factories, capsys):
         (["--data", "my_net:one_tensor"], ["data", "(inputs, targets)"]),
         (["--data", "my_net:odd_targets", "--loss", "mse"], ["loss=mse", "(40, 3)", "(40,)"]),
         (["--loss", "huber"], ["loss='huber'"]),
+        (["--data", "my_net:dicts"], ["data: batches are dicts", "loss=model"]),
+        (["--loss", "model"], ["expected dicts for loss=model", "tuple"]),
+        (["--loss", "model", "--data", "my_net:dicts"], ["a Tensor without a loss", "have input"]),
         (["--weights", "none.pt"], ["none.pt"]),
         (["--weights", "other.pt"], ["other.pt", "it lacks 0.bias"]),
+        (["--weights-key", "ema"], ["weights_key='ema'", "path"]),
         (["--threads", "0"], ["threads", "0"]),
         (["-k", "0"], ["k=0"]),
         (["--method", "guess"], ["--method", "guess"]),

@@ -1,27 +1,54 @@
-"""What importing the package imports, and what an optional package that is missing says."""
+"""What importing the package imports, how long it takes beside torch, and what is missing says."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+import lyapcuda
+from import_cost import IMPORTS
 from lyapcuda.extras import EXTRAS
 
-#: Beside the extras: what takes long to import, or belongs to one of them.
-HEAVY = (*EXTRAS, "pandas", "sklearn", "IPython", "lightning_fabric", "pytorch_lightning")
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_nothing_optional_is_imported_before_it_is_used():
-    code = (
-        f"import sys, lyapcuda, lyapcuda.__main__; print([m for m in {HEAVY} if m in sys.modules])"
-    )
-    assert python(code).stdout.strip() == "[]"
+@pytest.fixture(scope="module")
+def imports() -> tuple[float, float, int, list[str]]:
+    return json.loads(python(IMPORTS).stdout)
+
+
+def test_nothing_optional_is_imported_before_it_is_used(imports):
+    """Not matplotlib, scipy, pandas, tensorboard, lightning, ..., whatever is installed."""
+    assert imports[3] == ["lyapcuda"]
+
+
+def test_the_import_takes_a_fraction_of_torchs_own(imports):
+    """bench/import_time.py measures it."""
+    of_torch, over = imports[:2]
+    assert over < max(of_torch / 2, 0.3)
+
+
+def test_the_version_is_that_of_the_installed_package():
+    try:
+        installed = metadata.version("lyapcuda")
+    except metadata.PackageNotFoundError:
+        installed = "0+unknown"
+    assert lyapcuda.__version__ == installed
+
+
+def test_type_hints_are_shipped():
+    folder = Path(lyapcuda.__file__).parent
+    assert (folder / "py.typed").exists() and (folder / "_C.pyi").exists()
 
 
 MODULES = ["lightning", "transformers", "accelerate", "wandb", "mlflow"]
@@ -55,8 +82,5 @@ def test_so_does_every_use_of_another_optional_package(name):
 
 
 def test_every_extra_that_is_named_exists():
-    import tomllib
-    from pathlib import Path
-
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert set(EXTRAS.values()) <= project["project"]["optional-dependencies"].keys()

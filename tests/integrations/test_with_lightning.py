@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lyapcuda
+from lyapcuda.command.weights import load_weights
 from lyapcuda.integrations.lightning import CurvatureCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -186,3 +187,14 @@ def test_an_exception_of_the_module_leaves_its_log_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError, match="here"):
         fit(tmp_path, net, CurvatureCallback(), epochs=1)
     assert "log" not in vars(net)
+
+
+def test_the_command_line_reads_its_checkpoints(tmp_path):
+    net = Net()
+    fit(tmp_path, net, epochs=1).save_checkpoint(tmp_path / "it.ckpt")
+    whole, part = Net(lr=0.2), Net().net
+    load_weights(whole, tmp_path / "it.ckpt")
+    load_weights(part, tmp_path / "it.ckpt")  # the module inside of it
+    left = net.state_dict()
+    assert all(torch.equal(value, left[name]) for name, value in whole.state_dict().items())
+    assert all(torch.equal(v, left[f"net.{name}"]) for name, v in part.state_dict().items())

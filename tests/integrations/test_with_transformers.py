@@ -7,10 +7,13 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import lyapcuda
+from lyapcuda.command.problem import Problem
+from lyapcuda.command.weights import load_weights
 from lyapcuda.integrations.transformers import FILE, watch
 
 logging.set_verbosity_error()
@@ -189,3 +192,28 @@ def test_bad_arguments_are_named_before_anything_changes(tmp_path):
     with pytest.raises(ValueError, match="every: an option"):
         watch(trainer, tracker, every=2)
     assert dict(vars(trainer)) == before
+
+
+def test_the_command_line_reads_what_is_saved(tmp_path):
+    """GPT-2's head is its embedding, which a file has once; a size in bytes makes it several."""
+    saved = model()
+    torch.nn.init.normal_(saved.lm_head.weight)
+    saved.save_pretrained(tmp_path / "one")
+    saved.save_pretrained(tmp_path / "several", max_shard_size=5000)
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    for folder in ("one", "several"):
+        net = model()
+        load_weights(net, tmp_path / folder)
+        left = saved.state_dict()
+        assert all(torch.equal(value, left[name]) for name, value in net.state_dict().items())
+    body = model().transformer
+    load_weights(body, tmp_path / "one")
+    assert torch.equal(body.wte.weight, saved.lm_head.weight)
+
+
+def test_the_command_line_takes_its_loss():
+    batch = transformers.BatchEncoding({"input_ids": IDS, "labels": IDS})
+    net = model(dropout=0.0)
+    assert Problem(net, None, [batch], 0.0, {}).closure(batch) == net(**batch).loss
+    with pytest.raises(ValueError, match="without a loss; .*They have input_ids"):
+        Problem(net, None, [], 0.0, {}).closure({"input_ids": IDS})
