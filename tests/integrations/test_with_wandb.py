@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -53,18 +54,30 @@ def test_readings_join_the_users_rows_at_the_users_step(run, tmp_path):
 
 
 def written(folder):
-    """The rows of history in the file of an offline run: LevelDB's log format, behind 7 bytes."""
-    data, at, whole = next(folder.rglob("*.wandb")).read_bytes(), 7, b""
+    """The rows of history of an offline run; `run.finish` may return before the file is whole."""
+    path, until = next(folder.rglob("*.wandb")), time.monotonic() + 30
+    while not (found := records(path.read_bytes())) or not found[-1].HasField("exit"):
+        assert time.monotonic() < until, f"{len(found)} records, and no end"
+        time.sleep(0.05)
+    for items in (record.history.item for record in found):
+        if items:
+            yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+
+
+def records(data):
+    """Those of a file in LevelDB's log format, behind 7 bytes."""
+    found, at, whole = [], 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # a header doesn't cross a block
             at += 32768 - at % 32768
         size, kind = struct.unpack_from("<HB", data, at + 4)
         whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        if at > len(data):
+            break  # not all of it is there yet
         if kind in (1, 4):  # whole, or the last of its parts
-            record, whole = wandb_internal_pb2.Record.FromString(whole), b""
-            items = record.history.item
-            if items:
-                yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            found.append(wandb_internal_pb2.Record.FromString(whole))
+            whole = b""
+    return found
 
 
 def test_another_thing_is_refused():
