@@ -7,31 +7,33 @@ that differences of gradients belong to one symmetric Hessian.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lyapcuda.objective.batch_weights import BatchWeights, Undecided, Weighed, Weighing
+from lyapcuda.objective.batch_weights import BatchWeights, Sizes, Undecided, Weighed, Weighing
 from lyapcuda.objective.batches import Batches
 from lyapcuda.objective.double_backward import GradientGraph
 from lyapcuda.objective.evaluator import Closure, Evaluator
 from lyapcuda.objective.first_evaluation import FirstEvaluation
 from lyapcuda.objective.gauss_newton import Direction, GaussNewtonGraph, OutputsAndLoss
-from lyapcuda.objective.isolation import Snapshot
+from lyapcuda.objective.isolation import Snapshot, modules_of
 from lyapcuda.objective.random_states import RandomStates
+from lyapcuda.params.collect import TrackedParameter
 from lyapcuda.params.memory import free_bytes
 
 __all__ = ["FixedObjective", "Point"]
 
 #: What is handed the gradients where they lie, None where a parameter gets none, and the loss.
 Take = Callable[[Sequence[Tensor | None], Tensor], None]
-#: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 #: What products are taken from.
 Graph = GradientGraph | GaussNewtonGraph
+#: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 
 # Graphs of several batches are kept where there are at most so many, and they take at most this
@@ -99,6 +101,42 @@ class FixedObjective:
         self._keeps = False
         #: The same of several batches, each with its weight, where there is memory for all of them.
         self._graphs: list[tuple[Graph, float]] = []
+
+    @classmethod
+    def over(
+        cls,
+        closure: Closure,
+        parameters: Sequence[TrackedParameter],
+        modules: Sequence[nn.Module] | None,
+        data: Iterable[Any] | None = None,
+        sizes: Sizes | None = None,
+        pair: OutputsAndLoss | None = None,
+    ) -> FixedObjective:
+        """Returns the objective of what a user passes to an operator.
+
+        Args:
+            closure, pair: as of the class.
+            parameters: θ.
+            modules: whose buffers are put back; None for those that hold the parameters.
+            data, sizes: the batches, and how much each counts; None for a closure of no batch.
+
+        Raises:
+            TypeError, ValueError: naming data or sizes.
+        """
+        if data is None and sizes is not None:
+            raise ValueError("sizes: there are no batches to weight; pass them as data=")
+        weights = BatchWeights(sizes)
+        batches = None if data is None else Batches(data, lengths=sizes is None)
+        if batches is not None and batches.count is not None:
+            weights.check_count(batches.count)
+        tensors, names = [p.tensor for p in parameters], [p.name for p in parameters]
+        evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
+        return cls(evaluator, closure, batches, weights, pair)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether a DistributedDataParallel runs the closure: it averages first gradients alone."""
+        return any(isinstance(m, DistributedDataParallel) for m in self.evaluator.modules)
 
     @_decided
     def gradients_at(self, points: Sequence[Point], closure: Closure | None = None) -> list[Tensor]:

@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.arguments import choice, described, positive
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import separation_size
-from lyapcuda.objective.batch_weights import BatchWeights, Sizes
-from lyapcuda.objective.batches import Batches
+from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.entry import entry_point
-from lyapcuda.objective.evaluator import Evaluator
 from lyapcuda.objective.fixed_objective import FixedObjective
 from lyapcuda.objective.gauss_newton import Direction, OutputsAndLoss
-from lyapcuda.objective.isolation import chosen_modules, modules_of
+from lyapcuda.objective.isolation import chosen_modules
 from lyapcuda.objective.loss_graph import loss_epsilon
 from lyapcuda.params.collect import Parameters, chosen_by_name
 from lyapcuda.params.flat import FlatLayout
@@ -62,22 +59,15 @@ class _GaussNewtonOperator(SymmetricOperator):
             raise NotImplementedError(
                 f"params: DTensor parameters (FSDP2) are not supported by {type(self).__name__}"
             )
-        if data is None and sizes is not None:
-            raise ValueError("sizes: there are no batches to weight; pass them as data=")
-        weights = BatchWeights(sizes)
-        batches = None if data is None else Batches(data, lengths=sizes is None)
-        if batches is not None and batches.count is not None:
-            weights.check_count(batches.count)
-        tensors = [p.tensor for p in self.layout.parameters]
-        names = [p.name for p in self.layout.parameters]
-        evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
-        if any(isinstance(m, DistributedDataParallel) for m in evaluator.modules):
+        self._pair = pair
+        self.objective = FixedObjective.over(
+            self._watched, self.layout.parameters, modules, data, sizes, pair
+        )
+        if self.objective.is_replicated:
             raise NotImplementedError(
                 f"params: of a DistributedDataParallel, which averages {type(self).__name__}'s "
                 "products no more than other forward passes; pass the model inside, .module"
             )
-        self._pair = pair
-        self.objective = FixedObjective(evaluator, self._watched, batches, weights, pair)
         self._mode, self._asked = mode, mode
         self._reason = "" if mode == "auto" else "as asked for"
         self._perturbation, self._epsilon = perturbation, self.layout.epsilon()

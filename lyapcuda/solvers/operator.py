@@ -15,18 +15,16 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overloa
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lyapcuda.arguments import choice, described, positive, users_level
 from lyapcuda.basis import Basis
 from lyapcuda.dynamics.perturbation import FINE, separation_size
-from lyapcuda.objective.batch_weights import BatchWeights, Sizes
-from lyapcuda.objective.batches import Batches
+from lyapcuda.objective.batch_weights import Sizes
 from lyapcuda.objective.double_backward import DoubleBackwardError
 from lyapcuda.objective.entry import entry_point
-from lyapcuda.objective.evaluator import Closure, Evaluator
+from lyapcuda.objective.evaluator import Closure
 from lyapcuda.objective.fixed_objective import FixedObjective
-from lyapcuda.objective.isolation import chosen_modules, modules_of
+from lyapcuda.objective.isolation import chosen_modules
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.collect import Parameters, chosen_by_name
 from lyapcuda.params.flat import FlatLayout
@@ -178,16 +176,7 @@ class HessianOperator(SymmetricOperator):
         self._fixed = perturbation is not None
         self._warned = False
         self._warn_if_small(perturbation)
-        tensors = [p.tensor for p in self.layout.parameters]
-        names = [p.name for p in self.layout.parameters]
-        evaluator = Evaluator(tensors, names, modules or modules_of(tensors))
-        if data is None and sizes is not None:
-            raise ValueError("sizes: there are no batches to weight; pass them as data=")
-        weights = BatchWeights(sizes)
-        batches = None if data is None else Batches(data, lengths=sizes is None)
-        if batches is not None and batches.count is not None:
-            weights.check_count(batches.count)
-        self.objective = FixedObjective(evaluator, closure, batches, weights)
+        self.objective = FixedObjective.over(closure, self.layout.parameters, modules, data, sizes)
         #: What `preconditioner` was made of: ``metric.edge_of(eigenvalues)`` tells how near the
         #: edge of stability they are. None without one.
         self.metric: Metric | None = None
@@ -204,8 +193,7 @@ class HessianOperator(SymmetricOperator):
         self._unit = torch.ones((), dtype=torch.float64, device=self.layout.device)
         if mode == "auto" and (difference is not None or perturbation is not None):
             self.settle("difference", "a difference was asked for")
-        replicas = any(isinstance(m, DistributedDataParallel) for m in evaluator.modules)
-        if mode == "auto" and replicas:
+        if mode == "auto" and self.objective.is_replicated:
             self.settle("difference", "DistributedDataParallel averages first gradients alone")
 
     @property
