@@ -175,7 +175,7 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: another shape, or not real.
         """
-        flat, back = self._flat(v)
+        flat, back = self._flat("v", v)
         if flat.dim() != 1:
             raise ValueError(f"v: expected shape {self.shape[:1]}, got {described(v)}")
         vectors, out = self.scattered(flat), self._new_buffers()
@@ -192,7 +192,7 @@ class SymmetricOperator(ABC):
     @entry_point
     def matmat(self, matrix: Any) -> Any:
         """A times the columns of an (n, m) matrix, of the kind that that is."""
-        flat, back = self._flat(matrix)
+        flat, back = self._flat("matrix", matrix)
         if flat.dim() != 2:
             raise ValueError(
                 f"matrix: expected shape ({self.shape[0]}, m), got {described(matrix)}"
@@ -216,20 +216,20 @@ class SymmetricOperator(ABC):
     #: NumPy leaves ``array @ operator`` and ``number * operator`` to us.
     __array_priority__ = 1000.0
 
-    def _flat(self, v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def _flat(self, name: str, v: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """A vector or matrix as a tensor, and what makes a result of its kind of such a one."""
         n, given = self.layout.numel, v
         if isinstance(v, np.ndarray):
             if v.dtype.kind not in "fiub":
-                raise ValueError(f"v: expected real numbers, got {described(v)} of {v.dtype}")
+                raise ValueError(f"{name}: expected real numbers, got {described(v)} of {v.dtype}")
             v = torch.as_tensor(v, dtype=self.dtype, device=self.device)
             back = _as_array
         elif isinstance(v, list | tuple):
             shapes = [p.tensor.shape for p in self.layout.parameters]
             if [getattr(part, "shape", None) for part in v] != shapes:
                 raise ValueError(
-                    f"v: expected a tensor of shape ({n},), or {len(shapes)} tensors shaped like "
-                    f"the parameters, got {described(v)}"
+                    f"{name}: expected a tensor of shape ({n},), or {len(shapes)} tensors shaped "
+                    f"like the parameters, got {described(v)}"
                 )
             parts = [part.detach().to(self.device, self.dtype).reshape(-1) for part in v]
             return torch.cat(parts), self.layout.split
@@ -237,7 +237,8 @@ class SymmetricOperator(ABC):
             back = _as_it_is
         if not isinstance(v, Tensor) or v.dim() not in (1, 2) or len(v) != n or v.is_complex():
             raise ValueError(
-                f"v: expected a real tensor of shape ({n},) or ({n}, m), got {described(given)}"
+                f"{name}: expected a real tensor of shape ({n},) or ({n}, m), got "
+                f"{described(given)}"
             )
         return v, back
 

@@ -32,6 +32,8 @@ def eigenvalues(table: str) -> list[float]:
 def test_its_commands_run_and_print_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name in FILES:  # another test's module of this name
+        sys.modules.pop(name.removesuffix(".py"), None)
     for name, text in FILES.items():
         Path(name).write_text(text)
     try:

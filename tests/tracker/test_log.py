@@ -333,7 +333,7 @@ def test_tensorboard_of_a_run_that_was_broken_off(problem, tmp_path):
 
 
 def test_tensorboard_that_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'lyapcuda\[tensorboard\]'"):
         lyapcuda.TensorBoardWriter(tmp_path)
 
