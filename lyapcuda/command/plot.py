@@ -33,7 +33,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out={out}: expected a name that ends in {', '.join(FORMATS)}")
     if not 20 <= arguments.dpi <= 1200:
         raise ValueError(f"--dpi={arguments.dpi}: expected 20 to 1200")
-    runs = {_name(log, logs): read_run(log) for log in logs}
+    names = [_name(log, logs) for log in logs]
+    if len({*names}) < len(logs):
+        names = [str(log) for log in logs]
+    runs = {name: read_run(log) for name, log in zip(names, logs, strict=True)}
     save_run(next(iter(runs.values())) if len(runs) == 1 else runs, out, arguments.dpi)
     print(out)
     return 0

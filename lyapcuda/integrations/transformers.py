@@ -89,14 +89,29 @@ class Watch(transformers.TrainerCallback):
         self.tracker, self._prefix, self._options = tracker, prefix, options
         self._trainer, self._resumed = trainer, None
         self._now: dict[str, Tensor] = {}
-        self._plain = {name: getattr(trainer, name) for name in ("training_step", "log", "train")}
-        trainer.training_step, trainer.log, trainer.train = self._step, self._log, self._train
+        ours = {"training_step": self._step, "log": self._log, "train": self._train}
+        self._plain = {name: getattr(trainer, name) for name in ours}
+        #: What stood in the trainer itself, and what stands there now.
+        self._own = {name: vars(trainer)[name] for name in ours if name in vars(trainer)}
+        self._ours = ours
+        vars(trainer).update(ours)
         trainer.add_callback(self)
 
     def remove(self) -> None:
-        """Leaves the trainer as it was before `watch`."""
-        for name in self._plain:
-            vars(self._trainer).pop(name, None)
+        """Leaves the trainer as it was before `watch`.
+
+        Raises:
+            RuntimeError: something else has taken the place of one of its methods since.
+        """
+        there = vars(self._trainer)
+        for name, ours in self._ours.items():
+            if there.get(name) is not ours:
+                raise RuntimeError(
+                    f"remove(): the trainer's {name} was replaced after watch(); undo that first"
+                )
+        for name in self._ours:
+            del there[name]
+        there.update(self._own)
         self._trainer.remove_callback(self)
 
     # --- in place of the trainer's own methods ---------------------------------------------------

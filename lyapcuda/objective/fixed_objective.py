@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = ["FixedObjective", "Point"]
 Take = Callable[[Sequence[Tensor | None], Tensor], None]
 #: What products are taken from.
 Graph = GradientGraph | GaussNewtonGraph
+#: Buffers, and their values after a forward pass.
+Left = list[tuple[Tensor, Tensor]]
 #: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 
@@ -56,6 +59,28 @@ def _decided(method: Callable[..., Any]) -> Callable[..., Any]:
                 self.weights.decide(undecided, self.evaluator, self.closure, self._generators)
 
     return again
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A module's buffer before a forward pass.
+
+    Attributes:
+        held, name: where it is held.
+        value: a copy of it.
+        version: autograd's, which counts what is written to it in the open (BatchNorm doesn't).
+    """
+
+    held: dict[str, Any]
+    name: str
+    value: Tensor
+    version: int
+
+    @property
+    def was_written(self) -> bool:
+        """Whether it was since, so that autograd refuses graphs that have saved it."""
+        now = self.held.get(self.name)
+        return now is not None and now.is_floating_point() and now._version != self.version
 
 
 class FixedObjective:
@@ -98,9 +123,11 @@ class FixedObjective:
         self._states = RandomStates(self._devices, self._generators)
         #: Of one batch, from one product to the next, inside `keeping_graph`.
         self._graph: Graph | None = None
+        #: What its forward pass left in buffers, which it may have saved: tensors and values.
+        self._left: Left = []
         self._keeps = False
         #: The same of several batches, each with its weight, where there is memory for all of them.
-        self._graphs: list[tuple[Graph, float]] = []
+        self._graphs: list[tuple[Graph, float, Left]] = []
 
     @classmethod
     def over(
@@ -293,6 +320,7 @@ class FixedObjective:
         with self._as_it_was() as before:
             if self.is_one_batch:
                 graph = self._graph_at(closure, before)
+                _put(self._left)
                 for vector, total in zip(vectors, totals, strict=True):
                     keep = self._keeps or vector is not vectors[-1]
                     graph.product(vector, total, keep=keep)
@@ -302,21 +330,29 @@ class FixedObjective:
                     out.zero_()
             sums = [out for total in totals for out in total]
             kept, loss_sum = self._kept_graphs(), 0.0
-            for graph, weight in kept:
+            for graph, weight, left in kept:
+                _put(left)
                 for vector, total in zip(vectors, totals, strict=True):
                     graph.product(vector, total, keep=True, weight=weight)
                 loss_sum = loss_sum + weight * graph.loss.double()
             if kept:
                 return _divided(sums, loss_sum, self.weights.divisor)
-            graphs: list[tuple[Graph, float]] = []
+            graphs: list[tuple[Graph, float, Left]] = []
+            keeps = self._keeps
 
             def add(one: Weighed) -> Tensor:
+                nonlocal keeps
+                start = self._buffers() if self._keeps else []
                 graph = self._new_graph(partial(one.loss, closure), before)
                 weight = one.weight()
                 if not weight:
                     return graph.loss
-                if self._keeps and (graphs or self._affords(graph)):
-                    graphs.append((graph, weight))
+                # A graph that saved a buffer can't outlive the next batch's writing to it.
+                if keeps and any(b.was_written for b in start):
+                    keeps = False
+                    graphs.clear()
+                if keeps and (graphs or self._affords(graph)):
+                    graphs.append((graph, weight, _changed(start)))
                 for vector, total in zip(vectors, totals, strict=True):
                     keep = bool(graphs) or vector is not vectors[-1]
                     graph.product(vector, total, keep=keep, weight=weight)
@@ -342,12 +378,12 @@ class FixedObjective:
 
     def drop_graph(self) -> None:
         """Lets go of what is kept within `keeping_graph`."""
-        self._graph, self._graphs = None, []
+        self._graph, self._graphs, self._left = None, [], []
 
-    def _kept_graphs(self) -> list[tuple[Graph, float]]:
+    def _kept_graphs(self) -> list[tuple[Graph, float, Left]]:
         """Those of all batches, where they are kept and the parameters are what they were."""
         versions = [p._version for p in self.evaluator.parameters]
-        if any(graph.versions != versions for graph, _ in self._graphs):
+        if any(graph.versions != versions for graph, _, _ in self._graphs):
             self._graphs = []
         return self._graphs
 
@@ -377,9 +413,10 @@ class FixedObjective:
         if self.batches is not None:
             (batch, _), *_ = self.batches
             closure = partial(closure, batch)
+        start = self._buffers() if self._keeps else []
         graph = self._new_graph(closure, before, take)
         if self._keeps:
-            self._graph = graph
+            self._graph, self._left = graph, _changed(start)
         return graph
 
     def _new_graph(
@@ -393,22 +430,43 @@ class FixedObjective:
             look = None if seen is None else partial(_shown, seen)
             if self._pair is None:
                 return GradientGraph(closure, parameters, take, look)
-            at = partial(self._at, before, RandomStates(self._devices, self._generators))
+            at = partial(self._at, self._buffers(), RandomStates(self._devices, self._generators))
             return GaussNewtonGraph(closure, self._pair, parameters, at, look)
+
+    def _buffers(self) -> list[Buffer]:
+        """The buffers of all modules as they are."""
+        modules = {id(m): m for module in self.evaluator.modules for m in module.modules()}
+        return [
+            Buffer(module._buffers, name, buffer.detach().clone(), buffer._version)
+            for module in modules.values()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     @contextmanager
     def _at(
-        self, before: Snapshot, states: RandomStates, values: Sequence[Tensor]
+        self,
+        buffers: Sequence[Buffer],
+        states: RandomStates,
+        values: Sequence[Tensor],
     ) -> Iterator[None]:
-        """Inside, the parameters are others; from buffers as they were, and these random states."""
+        """Inside, the parameters are others; from these buffers, of which copies are used, and
+        these random states. Afterwards both are what they were.
+        """
         after = RandomStates(self._devices, self._generators)
-        before.restore()
+        own = [(b.held, b.name, b.held.get(b.name)) for b in buffers]
+        torch.clear_autocast_cache()  # inside the user's autocast it has weights of other values
         states.restore()
         try:
+            for b in buffers:
+                b.held[b.name] = b.value.clone()
             with self.evaluator.pointing_to(values):
                 yield
         finally:
+            for held, name, value in own:
+                held[name] = value
             after.restore()
+            torch.clear_autocast_cache()
 
     @contextmanager
     def _as_it_was(self) -> Iterator[Snapshot]:
@@ -420,6 +478,23 @@ class FixedObjective:
         finally:
             before.restore()
             before.restore_gradients()
+
+
+def _changed(start: Sequence[Buffer]) -> Left:
+    """The buffers that aren't what they were at the start any more, and what they are."""
+    now = [(b.held.get(b.name), b.value) for b in start]
+    return [
+        (buffer, buffer.detach().clone())
+        for buffer, value in now
+        if buffer is not None and not torch.equal(buffer, value)
+    ]
+
+
+@torch.no_grad()
+def _put(left: Left) -> None:
+    """Gives buffers the values that a kept graph has seen; without a new version of them."""
+    for buffer, value in left:
+        buffer.data.copy_(value)
 
 
 def _divided(sums: Sequence[Tensor], loss_sum: Tensor, divisor: float) -> Tensor:

@@ -8,7 +8,7 @@ pass. M needs second derivatives of ℓ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,27 @@ from lyapcuda.objective.double_backward import (
     twice,
 )
 
+NOTHING = "outputs: none of them depends on the parameters"
+
 __all__ = ["Direction", "GaussNewtonGraph", "OutputsAndLoss"]
+
+
+@dataclass
+class Evaluated:
+    """One evaluation of the outputs and of their loss.
+
+    Attributes:
+        outputs: f, those that depend on something; in the graph of the model.
+        handed: what the loss was taken of in their place: leaves, so that slopes by one of them
+            don't count what goes by way of another. Empty where the outputs are losses.
+        places: of the outputs among all tensors that were returned.
+        batch: the arguments of that evaluation.
+    """
+
+    outputs: list[Tensor]
+    handed: list[Tensor]
+    places: list[int]
+    batch: tuple[Any, ...]
 
 
 class OutputsAndLoss:
@@ -39,32 +59,51 @@ class OutputsAndLoss:
         self, outputs: Callable[..., Any], loss: Callable[..., Tensor] | None = None
     ) -> None:
         self._outputs, self._loss = outputs, loss
-        self._batch: tuple[Any, ...] = ()
-        self._last: list[Tensor] = []
+        self._last: Evaluated | None = None
 
     def __call__(self, *batch: Any) -> Tensor:
         """The loss. Raises a TypeError or ValueError for outputs that aren't any."""
+        self._last = None
         found = self._outputs(*batch)
-        self._batch, self._last = batch, _tensors(found)
-        if self._loss is not None:
-            return self._loss(found, *batch)
-        if not isinstance(found, Tensor) or found.dim() == 0:
+        leaves, structure = pytree.tree_flatten(found)
+        places = [i for i, leaf in enumerate(leaves) if _counts(leaf)]
+        outputs = [leaves[i] for i in places]
+        if self._loss is None:
+            if not isinstance(found, Tensor) or found.dim() == 0:
+                raise ValueError(
+                    f"losses: expected a tensor of one loss a sample, got {described(found)}; as "
+                    "of cross_entropy(..., reduction='none')"
+                )
+            self._last = Evaluated(outputs, [], places, batch)
+            return found.mean()
+        handed = [leaf.detach().requires_grad_() for leaf in outputs]
+        for place, leaf in zip(places, handed, strict=True):
+            leaves[place] = leaf.clone()  # the loss may write to it
+        loss = self._loss(pytree.tree_unflatten(leaves, structure), *batch)
+        if any(loss is leaf for leaf in leaves if isinstance(leaf, Tensor)):
             raise ValueError(
-                f"losses: expected a tensor of one loss a sample, got {described(found)}; as of "
-                "cross_entropy(..., reduction='none')"
+                "loss: it returns one of the outputs as it is, which has no curvature: return the "
+                "loss of the logits, say"
             )
-        return found.mean()
+        self._last = Evaluated(outputs, handed, places, batch)
+        return loss
 
-    def take(self) -> tuple[list[Tensor], tuple[Any, ...]]:
-        """The outputs of the last call that depend on something, and its batch; lets go of both."""
-        found = [tensor for tensor in self._last if tensor.requires_grad], self._batch
-        self._last, self._batch = [], ()
-        return found
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Those of the last call, as long as nobody has taken them."""
+        return [] if self._last is None else self._last.outputs
 
-    def again(self, batch: tuple[Any, ...]) -> list[Tensor]:
-        """The outputs alone, all of them, without autograd's graph."""
-        with torch.no_grad():
-            return _tensors(self._outputs(*batch))
+    def take(self) -> Evaluated:
+        """The last call's; lets go of it."""
+        found, self._last = self._last, None
+        return found or Evaluated([], [], [], ())
+
+    def again(self, evaluated: Evaluated) -> list[Tensor]:
+        """The same outputs, of the parameters as they are now, detached."""
+        # With a graph, though none is kept: without one torch may take another way to them.
+        with torch.enable_grad():
+            leaves = pytree.tree_leaves(self._outputs(*evaluated.batch))
+        return [leaves[place].detach() for place in evaluated.places]
 
     @property
     def is_of_samples(self) -> bool:
@@ -72,10 +111,17 @@ class OutputsAndLoss:
         return self._loss is None
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors that outputs consist of."""
-    leaves = pytree.tree_leaves(outputs)
-    return [x for x in leaves if isinstance(x, Tensor) and x.dtype.is_floating_point]
+def _counts(leaf: Any) -> bool:
+    """Whether a part of the outputs is a tensor that depends on something."""
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        raise TypeError(
+            f"outputs: {described(leaf)} is a dataclass: return its tensors, as a tuple or a dict"
+        )
+    if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+        return False
+    if leaf.is_complex():
+        raise TypeError(f"outputs: {described(leaf)} is complex: return torch.view_as_real of it")
+    return True
 
 
 @dataclass(frozen=True)
@@ -127,14 +173,18 @@ class GaussNewtonGraph:
         with loss_to_differentiate(closure, parameters) as loss:
             if look is not None:
                 look(loss)
-            self._outputs, self._batch = pair.take()
+            if look is not None:
+                for output in pair.outputs:
+                    look(output)
+            self._evaluated = pair.take()
+            self._outputs = self._evaluated.outputs
             if not self._outputs:
-                raise ValueError("outputs: none of them depends on the parameters")
+                raise ValueError(NOTHING)
             self._slopes: Sequence[Tensor | None] = ()
             if not pair.is_of_samples:
                 with twice("the loss of the outputs"):
                     self._slopes = torch.autograd.grad(
-                        loss, self._outputs, create_graph=True, allow_unused=True
+                        loss, self._evaluated.handed, create_graph=True, allow_unused=True
                     )
         self.loss = loss.detach().reshape(())
         self.versions = [p._version for p in parameters]
@@ -176,6 +226,8 @@ class GaussNewtonGraph:
             rows = torch.autograd.grad(
                 outputs, self._parameters, factors, retain_graph=keep, allow_unused=True
             )
+            if all(row is None for row in rows):
+                raise ValueError(NOTHING)
         for out, row in zip(total, rows, strict=True):
             receive(row, out, weight)
 
@@ -193,6 +245,8 @@ class GaussNewtonGraph:
                 rows = torch.autograd.grad(
                     self._outputs, self._parameters, weights, create_graph=True, allow_unused=True
                 )
+            if all(row is None for row in rows):
+                raise ValueError(NOTHING)
             self._transposed = weights, rows
         weights, rows = self._transposed
         linear = [(r, v) for r, v in zip(rows, vector.parts, strict=True) if _is_linear(r)]
@@ -206,7 +260,7 @@ class GaussNewtonGraph:
 
     def _outputs_at(self, values: Sequence[Tensor]) -> list[Tensor]:
         with self._at(values):
-            found = self._pair.again(self._batch)
+            found = self._pair.again(self._evaluated)
         # In float32 at least: a difference of 16-bit numbers would be lost to rounding once more.
         return [x if x.dtype == torch.float64 else x.float() for x in found]
 
@@ -221,7 +275,7 @@ class GaussNewtonGraph:
         slopes, factors = zip(*linear, strict=True)
         with twice("the loss of the outputs"):
             return torch.autograd.grad(
-                slopes, self._outputs, factors, retain_graph=True, allow_unused=True
+                slopes, self._evaluated.handed, factors, retain_graph=True, allow_unused=True
             )
 
 

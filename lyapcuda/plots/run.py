@@ -24,6 +24,7 @@ Run = Mapping[str, Sequence[float]]
 
 #: Of a picture of a run, in inches.
 SIZE = (9.0, 4.6)
+EDGE = "edge of stability"
 #: Where the panels stand, by how many there are.
 _GRIDS = {1: "a", 2: "a;b", 3: "ab;ac", 4: "ab;cd"}
 #: Names under which a log may hold the learning rate.
@@ -44,6 +45,7 @@ def read_run(path: str | Path) -> dict[str, list[float]]:
     """
     path = Path(path)
     columns: dict[str, list[float]] = {}
+    count = 0
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".jsonl":
@@ -54,7 +56,14 @@ def read_run(path: str | Path) -> dict[str, list[float]]:
                 raise ValueError("expected a .csv or .jsonl file of a CurvatureLog")
             for row in rows:
                 for name, value in row.items():
-                    columns.setdefault(name, []).append(math.nan if value is None else float(value))
+                    # A column that begins late.
+                    column = columns.setdefault(name, [math.nan] * count)
+                    column.append(math.nan if value is None else float(value))
+                count += 1
+                for column in columns.values():
+                    column += [math.nan] * (count - len(column))
+            if not count:
+                raise ValueError("it holds no measurements yet")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a log of curvature: {error}") from error
     if "step" not in columns or not names_of(columns):
@@ -111,11 +120,11 @@ def draw_run(figure: Figure, run: Run | Mapping[str, Run]) -> list[Axes]:
     Returns:
         The axes, the curvature's first.
     """
-    several = not isinstance(next(iter(run.values())), Sequence)
+    several = isinstance(next(iter(run.values())), Mapping)
     runs: Mapping[str, Run] = run if several else {"": run}  # type: ignore[assignment]
     panels = [("curvature", None)]
     for title, names, colour in (
-        ("edge of stability", ("edge",), PURPLE),
+        (EDGE, ("edge",), PURPLE),
         ("loss", ("loss",), GREEN),
         ("learning rate", RATES, ORANGE),
     ):
@@ -129,6 +138,10 @@ def draw_run(figure: Figure, run: Run | Mapping[str, Run]) -> list[Axes]:
                 draw_curvature(ax, one, label)
             else:
                 _draw_column(ax, title, one, what[0], what[1] if not label else None)
+        if title == EDGE:
+            ax.axhline(1.0, color=RED, linestyle="--", linewidth=1.2)
+        if title == EDGE or (what is None and several):
+            ax.set_ylim(*_room([_array(line.get_ydata()) for line in ax.lines]))
         if ax.get_subplotspec().is_last_row():
             ax.set_xlabel("training step")
     return axes
@@ -156,12 +169,7 @@ def _draw_column(ax: Axes, title: str, run: Run, names: Sequence[str], colour: s
             ax.plot(_array(run["step"]), values, color=colour, linewidth=1.2)
             if title == "loss" and (values[_finite(values)] > 0).all():
                 ax.set_yscale("log")
-    if title == "edge of stability":
-        ax.axhline(1.0, color=RED, linestyle="--", linewidth=1.2)
-        ax.set_ylim(*_room([_array(run["edge"]), _array([0.0, 1.0])]))
-        ax.set_ylabel("edge: 1 is the limit")
-    else:
-        ax.set_ylabel(title)
+    ax.set_ylabel("edge: 1 is the limit" if title == EDGE else title)
     tidy(ax)
 
 

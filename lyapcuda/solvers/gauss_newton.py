@@ -78,7 +78,8 @@ class _GaussNewtonOperator(SymmetricOperator):
 
     def _watched(self, *batch: Any) -> Tensor:
         loss = self._pair(*batch)
-        self._epsilon = max(self._epsilon, loss_epsilon(loss))
+        seen = map(loss_epsilon, (loss, *self._pair.outputs))
+        self._epsilon = max(self._epsilon, *seen)
         return loss
 
     # --- what it is ------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ class _GaussNewtonOperator(SymmetricOperator):
         """Whether the loss is one function of θ: two forward passes."""
         at = [p.tensor.detach().clone() for p in self.layout.parameters]
         one, other = (float(self.objective.loss_at(at)) for _ in range(2))
+        self._pair.take()  # lets go of their graph
+        self._changed = ""
         if one != one or abs(one - other) > _SAME * self.epsilon * max(abs(one), abs(other)):
             self._changed = (
                 f"outputs: two evaluations at the same θ gave the losses {one:.9g} and "
@@ -191,9 +194,13 @@ class _GaussNewtonOperator(SymmetricOperator):
             exact = Basis(self.layout, [y[None] for y in out])
             panels = zip(exact.panels, by_difference.panels, strict=True)
             apart = Basis(self.layout, [y - other for y, other in panels])
-            size = float(exact.gram(exact)[0, 0].sqrt())
-            far = float(apart.gram(apart)[0, 0].sqrt()) / size if size > 0 else 0.0
-            if far <= _APART:
+            size, other, far = (
+                float(basis.gram(basis)[0, 0].sqrt()) for basis in (exact, by_difference, apart)
+            )
+            if size == other == 0.0:
+                return  # says nothing: the next product decides
+            far /= max(size, other)
+            if far <= max(_APART, 4.0 * accuracy_of("central", self.epsilon, self.dtype)):
                 self._mode = "exact"
                 self._reason = "double backward works, and agrees with differences of outputs"
                 return

@@ -217,3 +217,15 @@ def test_the_command_line_takes_its_loss():
     assert Problem(net, None, [batch], 0.0, {}).closure(batch) == net(**batch).loss
     with pytest.raises(ValueError, match="without a loss; .*They have input_ids"):
         Problem(net, None, [], 0.0, {}).closure({"input_ids": IDS})
+
+
+def test_remove_gives_back_what_was_the_users_own(tmp_path):
+    trainer = trainer_of(model(), tmp_path)
+    trainer.log = mine = lambda *_: None
+    first = watch(trainer)
+    second = watch(trainer)
+    with pytest.raises(RuntimeError, match="training_step was replaced after watch"):
+        first.remove()
+    second.remove()
+    first.remove()
+    assert trainer.log is mine and "train" not in vars(trainer)

@@ -211,3 +211,20 @@ def test_pictures_need_no_pyplot_state(density):
     density._repr_png_()
     assert dict(pyplot.rcParams) == before and not pyplot.get_fignums()
     assert np.isfinite(density.density.numpy()).all()
+
+
+def test_logs_that_differ_share_a_picture(tmp_path, capsys):
+    one, other = tmp_path / "a" / "run.csv", tmp_path / "a" / "run.jsonl"
+    one.parent.mkdir()
+    one.write_text("step,h,edge,loss\n1,2,0.5,1\n2,3,0.7,0.5\n")
+    other.write_text('{"step": 1, "h": 4}\n{"step": 2, "h": 5, "loss": 3}\n')
+    assert read_run(other)["loss"][1:] == [3.0]
+    for logs in ([one, other], [other, one]):
+        assert main(["plot", *map(str, logs), "--out", str(tmp_path / "both.svg")]) == 0
+    figure = pyplot.figure()
+    axes = draw_run(figure, {"one": read_run(one), "other": read_run(other)})
+    assert [len(ax.lines) for ax in axes] == [2, 2, 2]  # (the edge's limit is a line)
+    empty = tmp_path / "empty.csv"
+    empty.write_text("step,h\n")
+    capsys.readouterr()
+    assert main(["plot", str(empty)]) == 2 and "no measurements yet" in capsys.readouterr().err

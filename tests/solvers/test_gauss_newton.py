@@ -268,3 +268,179 @@ def test_losses_that_arent_one_a_sample_are_named():
     )
     with pytest.raises(ValueError, match="one loss a sample"):
         _ = F @ torch.ones(F.shape[0], dtype=torch.float64)
+
+
+# --- outputs and modules of other kinds -----------------------------------------------------------
+
+
+def squared(out):
+    return (out - 0.3).square().mean()
+
+
+@pytest.mark.parametrize("mode", ["exact", "difference", "auto"])
+def test_outputs_that_depend_on_each_other_count_once(mode):
+    model = net("gelu")
+    true = dense_ggn(model, X, squared)
+
+    def twice():
+        out = model(X)
+        return {"one": out, "again": out}
+
+    def with_hidden():
+        hidden = model[:2](X)
+        return model[2](hidden), hidden, Y, X  # and what has no gradient
+
+    def both(found):
+        return squared(0.5 * found["one"] + 0.5 * found["again"])
+
+    named = dict(model.named_parameters()).items()
+    for outputs, loss in ((twice, both), (with_hidden, lambda found: squared(found[0]))):
+        G = lyapcuda.GGNOperator(outputs, loss, named, mode=mode)
+        assert distance(dense(G), true) < 1e-6
+
+
+def test_a_loss_may_write_to_the_outputs():
+    model = net("gelu")
+
+    def loss(out):
+        out /= 0.5
+        return squared(out)
+
+    true = dense_ggn(model, X, lambda out: squared(out / 0.5))
+    for mode in ("exact", "difference", "auto"):
+        G = lyapcuda.GGNOperator(lambda: model(X), loss, model.named_parameters(), mode=mode)
+        assert distance(dense(G), true) < 1e-6
+
+
+class Detached(torch.autograd.Function):
+    """Double backward takes it for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.detach().clone()
+
+
+def test_exact_products_of_zero_arent_believed_where_differences_say_otherwise():
+    model = net("gelu")
+    G = lyapcuda.GGNOperator(lambda: Detached.apply(model(X)), squared, model.named_parameters())
+    zero = G @ torch.zeros(G.shape[0], dtype=torch.float64)
+    assert float(zero.abs().max()) == 0.0 and G.mode == "auto"  # that says nothing
+    assert distance(dense(G), dense_ggn(model, X, squared)) < 1e-6
+    assert G.mode == "difference"
+
+
+class Remembers(nn.Module):
+    """Its buffer changes in place at each call, and autograd saves it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.register_buffer("state", torch.ones(6))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.state.copy_(0.5 * self.state + x.mean())
+        return self.two(torch.tanh(self.one(x)) * self.state)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("kind", ["hessian", "exact", "difference", "auto"])
+def test_a_buffer_that_the_graph_has_saved(kind, batches):
+    """Kept graphs see what their own forward pass left there, not what is put back after it."""
+    torch.manual_seed(2)
+    model = Remembers().double()
+    state = model.state.clone()
+    rows = list(zip(X.chunk(batches), Y.chunk(batches), strict=True))
+    named = dict(model.named_parameters()).items()
+    if kind == "hessian":
+        operator = lyapcuda.HessianOperator(
+            lambda b: cross_entropy(model(b[0]), b[1]), named, data=rows, mode="exact"
+        )
+    else:
+        operator = lyapcuda.GGNOperator(
+            lambda b: model(b[0]),
+            lambda out, b: cross_entropy(out, b[1]),
+            named,
+            data=rows,
+            mode=kind,
+        )
+    eye = torch.eye(operator.shape[0], dtype=torch.float64)
+    apart = torch.stack([operator @ column for column in eye], 1)
+    if kind != "hessian":
+        true = 0.0
+        for x, y in rows:  # as the batches follow each other
+            true = true + dense_ggn(model, x, lambda out, y=y: cross_entropy(out, y)) / batches
+        model.state.copy_(state)
+        assert distance(apart, true) < 1e-6
+    assert distance(dense(operator), apart) < 1e-6
+    assert distance(apart, apart.T) < 1e-6
+    assert torch.equal(model.state, state)
+
+
+def test_an_outer_autocast_is_no_other_function_at_the_other_side():
+    model = net("gelu", torch.float32)
+    x = X.float()
+    true = dense_ggn(model, x, squared)
+    with torch.autocast("cpu", torch.bfloat16):
+        G = lyapcuda.GGNOperator(
+            lambda: model(x), squared, model.named_parameters(), mode="difference"
+        )
+        v = torch.randn(G.shape[0], generator=torch.Generator().manual_seed(3))
+        assert distance(G @ v, true @ v) < 0.3
+
+
+def test_16_bits_take_the_finer_way():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 3)).bfloat16()
+    x = torch.randn(32, 3).bfloat16()
+    G = lyapcuda.GGNOperator(lambda: model(x), squared, model.named_parameters())
+    _ = G @ torch.randn(G.shape[0], generator=torch.Generator().manual_seed(3))
+    assert G.mode == "exact"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "error", "words"),
+    [
+        ("other", squared, ValueError, "none of them depends on the parameters"),
+        ("complex", lambda out: out.abs().mean(), TypeError, "view_as_real"),
+        ("dataclass", lambda out: out.a.mean(), TypeError, "is a dataclass"),
+        ("loss", lambda out: out["loss"], ValueError, "one of the outputs as it is"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["exact", "difference", "auto"])
+def test_outputs_that_cant_be_taken_are_named(outputs, loss, error, words, mode):
+    from dataclasses import make_dataclass
+
+    model, other = net("gelu"), net("relu")
+    made = {
+        "other": lambda: other(X),
+        "complex": lambda: torch.fft.rfft(model(X)),
+        "dataclass": lambda: make_dataclass("Out", ["a"])(model(X)),
+        "loss": lambda: {"loss": cross_entropy(model(X), Y)},
+    }[outputs]
+    G = lyapcuda.GGNOperator(made, loss, model.named_parameters(), mode=mode)
+    with pytest.raises(error, match=words):
+        _ = G @ torch.ones(G.shape[0], dtype=torch.float64)
+
+
+def test_doubts_go_with_what_they_were_about():
+    model, generator = net("gelu"), torch.Generator().manual_seed(0)
+    draws = True
+
+    def outputs():
+        rows = torch.randperm(24, generator=generator)[:12] if draws else slice(12)
+        return model(X[rows])
+
+    G = lyapcuda.GGNOperator(outputs, squared, model.named_parameters(), mode="exact")
+    ones = torch.ones(G.shape[0], dtype=torch.float64)
+    _ = G @ ones
+    assert G.doubts
+    draws = False
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    _ = G @ ones
+    assert not G.doubts
