@@ -26,9 +26,11 @@ from lyapcuda.extras import require
 from lyapcuda.files import LineFile
 from lyapcuda.tracker import CurvatureTracker
 
-__all__ = ["CsvWriter", "CurvatureLog", "JsonlWriter", "TensorBoardWriter", "Writer"]
+__all__ = ["PREFIX", "CsvWriter", "CurvatureLog", "JsonlWriter", "TensorBoardWriter", "Writer"]
 
 Row = Mapping[str, Any]
+#: Of the names under which loggers of others show curvature.
+PREFIX = "curvature/"
 
 
 class Writer(ABC):
@@ -194,7 +196,7 @@ class TensorBoardWriter(Writer):
         ImportError: tensorboard isn't installed.
     """
 
-    def __init__(self, log: Any, prefix: str = "curvature/") -> None:
+    def __init__(self, log: Any, prefix: str = PREFIX) -> None:
         self._log, self.prefix, self._own = log, prefix, not hasattr(log, "add_scalar")
         if self._own:
             require("tensorboard", "TensorBoardWriter")

@@ -296,17 +296,15 @@ class CurvatureTracker:
 
     def __repr__(self) -> str:
         """What it follows, and the last values. Waits for the device."""
-        n = self._layout.numel
-        lines = [f"CurvatureTracker({n:,} parameters, k={self.k}, which={self.which!r}"]
-        if self._optimizer is not None:
-            lines[0] += f", of {type(self._optimizer).__name__}"
-        lines[0] += ")"
+        of = "" if self._optimizer is None else f", of {type(self._optimizer).__name__}"
+        n, which = self._layout.numel, self.which
+        name = f"CurvatureTracker({n:,} parameters, k={self.k}, which={which!r}{of})"
         if self._separations is None:
-            return f"{lines[0]}: nothing measured yet"
+            return f"{name}: nothing measured yet"
         h, error = self.h.reshape(-1).tolist(), self.h_error.reshape(-1).tolist()
         values = ", ".join(f"{v:.4g} ± {e:.2g}" for v, e in zip(h, error, strict=True))
         edge = f", edge {float(self.edge):.3g}" if self.has_edge else ""
-        return f"{lines[0]}: h {values}{edge} at step {self._calls}"
+        return f"{name}: h {values}{edge} at step {self._calls}"
 
     # --- measuring -------------------------------------------------------------------------------
 

@@ -89,8 +89,7 @@ class EigsReport:
 
     def _figure(self) -> Any:
         panels = 1 if self.density is None else 2
-        figure = new_figure(height=4.0 * panels)
-        figure.set_layout_engine("constrained")
+        figure = new_figure(height=4.0 * panels, layout="constrained")
         axes = self.result.plot(ax=figure.add_subplot(panels, 1, 1))
         axes.set_title(self.problem.names["model"])
         if self.density is not None:

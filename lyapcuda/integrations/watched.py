@@ -6,13 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lyapcuda.log import PREFIX
 from lyapcuda.stability.rules import known_rule
 from lyapcuda.tracker import CurvatureTracker
 
 __all__ = ["PREFIX", "readings", "tracker_of"]
-
-#: Of the names under which curvature is logged.
-PREFIX = "curvature/"
 
 
 def tracker_of(model: nn.Module, optimizer: Any, options: dict[str, Any]) -> CurvatureTracker:

@@ -34,8 +34,6 @@ __all__ = ["FixedObjective", "Point"]
 Take = Callable[[Sequence[Tensor | None], Tensor], None]
 #: What products are taken from.
 Graph = GradientGraph | GaussNewtonGraph
-#: Buffers, and their values after a forward pass.
-Left = list[tuple[Tensor, Tensor]]
 #: Where to evaluate (None: at the parameters themselves), and the tensors that take the gradient.
 Point = tuple[Sequence[Tensor] | None, Sequence[Tensor] | Take]
 
@@ -83,6 +81,34 @@ class Buffer:
         return now is not None and now.is_floating_point() and now._version != self.version
 
 
+class KeptGraph:
+    """A graph that further products are taken from.
+
+    It may have saved buffers, which are put back between two products.
+
+    Args:
+        graph: of one batch.
+        start: the buffers before its forward pass. Those that it changed are kept as it left them.
+        weight: how much the batch counts.
+    """
+
+    def __init__(self, graph: Graph, start: Sequence[Buffer], weight: float = 1.0) -> None:
+        self._graph, self.weight, self.versions = graph, weight, graph.versions
+        now = [(b.held.get(b.name), b.value) for b in start]
+        self._left = [
+            (buffer, buffer.detach().clone())
+            for buffer, value in now
+            if buffer is not None and not torch.equal(buffer, value)
+        ]
+
+    @torch.no_grad()
+    def again(self) -> Graph:
+        """The graph, with the buffers that it has seen; without a new version of them."""
+        for buffer, value in self._left:
+            buffer.data.copy_(value)
+        return self._graph
+
+
 class FixedObjective:
     """A closure as one function of the parameters: every evaluation starts from the same states.
 
@@ -122,12 +148,10 @@ class FixedObjective:
         self._devices = {p.device for p in evaluator.parameters}
         self._states = RandomStates(self._devices, self._generators)
         #: Of one batch, from one product to the next, inside `keeping_graph`.
-        self._graph: Graph | None = None
-        #: What its forward pass left in buffers, which it may have saved: tensors and values.
-        self._left: Left = []
+        self._graph: KeptGraph | None = None
         self._keeps = False
-        #: The same of several batches, each with its weight, where there is memory for all of them.
-        self._graphs: list[tuple[Graph, float, Left]] = []
+        #: The same of several batches, where there is memory for all of them.
+        self._graphs: list[KeptGraph] = []
 
     @classmethod
     def over(
@@ -320,7 +344,6 @@ class FixedObjective:
         with self._as_it_was() as before:
             if self.is_one_batch:
                 graph = self._graph_at(closure, before)
-                _put(self._left)
                 for vector, total in zip(vectors, totals, strict=True):
                     keep = self._keeps or vector is not vectors[-1]
                     graph.product(vector, total, keep=keep)
@@ -330,20 +353,19 @@ class FixedObjective:
                     out.zero_()
             sums = [out for total in totals for out in total]
             kept, loss_sum = self._kept_graphs(), 0.0
-            for graph, weight, left in kept:
-                _put(left)
+            for one in kept:
+                graph = one.again()
                 for vector, total in zip(vectors, totals, strict=True):
-                    graph.product(vector, total, keep=True, weight=weight)
-                loss_sum = loss_sum + weight * graph.loss.double()
+                    graph.product(vector, total, keep=True, weight=one.weight)
+                loss_sum = loss_sum + one.weight * graph.loss.double()
             if kept:
                 return _divided(sums, loss_sum, self.weights.divisor)
-            graphs: list[tuple[Graph, float, Left]] = []
+            graphs: list[KeptGraph] = []
             keeps = self._keeps
 
             def add(one: Weighed) -> Tensor:
                 nonlocal keeps
-                start = self._buffers() if self._keeps else []
-                graph = self._new_graph(partial(one.loss, closure), before)
+                graph, start = self._new_graph(partial(one.loss, closure), before)
                 weight = one.weight()
                 if not weight:
                     return graph.loss
@@ -352,7 +374,7 @@ class FixedObjective:
                     keeps = False
                     graphs.clear()
                 if keeps and (graphs or self._affords(graph)):
-                    graphs.append((graph, weight, _changed(start)))
+                    graphs.append(KeptGraph(graph, start, weight))
                 for vector, total in zip(vectors, totals, strict=True):
                     keep = bool(graphs) or vector is not vectors[-1]
                     graph.product(vector, total, keep=keep, weight=weight)
@@ -378,12 +400,12 @@ class FixedObjective:
 
     def drop_graph(self) -> None:
         """Lets go of what is kept within `keeping_graph`."""
-        self._graph, self._graphs, self._left = None, [], []
+        self._graph, self._graphs = None, []
 
-    def _kept_graphs(self) -> list[tuple[Graph, float, Left]]:
+    def _kept_graphs(self) -> list[KeptGraph]:
         """Those of all batches, where they are kept and the parameters are what they were."""
         versions = [p._version for p in self.evaluator.parameters]
-        if any(graph.versions != versions for graph, _, _ in self._graphs):
+        if any(kept.versions != versions for kept in self._graphs):
             self._graphs = []
         return self._graphs
 
@@ -408,15 +430,14 @@ class FixedObjective:
         """The graph at θ: the one kept, or a new one."""
         parameters = self.evaluator.parameters
         if self._graph is not None and self._graph.versions == [p._version for p in parameters]:
-            return self._graph
+            return self._graph.again()
         self._graph = None  # before there is another one
         if self.batches is not None:
             (batch, _), *_ = self.batches
             closure = partial(closure, batch)
-        start = self._buffers() if self._keeps else []
-        graph = self._new_graph(closure, before, take)
+        graph, start = self._new_graph(closure, before, take)
         if self._keeps:
-            self._graph, self._left = graph, _changed(start)
+            self._graph = KeptGraph(graph, start)
         return graph
 
     def _new_graph(
@@ -424,14 +445,16 @@ class FixedObjective:
         closure: Closure,
         before: Snapshot,
         take: Callable[[Sequence[Tensor | None]], None] | None = None,
-    ) -> Graph:
-        parameters = self.evaluator.parameters
+    ) -> tuple[Graph, list[Buffer]]:
+        """A graph, and where anything needs them the buffers before its forward pass."""
+        parameters, pair = self.evaluator.parameters, self._pair
+        start = self._buffers() if self._keeps or pair is not None else []
         with self.evaluator.looking(self.closure, before) as seen:
             look = None if seen is None else partial(_shown, seen)
-            if self._pair is None:
-                return GradientGraph(closure, parameters, take, look)
-            at = partial(self._at, self._buffers(), RandomStates(self._devices, self._generators))
-            return GaussNewtonGraph(closure, self._pair, parameters, at, look)
+            if pair is None:
+                return GradientGraph(closure, parameters, take, look), start
+            at = partial(self._at, start, RandomStates(self._devices, self._generators))
+            return GaussNewtonGraph(closure, pair, parameters, at, look), start
 
     def _buffers(self) -> list[Buffer]:
         """The buffers of all modules as they are."""
@@ -478,23 +501,6 @@ class FixedObjective:
         finally:
             before.restore()
             before.restore_gradients()
-
-
-def _changed(start: Sequence[Buffer]) -> Left:
-    """The buffers that aren't what they were at the start any more, and what they are."""
-    now = [(b.held.get(b.name), b.value) for b in start]
-    return [
-        (buffer, buffer.detach().clone())
-        for buffer, value in now
-        if buffer is not None and not torch.equal(buffer, value)
-    ]
-
-
-@torch.no_grad()
-def _put(left: Left) -> None:
-    """Gives buffers the values that a kept graph has seen; without a new version of them."""
-    for buffer, value in left:
-        buffer.data.copy_(value)
 
 
 def _divided(sums: Sequence[Tensor], loss_sum: Tensor, divisor: float) -> Tensor:

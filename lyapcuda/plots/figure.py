@@ -20,6 +20,7 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "RED",
+    "Plotted",
     "drawn",
     "new_figure",
     "plotted",
@@ -42,8 +43,10 @@ def require_matplotlib() -> None:
     require("matplotlib", "a plot")
 
 
-def new_figure(width: float = 7.6, height: float = 4.6, dpi: int = 150) -> Figure:
-    """Returns an empty figure of a white ground, in inches.
+def new_figure(
+    width: float = 7.6, height: float = 4.6, dpi: int = 150, layout: str | None = None
+) -> Figure:
+    """Returns an empty figure of a white ground, in inches; ``layout`` as matplotlib's.
 
     It isn't pyplot's: no window system, no state shared with the caller's own plots.
 
@@ -53,16 +56,15 @@ def new_figure(width: float = 7.6, height: float = 4.6, dpi: int = 150) -> Figur
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    return Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
 
 
 def png_of(draw: Callable[[Figure], Any], width: float = 7.0, height: float = 4.0) -> bytes | None:
     """Returns what ``draw`` draws on a new figure as PNG; None without matplotlib."""
     try:
-        figure = new_figure(width, height, dpi=100)
+        figure = new_figure(width, height, dpi=100, layout="constrained")
     except ImportError:
         return None
-    figure.set_layout_engine("constrained")
     draw(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -81,10 +83,10 @@ def drawn(
         width, height: in inches.
     """
     if path is None:
-        figure = require("matplotlib.pyplot", what).figure(figsize=(width, height))
+        pyplot = require("matplotlib.pyplot", what)
+        figure = pyplot.figure(figsize=(width, height), layout="constrained")
     else:
-        figure = new_figure(width, height)
-    figure.set_layout_engine("constrained")
+        figure = new_figure(width, height, layout="constrained")
     found = draw(figure)
     if path is not None:
         figure.savefig(path)
@@ -119,6 +121,30 @@ def plotted(
         raise TypeError(f"ax={described(ax)}: expected matplotlib axes, as of plt.subplots()")
     draw(ax)
     return ax
+
+
+class Plotted:
+    """What draws itself on axes: `plot`, of a `_draw` that derived classes have."""
+
+    def _draw(self, ax: Axes) -> None:
+        raise NotImplementedError
+
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draws it, see the class.
+
+        Args:
+            path: where to save it as a picture of its own; the suffix chooses the format.
+            ax: matplotlib axes to draw on. None for those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+            TypeError: ``ax`` is something else.
+            ValueError: both a path and axes.
+        """
+        return plotted(self._draw, path, ax, "plot()")
 
 
 def tidy(ax: Axes) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lyapcuda.files import replace_file
 from lyapcuda.plots.figure import BLUE, GREEN, ORANGE, PURPLE, RED, new_figure, tidy
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -155,8 +156,7 @@ def save_run(run: Run | Mapping[str, Run], path: str | Path, dpi: int = 100) -> 
         path: whose suffix chooses the format. An old file is replaced once the new one is whole.
         dpi: dots per inch, of 9 to 4.6 inches.
     """
-    figure = new_figure(*SIZE, dpi=dpi)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(*SIZE, dpi=dpi, layout="constrained")
     draw_run(figure, run)
     path = Path(path)
     replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
@@ -167,28 +167,18 @@ def _draw_column(ax: Axes, title: str, run: Run, names: Sequence[str], colour: s
         if name in run:
             values = _array(run[name])
             ax.plot(_array(run["step"]), values, color=colour, linewidth=1.2)
-            if title == "loss" and (values[_finite(values)] > 0).all():
+            if title == "loss" and (values[np.isfinite(values)] > 0).all():
                 ax.set_yscale("log")
     ax.set_ylabel("edge: 1 is the limit" if title == EDGE else title)
     tidy(ax)
 
 
 def _array(values: Sequence[float]) -> np.ndarray:
-    import numpy as np
-
     return np.asarray(values, dtype=float)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    return np.isfinite(values)
 
 
 def _stable(run: Run) -> np.ndarray | None:
     """The curvature at which the edge would be 1; None where the run has no edge."""
-    import numpy as np
-
     leading = "h" if "h" in run else "h_0"
     if "edge" not in run or leading not in run:
         return None
@@ -200,14 +190,14 @@ def _stable(run: Run) -> np.ndarray | None:
 
 def _largest(shown: Sequence[np.ndarray]) -> float:
     """The largest value but for the first measurements; 1 where there is none."""
-    values = [float(v[_FIRST:][_finite(v[_FIRST:])].max(initial=0.0)) for v in shown]
+    values = [float(v[_FIRST:][np.isfinite(v[_FIRST:])].max(initial=0.0)) for v in shown]
     return max(values, default=0.0) or 1.0
 
 
 def _room(shown: Sequence[np.ndarray]) -> tuple[float, float]:
     """Limits of an axis that show all but the first measurements."""
     later = [v[_FIRST:] if len(v) > 2 * _FIRST else v for v in shown]
-    low = min((float(v[_finite(v)].min(initial=0.0)) for v in later), default=0.0)
-    high = max((float(v[_finite(v)].max(initial=0.0)) for v in later), default=1.0)
+    low = min((float(v[np.isfinite(v)].min(initial=0.0)) for v in later), default=0.0)
+    high = max((float(v[np.isfinite(v)].max(initial=0.0)) for v in later), default=1.0)
     margin = 0.08 * (high - low) or 1.0
     return (low - margin if low < 0 else 0.0), high + margin

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lyapcuda import ops
 from lyapcuda.arguments import positive, whole
-from lyapcuda.plots.figure import plotted, png_of
+from lyapcuda.plots.figure import Plotted, png_of
 from lyapcuda.plots.spectrum import draw_density
 from lyapcuda.solvers.operator import accepts_closure
 from lyapcuda.solvers.product_error import product_error
@@ -26,7 +25,7 @@ __all__ = ["SpectralDensity", "check_steps", "spectral_density"]
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralDensity:
+class SpectralDensity(Plotted):
     """How many eigenvalues lie where: a density over ``grid`` whose integral is 1.
 
     Attributes:
@@ -65,23 +64,6 @@ class SpectralDensity:
 
     def _repr_png_(self) -> bytes | None:
         return png_of(lambda figure: self._draw(figure.subplots()))
-
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
-        """Draws the density on a logarithmic scale, with a band of one standard error.
-
-        Args:
-            path: where to save it as a picture of its own; the suffix chooses the format.
-            ax: matplotlib axes to draw on. None for those of a new figure.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: matplotlib isn't installed.
-            TypeError: ``ax`` is something else.
-            ValueError: both a path and axes.
-        """
-        return plotted(self._draw, path, ax, "plot()")
 
     def _draw(self, ax: Axes) -> None:
         draw_density(ax, self.grid, self.density, self.standard_error)

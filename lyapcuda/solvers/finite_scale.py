@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lyapcuda.arguments import described, positive
-from lyapcuda.plots.figure import plotted
+from lyapcuda.plots.figure import Plotted
 from lyapcuda.plots.spectrum import draw_scales
 from lyapcuda.solvers.operator import HessianOperator, accepts_closure
 from lyapcuda.solvers.result import EigenResult
@@ -24,7 +23,7 @@ __all__ = ["FiniteScale", "finite_scale"]
 
 
 @dataclass(frozen=True, repr=False)
-class FiniteScale:
+class FiniteScale(Plotted):
     """Curvature along given vectors at separations of several sizes.
 
     Attributes:
@@ -47,26 +46,8 @@ class FiniteScale:
         lines = aligned([head, *rows], ">" * len(head))
         return "\n".join([f"FiniteScale: {self.gradient_evaluations} gradients", *lines])
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
-        """Draws the curvature along each vector over the scale Δq.
-
-        Args:
-            path: where to save it as a picture of its own; the suffix chooses the format.
-            ax: matplotlib axes to draw on. None for those of a new figure.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: matplotlib isn't installed.
-            TypeError: ``ax`` is something else.
-            ValueError: both a path and axes.
-        """
-
-        def draw(ax: Axes) -> None:
-            draw_scales(ax, self.perturbations, self.curvatures)
-
-        return plotted(draw, path, ax, "plot()")
+    def _draw(self, ax: Axes) -> None:
+        draw_scales(ax, self.perturbations, self.curvatures)
 
 
 @accepts_closure

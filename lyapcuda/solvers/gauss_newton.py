@@ -68,7 +68,7 @@ class _GaussNewtonOperator(SymmetricOperator):
                 f"params: of a DistributedDataParallel, which averages {type(self).__name__}'s "
                 "products no more than other forward passes; pass the model inside, .module"
             )
-        self._mode, self._asked = mode, mode
+        self._mode = mode
         self._reason = "" if mode == "auto" else "as asked for"
         self._perturbation, self._epsilon = perturbation, self.layout.epsilon()
         self._count, self._changed, self._sides = 0, "", []
@@ -228,9 +228,7 @@ class _GaussNewtonOperator(SymmetricOperator):
             groups = self.layout.groups
             self._sides = [[g.new_buffer(g.dtype) for g in groups] for _ in range(2)]
         if self._perturbation is None:
-            self._perturbation = separation_size(
-                self.layout, "central", False, max(self.epsilon, self.layout.epsilon())
-            )
+            self._perturbation = separation_size(self.layout, "central", False, self.epsilon)
         step = torch.where(norm > 0, self._perturbation / norm, 0.0)
         plus, minus = (
             displace(self.layout, side, vectors, sign * step)

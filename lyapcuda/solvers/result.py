@@ -6,7 +6,6 @@ import html
 import warnings
 from dataclasses import dataclass, field
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from lyapcuda.arguments import described, users_level
 from lyapcuda.objective.loss_graph import COARSE
 from lyapcuda.params.flat import FlatLayout
-from lyapcuda.plots.figure import plotted
+from lyapcuda.plots.figure import Plotted
 from lyapcuda.plots.spectrum import draw_eigenvalues
 from lyapcuda.tables import aligned, html_table
 
@@ -64,7 +63,7 @@ class ConvergenceWarning(RuntimeWarning):
 
 
 @dataclass(frozen=True, repr=False)
-class EigenResult:
+class EigenResult(Plotted):
     """Eigenpairs of the Hessian, in the order of ``which``: LA and BE descend, SA ascends, LM goes
     by magnitude.
 
@@ -170,26 +169,8 @@ class EigenResult:
             rows.append((str(i), f"{value:.6g}", interval, "yes" if done else "NO"))
         return rows
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Axes:
-        """Draws the eigenvalues by their number, each in its interval.
-
-        Args:
-            path: where to save it as a picture of its own; the suffix chooses the format.
-            ax: matplotlib axes to draw on. None for those of a new figure.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: matplotlib isn't installed.
-            TypeError: ``ax`` is something else.
-            ValueError: both a path and axes.
-        """
-
-        def draw(ax: Axes) -> None:
-            draw_eigenvalues(ax, self.eigenvalues, self.interval, self.converged)
-
-        return plotted(draw, path, ax, "plot()")
+    def _draw(self, ax: Axes) -> None:
+        draw_eigenvalues(ax, self.eigenvalues, self.interval, self.converged)
 
     def unflatten(self, i: int) -> list[Tensor]:
         """Eigenvector i as views shaped like the parameters, in their order."""

@@ -24,10 +24,7 @@ from lyapcuda.params.flat import FlatLayout
 if TYPE_CHECKING:
     from lyapcuda.solvers.result import EigenResult
 
-__all__ = ["SymmetricOperator", "Vector"]
-
-#: Over all parameters: flat, as a tensor or an array; or a list of tensors of their shapes.
-Vector = Tensor | np.ndarray | Sequence[Tensor]
+__all__ = ["SymmetricOperator"]
 
 
 class SymmetricOperator(ABC):
@@ -427,8 +424,10 @@ class Sum(_Composed):
                 f"operators: of {len(mine)} and of {len(theirs)} parameters that aren't the same; "
                 "pass both the same params"
             )
-        probe = torch.ones(self.layout.numel, dtype=self.dtype, device=self.device)
-        if not torch.equal(one.coordinates(probe), other.coordinates(probe)):
+        # Without preconditioners it comes back as it is; it takes no memory.
+        probe = torch.ones((), dtype=self.dtype, device=self.device).expand(self.layout.numel)
+        here, there = one.coordinates(probe), other.coordinates(probe)
+        if here is not there and not torch.equal(here, there):
             raise ValueError("operators: their preconditioners differ; pass both the same")
         self._spare: list[Tensor] = []
 
