@@ -244,8 +244,9 @@ class GGNOperator(_GaussNewtonOperator):
     """The generalised Gauss-Newton matrix G = Jᵀ·M·J of a loss ℓ(f(θ)), without ever forming it.
 
     J is the Jacobian of the model's outputs f, M the Hessian of ℓ by them. For losses that are
-    convex in the outputs (cross-entropy, squared error) G is positive semidefinite; for these two
-    it is the Fisher matrix, too. It is the Hessian without the part of the outputs' own curvature.
+    convex in the outputs (cross-entropy, squared error) G is positive semidefinite. With
+    cross-entropy it is the Fisher matrix, with squared error a multiple of it. It is the Hessian
+    without the part of the outputs' own curvature.
 
     J·v comes from double backward, or from a difference of two forward passes where that fails or
     is wrong (fused attention, compiled parts, custom functions): `mode` says which, and `reason`
